@@ -1,0 +1,61 @@
+"""graftlm: adapt pre-trained language models by training a tiny change to them.
+
+Names are imported when they are first used, so that `import graftlm` costs nothing and `graftlm --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "graftlm.core": (
+        "Adapter", "Delta", "LinearDelta", "Method", "ParameterDelta", "Site", "Survey",
+        "adapters", "attach", "summary", "survey", "trainable", "use",
+    ),
+    "graftlm.methods": ("METHODS", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "read_method"),
+    "graftlm.models": ("load_base",),
+    "graftlm.formats": ("load_adapter", "save_adapter"),
+    "graftlm.training": ("Run", "train"),
+    "graftlm.errors": ("GraftError",),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+if TYPE_CHECKING:
+    from graftlm.core import (
+        Adapter,
+        Delta,
+        LinearDelta,
+        Method,
+        ParameterDelta,
+        Site,
+        Survey,
+        adapters,
+        attach,
+        summary,
+        survey,
+        trainable,
+        use,
+    )
+    from graftlm.errors import GraftError
+    from graftlm.formats import load_adapter, save_adapter
+    from graftlm.methods import METHODS, BitFit, Full, Head, Layers, LoRA, Modules, read_method
+    from graftlm.models import load_base
+    from graftlm.training import Run, train
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'graftlm' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,38 @@
+"""The mechanism: sites of a model, deltas that act there, adapters that come and go, routing that chooses among them.
+
+Only torch is imported here. See `docs/mechanism.md` for the picture.
+"""
+
+from graftlm.core.adapter import Adapter, Part, Using, adapters, attach, trainable, use
+from graftlm.core.delta import Delta, LinearDelta, ParameterDelta, Port
+from graftlm.core.method import Method, Sum
+from graftlm.core.routing import Routing
+from graftlm.core.sites import ROLE_GROUPS, ROLES, Site, Survey, Targets, linear_kind
+from graftlm.core.summary import Summary, summary
+from graftlm.core.survey import survey
+
+__all__ = [
+    "ROLES",
+    "ROLE_GROUPS",
+    "Adapter",
+    "Delta",
+    "LinearDelta",
+    "Method",
+    "ParameterDelta",
+    "Part",
+    "Port",
+    "Routing",
+    "Site",
+    "Sum",
+    "Summary",
+    "Survey",
+    "Targets",
+    "Using",
+    "adapters",
+    "attach",
+    "linear_kind",
+    "summary",
+    "survey",
+    "trainable",
+    "use",
+]

@@ -1,0 +1,478 @@
+"""Adapters: named sets of deltas on a base model: attach, route, merge, unmerge, detach.
+
+Everything that can fail is done before the first change: sites are chosen and deltas built, then they are put in place.
+The base keeps its class, repr, parameter names and checkpoint keys while adapters are attached, and is bit-identical
+after the last one is detached. Merging puts new parameters in place of the originals and keeps those, so unmerging is
+bit-exact.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from graftlm.core.delta import Delta, LinearDelta, ParameterDelta, acts
+from graftlm.core.junction import Junction, Switch, junction_of
+from graftlm.core.method import Method
+from graftlm.core.routing import Routing, Spec, read_spec
+from graftlm.core.sites import Site, Survey, linear_kind
+from graftlm.core.survey import survey
+from graftlm.errors import AdapterError, Finding, GraftError, MethodError, NotMergeable, RoutingError, nearest
+
+__all__ = ["Adapter", "Using", "adapters", "attach", "trainable", "use"]
+
+_KEY = "_graftlm"
+#: The room that reads and writes adapters, found by name because it lies above this one.
+_FORMATS = "graftlm.formats"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One delta of an adapter: which of the method's parts made it, and where it acts."""
+
+    method: Method
+    site: Site
+    delta: Delta
+
+
+@dataclass
+class _Graft:
+    """What a base model carries while adapters are attached to it; lives in the model's `__dict__`."""
+
+    switch: Switch = field(default_factory=Switch)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    merged: list[str] = field(default_factory=list)
+    originals: dict[tuple[str, str], nn.Parameter | None] = field(default_factory=dict)
+    frozen: list[str] = field(default_factory=list)  # parameters that required a gradient before
+    tied: bool | None = None  # config.tie_word_embeddings before a merge untied the weights
+    handle: RemovableHandle | None = None
+
+
+class Adapter:
+    """A named set of deltas on one base model; made by `attach` or `load_adapter`.
+
+    Example:
+        >>> adapter = attach(model, LoRA(rank=16), name="support")   # doctest: +SKIP
+        >>> adapter.merge(); adapter.unmerge(); adapter.detach()     # doctest: +SKIP
+    """
+
+    def __init__(self, model: nn.Module, name: str, method: Method, parts: tuple[Part, ...]) -> None:
+        self.model, self.name, self.method, self.parts = model, name, method, parts
+
+    def __repr__(self) -> str:
+        state = "merged" if self.merged else ("attached" if self.attached else "detached")
+        return f"Adapter({self.name!r}, {self.method}, {self.parameter_count:,} parameters, {state})"
+
+    # --- what it holds ---
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter with its name `<site>.<parameter>`; a tied tensor appears once."""
+        for part in self.parts:
+            for name, parameter in part.delta.named_parameters():
+                yield _state_key(part, name), parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter of the adapter."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name, detached but not copied."""
+        found = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        for part in self.parts:
+            found.update({_state_key(part, name): buffer for name, buffer in part.delta.named_buffers()})
+        return found
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Copy `state` (as `state()` gives it) into this adapter.
+
+        Raises AdapterError naming every misfit, before any copy.
+        """
+        own = self.state()
+        faults = [Finding("A101", f"adapter {self.name!r} lacks {key}") for key in own.keys() - state.keys()]
+        faults += [Finding("A102", f"adapter {self.name!r} has no {key}") for key in state.keys() - own.keys()]
+        for key in own.keys() & state.keys():
+            if own[key].shape != state[key].shape:
+                faults.append(
+                    Finding("A103", f"{key} has shape {tuple(state[key].shape)}, wanted {tuple(own[key].shape)}")
+                )
+        if faults:
+            raise AdapterError(sorted(faults, key=lambda finding: finding.message))
+        with torch.no_grad():
+            for key, tensor in state.items():
+                own[key].copy_(tensor)
+        if self.merged:
+            _refold(self.model)
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers the adapter holds."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def attached(self) -> bool:
+        """True until `detach`."""
+        graft = _graft_of(self.model)
+        return graft is not None and graft.adapters.get(self.name) is self
+
+    @property
+    def merged(self) -> bool:
+        """True between `merge` and `unmerge`."""
+        graft = _graft_of(self.model)
+        return graft is not None and self.name in graft.merged
+
+    def requires_grad_(self, wanted: bool = True) -> Adapter:
+        """Make the adapter's parameters trainable, or freeze them."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(wanted)
+        return self
+
+    # --- what it does ---
+
+    def save(self, folder: str | Path, **options: Any) -> Path:
+        """Write the adapter in Hugging Face PEFT's format; see `graftlm.formats.save_adapter`."""
+        written: Path = importlib.import_module(_FORMATS).save_adapter(self, folder, **options)
+        return written
+
+    def merge(self) -> Adapter:
+        """Fold the adapter into the base's weights; the originals are kept for `unmerge`.
+
+        All rows then have it, whatever the routing: `use` refuses to leave a merged adapter out.
+        Raises NotMergeable naming every delta that has no folded form, before anything changes.
+        """
+        graft = self._at_home()
+        if self.merged:
+            return self
+        for part in self.parts:
+            if isinstance(part.delta, LinearDelta) and type(part.delta).fold is LinearDelta.fold:
+                raise NotMergeable(
+                    Finding("R201", f"{part.method.name} at {part.site.path} cannot be folded into a weight")
+                )
+        graft.merged.append(self.name)
+        try:
+            _refold(self.model)
+        except BaseException:
+            graft.merged.remove(self.name)
+            _refold(self.model)
+            raise
+        graft.switch.routing = _without_merged(graft, graft.switch.routing)
+        return self
+
+    def unmerge(self) -> Adapter:
+        """Put the original weights back, bit for bit; the adapter acts on all rows as before the merge."""
+        graft = self._at_home()
+        if self.merged:
+            graft.merged.remove(self.name)
+            _refold(self.model)
+            routing = graft.switch.routing
+            if routing.rows is None:
+                graft.switch.routing = Routing(whole=(*routing.whole, self.name))
+        return self
+
+    def detach(self) -> Adapter:
+        """Take the adapter off the model; after the last one the model is bit-identical to before the first."""
+        graft = self._at_home()
+        self.unmerge()
+        modules = dict(self.model.named_modules())
+        for path in {place for part in self.parts for place, _ in part.site.places}:
+            if junction := junction_of(modules[path]):
+                junction.take(self.name, modules[path])
+        del graft.adapters[self.name]
+        graft.switch.routing = _without(graft.switch.routing, {self.name})
+        if not graft.adapters:
+            if graft.handle is not None:
+                graft.handle.remove()
+            own = dict(self.model.named_parameters())
+            for name in graft.frozen:
+                own[name].requires_grad_(True)
+            self.model.__dict__.pop(_KEY, None)
+        return self
+
+    def _at_home(self) -> _Graft:
+        graft = _graft_of(self.model)
+        if graft is None or graft.adapters.get(self.name) is not self:
+            raise AdapterError(Finding("A104", f"adapter {self.name!r} is not attached to this model any more"))
+        return graft
+
+
+class Using:
+    """The result of `use`: as a context manager it puts the previous routing back at its end."""
+
+    def __init__(self, switch: Switch, before: Routing) -> None:
+        self._switch, self._before = switch, before
+
+    def __enter__(self) -> Using:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._switch.routing = self._before
+
+
+def attach(model: nn.Module, method: Method, *, name: str = "default", trainable: bool = True) -> Adapter:
+    """Build `method`'s deltas on `model`, attach them as adapter `name`, and make it the acting adapter.
+
+    The base is frozen while adapters are attached. Deltas start as the identity (unless their method says otherwise),
+    on the device of their module, in float32. A failed attach leaves no trace.
+
+    Raises AdapterError for a name that is taken or unusable, SiteError and MethodError where the method does not fit.
+
+    Example:
+        >>> adapter = attach(model, LoRA(rank=16, targets="attention"), name="support")   # doctest: +SKIP
+    """
+    if not isinstance(method, Method):
+        raise MethodError(Finding("T103", f"attach wants a method such as LoRA(rank=16), got {method!r}"))
+    graft = _graft_of(model)
+    taken = graft.adapters if graft else {}
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
+        raise AdapterError(Finding("A105", f"{name!r} cannot name an adapter: use letters, digits, - and _"))
+    if name in taken:
+        free = next(f"{name}-{n}" for n in range(2, len(taken) + 3) if f"{name}-{n}" not in taken)
+        raise AdapterError(Finding("A106", f"the model has an adapter {name!r} already", fix=f'name="{free}"'))
+    if inner := next((path for path, m in model.named_modules() if path and _KEY in m.__dict__), None):
+        raise AdapterError(Finding("A107", f"adapters are attached to its submodule {inner}: use that model"))
+    if any(_foreign(junction_of(module), graft) for module in model.modules()):
+        raise AdapterError(Finding("A107", "adapters are attached to a larger model that holds this one: use that"))
+
+    found = survey(model)
+    parts = _build(model, method, found)
+    # Nothing fails from here on.
+    if graft is None:
+        graft = _Graft()
+        model.__dict__[_KEY] = graft
+        graft.handle = model.register_forward_pre_hook(_at_entry, with_kwargs=True)
+        for path, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                graft.frozen.append(path)
+                parameter.requires_grad_(False)
+    modules = dict(model.named_modules())
+    for part in parts:
+        for path, parameter_name in part.site.places:
+            module = modules[path]
+            junction = junction_of(module) or Junction(module, path, found.rows.get(path, "unknown"), graft.switch)
+            junction.put(name, part.delta, parameter_name)
+    adapter = Adapter(model, name, method, parts)
+    adapter.requires_grad_(trainable)
+    graft.adapters[name] = adapter
+    graft.switch.routing = Routing(whole=(name,))
+    return adapter
+
+
+def _foreign(junction: Junction | None, graft: _Graft | None) -> bool:
+    return junction is not None and (graft is None or junction.switch is not graft.switch)
+
+
+def _build(model: nn.Module, method: Method, found: Survey) -> tuple[Part, ...]:
+    modules = dict(model.named_modules())
+    chosen: list[tuple[Method, Site]] = []
+    faults: list[Finding] = []
+    for part in method.parts:
+        try:
+            chosen += [(part, site) for site in part.sites(found)]
+        except GraftError as error:
+            faults += error.findings
+    if faults:
+        raise MethodError(faults)
+    if not chosen:
+        raise MethodError(Finding("T104", f"{method} changes nothing in {type(model).__name__}"))
+    parts: list[Part] = []
+    whole: set[str] = set()  # parameters that stand for themselves already: twice would be the same thing
+    for part, site in chosen:
+        if site.parameter and site.key in whole:
+            continue
+        module = modules[site.path]
+        with torch.device(_device(module)):
+            delta = part.build(site, module)
+        if not isinstance(delta, (LinearDelta, ParameterDelta)):
+            raise NotImplementedError(f"port {delta.port!r} of {part.name} is not there yet")
+        if site.parameter:
+            whole.add(site.key)
+        parts.append(Part(part, site, delta))
+    keys = Counter(_state_key(part, name) for part in parts for name in part.delta.state_dict())
+    if twice := sorted(key for key, count in keys.items() if count > 1):
+        raise MethodError(
+            Finding(
+                "T105",
+                f"{method}: two parts have a {twice[0]} ({len(twice)} names twice)",
+                fix="give each its own targets",
+            )
+        )
+    return tuple(parts)
+
+
+def _device(module: nn.Module) -> torch.device:
+    tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
+    return tensor.device if tensor is not None else torch.device("cpu")
+
+
+def _state_key(part: Part, name: str) -> str:
+    return part.site.key if isinstance(part.delta, ParameterDelta) else f"{part.site.path}.{name}"
+
+
+# --- routing --------------------------------------------------------------------------------------------------------
+
+
+def _graft_of(model: nn.Module) -> _Graft | None:
+    return model.__dict__.get(_KEY)
+
+
+def _require_graft(model: nn.Module) -> _Graft:
+    inner = model
+    while _graft_of(inner) is None and isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module  # type: ignore[assignment]  # a wrapper such as DistributedDataParallel
+    graft = _graft_of(inner)
+    if graft is None:
+        raise RoutingError(
+            Finding("R109", f"no adapter is attached to this {type(model).__name__}", fix="attach(model, ...)")
+        )
+    return graft
+
+
+def use(model: nn.Module, spec: Spec) -> Using:
+    """Say which adapters act: None, a name, a tuple of names (together), or a list with one of these for each row.
+
+    It holds until the next `use`; as a context manager, until the end of the block.
+    Raises RoutingError for names that are not attached and for routings that leave out a merged adapter.
+
+    Example:
+        >>> use(model, ["support", None, ("support", "tone")])       # doctest: +SKIP
+        >>> with use(model, None): base = model(**batch)             # doctest: +SKIP
+    """
+    graft = _require_graft(model)
+    routing = read_spec(spec)
+    unknown = sorted(routing.names - graft.adapters.keys())
+    if unknown:
+        raise RoutingError(
+            [
+                Finding(
+                    "R110",
+                    f"no adapter {name!r}; attached: {', '.join(sorted(graft.adapters))}",
+                    fix=next((f'use(model, "{close}")' for close in nearest(name, graft.adapters)), ""),
+                )
+                for name in unknown
+            ]
+        )
+    for choice in routing.rows if routing.rows is not None else (routing.whole,):
+        if missing := [name for name in graft.merged if name not in choice]:
+            raise RoutingError(
+                Finding(
+                    "R111",
+                    f"adapter {missing[0]!r} is merged into the weights and cannot be left out",
+                    fix="adapter.unmerge()",
+                )
+            )
+    before = graft.switch.routing
+    graft.switch.routing = _without_merged(graft, routing)
+    graft.switch.batch.copies, graft.switch.batch.prompt_tokens = 1, 0
+    return Using(graft.switch, before)
+
+
+def _without_merged(graft: _Graft, routing: Routing) -> Routing:
+    return _without(routing, set(graft.merged))
+
+
+def _without(routing: Routing, names: set[str]) -> Routing:
+    if not names & routing.names:
+        return routing
+    whole = tuple(name for name in routing.whole if name not in names)
+    rows = (
+        None if routing.rows is None else tuple(tuple(n for n in choice if n not in names) for choice in routing.rows)
+    )
+    return Routing(whole=whole, rows=rows)
+
+
+def _at_entry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The hook at the model's own entry: check the batch against the routing, and remember it for recomputation."""
+    graft = _graft_of(module)
+    assert graft is not None
+    switch = graft.switch
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+    given = next((kwargs[name] for name in names if isinstance(kwargs.get(name), Tensor)), None)
+    if given is None:
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    switch.batch.admit(switch.routing, given)
+    if module.training:
+        switch.remember()
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters attached to `model`, by name, in the order they came."""
+    graft = _graft_of(model)
+    return dict(graft.adapters) if graft else {}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters of `model` by name: those of its adapters (`<adapter>/<site>.<name>`), or its own."""
+    found = adapters(model)
+    if not found:
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        f"{name}/{key}": parameter
+        for name, adapter in found.items()
+        for key, parameter in adapter.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+# --- merging --------------------------------------------------------------------------------------------------------
+
+
+def _refold(model: nn.Module) -> None:
+    """Put the original parameters back, then fold the merged adapters into them, in the order they were merged."""
+    graft = _require_graft(model)
+    modules = dict(model.named_modules())
+    config = getattr(model, "config", None)
+    for (path, name), original in graft.originals.items():
+        modules[path]._parameters[name] = original
+    graft.originals.clear()
+    if graft.tied is not None and config is not None:
+        config.tie_word_embeddings, graft.tied = graft.tied, None
+    shared = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
+
+    def put(places: Iterable[tuple[str, str]], value: Tensor, like: Tensor) -> None:
+        places = list(places)
+        if shared[id(like)] > len(places) and getattr(config, "tie_word_embeddings", False):
+            # Only some of the places that shared this weight change: a saved copy needs them apart.
+            graft.tied, config.tie_word_embeddings = True, False  # type: ignore[union-attr]
+        fresh = nn.Parameter(value.to(like.dtype).contiguous(), requires_grad=False)
+        for path, name in places:
+            graft.originals.setdefault((path, name), modules[path]._parameters.get(name))
+            modules[path]._parameters[name] = fresh
+
+    with torch.no_grad():
+        for part in (part for name in graft.merged for part in _in_folding_order(graft.adapters[name].parts)):
+            module, delta = modules[part.site.path], part.delta
+            if isinstance(delta, ParameterDelta):
+                name = part.site.parameter or ""
+                now = module._parameters[name]
+                start = graft.originals.get((part.site.path, name)) or now
+                assert now is not None
+                assert start is not None
+                value = delta.parameter(start)
+                # Where an adapter merged before stands already, the changes add up, as at a junction.
+                put(part.site.places, value.clone() if now is start else now + (value - start), now)
+            elif isinstance(delta, LinearDelta):
+                weight, bias = module._parameters["weight"], module._parameters.get("bias")
+                assert weight is not None
+                across = linear_kind(module) == "conv1d"  # stored [in, out]
+                folded, shift = delta.fold(
+                    weight.float().T if across else weight.float(), None if bias is None else bias.float()
+                )
+                put([(part.site.path, "weight")], folded.T if across else folded, weight)
+                if shift is not None:
+                    put([(part.site.path, "bias")], shift, weight if bias is None else bias)
+
+
+def _in_folding_order(parts: tuple[Part, ...]) -> list[Part]:
+    """Parameters first, since maps fold over them; then additions, then scalings, as at a junction."""
+    return sorted(parts, key=lambda part: 0 if isinstance(part.delta, ParameterDelta) else 2 - acts(part.delta, "add"))

@@ -1,0 +1,142 @@
+"""The catalogue of methods: one class a method, and the text that names them in run files and on the command line.
+
+A text is a sum of calls, `lora(rank=16,targets=all-linear)+head`: names from `METHODS`, settings by name (the first may
+go without), lists in square brackets, texts with or without quotes.
+
+Example:
+    >>> read_method("lora(rank=4, targets=[query,value]) + head").parts[0].rank
+    4
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from typing import Any
+
+from graftlm.core import Method
+from graftlm.errors import Finding, GraftError, MethodError, nearest
+from graftlm.methods.lora import LoRA
+from graftlm.methods.parameters import BitFit, Full, Head, Layers, Modules
+
+__all__ = ["METHODS", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "read_method"]
+
+METHODS: dict[str, type[Method]] = {
+    "bitfit": BitFit,
+    "full": Full,
+    "head": Head,
+    "layers": Layers,
+    "lora": LoRA,
+    "modules": Modules,
+}
+
+#: Names that other tools use for settings of our methods.
+_FOREIGN = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+}
+
+
+def read_method(text: str) -> Method:
+    """The method that `text` names. Raises MethodError with every fault and the nearest right names."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        at = f" at character {error.offset}" if error.offset else ""
+        raise MethodError(Finding("T101", f"cannot read method {text!r}{at}", fix="lora(rank=16)+head")) from None
+    faults: list[Finding] = []
+    parts = [_read_part(node, faults) for node in _summands(tree)]
+    if faults:
+        raise MethodError(faults)
+    whole, *others = [part for part in parts if part is not None]
+    for part in others:
+        whole = whole + part
+    return whole
+
+
+def _summands(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*_summands(node.left), *_summands(node.right)]
+    return [node]
+
+
+def _read_part(node: ast.expr, faults: list[Finding]) -> Method | None:
+    call = node if isinstance(node, ast.Call) else None
+    name = _plain(call.func if call else node).lower()
+    kind = METHODS.get(name)
+    if kind is None:
+        close = nearest(name, METHODS)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        faults.append(
+            Finding(
+                "T101",
+                f"unknown method {name!r}.{hint} There are: {', '.join(METHODS)}",
+                fix=close[0] if close else "lora",
+            )
+        )
+        return None
+    fields = [field.name for field in dataclasses.fields(kind)]
+    given: dict[str, Any] = {}
+    for position, argument in enumerate(call.args if call else []):
+        if position < len(fields):
+            given[fields[position]] = _value(argument)
+    if call and len(call.args) > len(fields):
+        faults.append(Finding("T112", f"{name} takes {len(fields)} settings, got {len(call.args)}"))
+    for keyword in call.keywords if call else []:
+        key = keyword.arg or "**"
+        if key in fields:
+            given[key] = _value(keyword.value)
+        elif _FOREIGN.get(key) in fields:
+            faults.append(Finding("T112", f"{name}: {key!r} is called {_FOREIGN[key]} here", fix=_FOREIGN[key]))
+        else:
+            close = nearest(key, fields)
+            has = f"it has {', '.join(fields)}" if fields else "it has no settings"
+            faults.append(Finding("T112", f"{name} has no {key!r}: {has}", fix=close[0] if close else ""))
+    if faults:
+        return None
+    faults += [
+        Finding("T113", f"{name}: {key}={given[key]!r} is not {wanted}")
+        for key in given
+        if (wanted := _mistyped(kind, key, given[key]))
+    ]
+    try:
+        return None if faults else kind(**given)
+    except GraftError as error:
+        faults += error.findings
+        return None
+
+
+def _mistyped(kind: type[Method], key: str, value: Any) -> str | None:
+    """What the setting should be, where the value is of the wrong kind; judged by the default's type."""
+    field = next(f for f in dataclasses.fields(kind) if f.name == key)
+    default = field.default
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int):
+        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
+    if isinstance(default, float):
+        return None if isinstance(value, (int, float)) and not isinstance(value, bool) else "a number"
+    return None
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name) and node.id.lower() in ("true", "false"):
+        return node.id.lower() == "true"
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(item) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        return {_plain(key): _value(value) for key, value in zip(node.keys, node.values, strict=True) if key}
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return _plain(node)
+
+
+def _plain(node: ast.expr) -> str:
+    # `all-linear` and `encoder/attention` reach the parser as arithmetic on names: put the text together again.
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    return ast.unparse(node).replace(" ", "")

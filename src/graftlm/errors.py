@@ -64,18 +64,22 @@ class GraftError(Exception):
         super().__init__(self.findings)
 
     def __str__(self) -> str:
-        lines = [line for finding in self.findings for line in str(finding).splitlines()]
-        if len(lines) <= _LINES_SHOWN:
-            return "\n".join(lines)
-        # Many faults: the message of each, as many as fit, then how many more there are.
-        heads = [str(finding).splitlines()[0] for finding in self.findings]
-        if len(heads) <= 1:
-            return "\n".join([*lines[: _LINES_SHOWN - 2], "  ...", lines[-1]])
-        shown = heads[: _LINES_SHOWN - 2]
-        hidden = len(heads) - len(shown)
-        more = [f"... and {hidden} more"] if hidden else []
-        fix = next((f"  fix: {finding.fix}" for finding in self.findings if finding.fix), None)
-        return "\n".join([*shown, *more, *([fix] if fix else [])])
+        texts = [str(finding).splitlines() for finding in self.findings]
+        if sum(map(len, texts)) <= _LINES_SHOWN:
+            return "\n".join(line for text in texts for line in text)
+        if len(texts) == 1:
+            return "\n".join([*texts[0][: _LINES_SHOWN - 2], "  ...", texts[0][-1]])
+        # Many faults: whole findings while there is room, then only what is wrong, then how many more there are.
+        lines: list[str] = []
+        for at, text in enumerate(texts):
+            left, after = _LINES_SHOWN - len(lines), len(texts) - at - 1
+            if len(text) + min(after, 1) <= left and (len(text) == 1 or len(text) + after <= left):
+                lines += text
+            elif left > min(after, 1):
+                lines.append(text[0])
+            else:
+                return "\n".join([*lines, f"... and {after + 1} more"])
+        return "\n".join(lines)
 
 
 class SettingsError(GraftError, ValueError):

@@ -40,7 +40,7 @@ class LoRA(Method):
     """
 
     name: ClassVar[str] = "lora"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-4
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 1e-2)
 
     rank: int = 8

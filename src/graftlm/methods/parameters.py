@@ -74,7 +74,7 @@ class Head(_Parameters):
     """
 
     name: ClassVar[str] = "head"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 2e-3
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 1e-1)
 
     def sites(self, survey: Survey) -> list[Site]:
@@ -94,7 +94,7 @@ class Modules(_Parameters):
     """
 
     name: ClassVar[str] = "modules"
-    learning_rate: ClassVar[float] = 1e-4
+    learning_rate: ClassVar[float] = 5e-5
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-6, 1e-2)
 
     targets: Targets = "head"
@@ -116,7 +116,7 @@ class Layers(_Parameters):
     """
 
     name: ClassVar[str] = "layers"
-    learning_rate: ClassVar[float] = 1e-4
+    learning_rate: ClassVar[float] = 5e-5
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-6, 1e-3)
 
     layers: str | int | Sequence[int] = "-2:"
@@ -144,7 +144,7 @@ class Full(_Parameters):
     """
 
     name: ClassVar[str] = "full"
-    learning_rate: ClassVar[float] = 1e-4
+    learning_rate: ClassVar[float] = 5e-5
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-6, 1e-3)
 
     def sites(self, survey: Survey) -> list[Site]:

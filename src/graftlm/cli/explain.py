@@ -1,0 +1,124 @@
+"""`graftlm explain`: what the code of an error means, and what is said with it.
+
+The meanings come from the rooms' `CODES`. Where a room keeps no list, the kind of error and the messages themselves
+are read off the package's source, so that every code that can appear is known here.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import click
+
+import graftlm.errors as errors
+from graftlm.cli.output import print_json, print_table
+from graftlm.cli.usage import CODES, UsageFault, Verb
+from graftlm.errors import Finding, GraftError, nearest
+
+__all__ = ["Code", "known_codes", "verb"]
+
+_CODE = re.compile(r"[A-Z]\d{3}")
+_FAMILY = re.compile(r"Codes ([A-Z]\d)xx")
+
+
+@dataclass(frozen=True)
+class Code:
+    """A code: its meaning in one line (empty where no list has it), its kind of error, the messages it comes with."""
+
+    code: str
+    meaning: str
+    kind: str
+    messages: tuple[str, ...]
+
+    @property
+    def line(self) -> str:
+        """The meaning, or the first message in its place."""
+        return self.meaning or next(iter(self.messages), self.kind)
+
+
+@click.command(
+    "explain",
+    cls=Verb,
+    arguments=[("CODE", "such as D111, as it stands in square brackets behind a message; without one, all are listed")],
+    examples=["graftlm explain D111", "graftlm explain --json"],
+)
+@click.argument("code", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
+def verb(code: str | None, as_json: bool) -> None:
+    """Say what the code of an error means."""
+    known = known_codes()
+    if code is None:
+        if as_json:
+            print_json({name: found.line for name, found in known.items()})
+        else:
+            print_table(["code", "meaning"], [(name, found.line) for name, found in known.items()])
+        return
+    name = code.strip("[] ").upper()
+    if name not in known:
+        close = nearest(name, known, most=1)
+        hint = f". Did you mean {close[0]}?" if close else ""
+        raise UsageFault(Finding("L103", f"there is no code {code!r}{hint}", fix="graftlm explain"))
+    found = known[name]
+    if as_json:
+        print_json({"code": name, "meaning": found.meaning, "kind": found.kind, "messages": list(found.messages)})
+        return
+    click.echo(f"{name}  {found.line}")
+    if found.kind:
+        click.echo(f"  {found.kind}")
+    for message in found.messages[:6] if found.meaning else found.messages[1:6]:
+        click.echo(f"  says: {message}")
+
+
+@cache
+def known_codes() -> dict[str, Code]:
+    """Every code, in order."""
+    from graftlm.data.codes import CODES as DATA_CODES
+    from graftlm.settings import CODES as SETTINGS_CODES
+
+    meanings = {**SETTINGS_CODES, **DATA_CODES, **CODES}
+    families = dict(_families())
+    messages: dict[str, list[str]] = {}
+    for code, message in _said():
+        messages.setdefault(code, [])
+        if message and message not in messages[code]:
+            messages[code].append(message)
+    return {
+        code: Code(code, meanings.get(code, ""), families.get(code[:2], ""), tuple(messages.get(code, ())))
+        for code in sorted(meanings.keys() | messages.keys())
+    }
+
+
+def _families() -> Iterator[tuple[str, str]]:
+    """The first two characters of a code with what that kind of error is, from the errors' own words."""
+    for kind in (*vars(errors).values(), UsageFault):
+        if isinstance(kind, type) and issubclass(kind, GraftError) and kind is not GraftError:
+            text = " ".join((kind.__doc__ or "").split())
+            for family in _FAMILY.findall(text):
+                yield family, _FAMILY.sub("", text).strip(" .")
+
+
+def _said() -> Iterator[tuple[str, str]]:
+    """Every call in the package that gives a code first, with its message; what is filled in is shown as `...`."""
+    root = Path(errors.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        if not _CODE.search(text):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                code = node.args[0].value
+                if isinstance(code, str) and _CODE.fullmatch(code):
+                    yield code, _message(node.args[1]) if len(node.args) > 1 else ""
+
+
+def _message(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+    return ""

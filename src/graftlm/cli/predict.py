@@ -1,0 +1,86 @@
+"""`graftlm predict`: labels with their probabilities for texts, by a trained classifier."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from graftlm.cli.inputs import read_mapping, texts_of
+from graftlm.cli.output import json_line, print_table
+from graftlm.cli.place import must_be_adapter
+from graftlm.cli.usage import UsageFault, Verb
+from graftlm.errors import Finding
+
+__all__ = ["verb"]
+
+_SHOWN = 60  # characters of a text in the table
+
+
+@click.command(
+    "predict",
+    cls=Verb,
+    arguments=[
+        ("RUN", "folder of a run or of an adapter that was trained on labels"),
+        ("TEXT", "texts, or one file (of a text file every line is a text); without any, the lines of standard input"),
+    ],
+    examples=[
+        'graftlm predict runs/tickets-1 "Where is my parcel?"',
+        "graftlm predict runs/tickets-1 new.csv -o labelled.jsonl",
+        "cat mails.txt | graftlm predict runs/tickets-1 | head",
+    ],
+)
+@click.argument("run")
+@click.argument("words", metavar="[FILE|TEXT]...", nargs=-1)
+@click.option("-o", "--out", metavar="FILE", help="Write JSON lines to this file.")
+@click.option("-m", "--model", "--base", "base", metavar="MODEL", help="The base model, where it is not where it was.")
+@click.option("--map", "mapping", metavar="text=COLUMN", help="Which column of the file has the texts.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines; this is so by itself off a terminal.")
+def verb(
+    run: str, words: tuple[str, ...], out: str | None, base: str | None, mapping: str | None, as_json: bool
+) -> None:
+    """Label texts with a trained classifier, with the probability of every label."""
+    folder = must_be_adapter(run)
+    _must_be_writable(out, words)
+    texts = texts_of(words, mapping=read_mapping(mapping), asked=f'graftlm predict {run} "a text"')
+    from graftlm.evaluation import classify_texts
+    from graftlm.training import open_adapter
+
+    opened = open_adapter(folder, base=base)
+    if opened.task != "classify":
+        message = f"{run} was trained for {opened.task}, not to label texts"
+        raise UsageFault(Finding("L105", message, fix=f"graftlm generate {run}"))
+    found = classify_texts(opened.model, opened.tokenizer, opened.labels, texts, max_length=opened.max_length)
+    lines = [
+        json_line(
+            {
+                "text": text,
+                "label": one.label,
+                "probability": round(one.probability, 6),
+                "probabilities": {label: round(p, 6) for label, p in one.probabilities.items()},
+            }
+        )
+        for text, one in zip(texts, found, strict=True)
+    ]
+    if out is not None:
+        Path(out).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    elif as_json or not sys.stdout.isatty():
+        click.echo("\n".join(lines))
+    else:
+        from graftlm.data.wording import clip
+
+        rows = [(clip(text, _SHOWN), p.label, f"{p.probability:.3f}") for text, p in zip(texts, found, strict=True)]
+        print_table(["text", "label", "probability"], rows, right=(2,))
+
+
+def _must_be_writable(out: str | None, words: tuple[str, ...]) -> None:
+    """Said before the model is loaded, not after."""
+    if out is None:
+        return
+    path = Path(out)
+    if path.is_dir() or not path.parent.is_dir():
+        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise UsageFault(Finding("L107", f"cannot write {out}: {why}", fix="-o predictions.jsonl"))
+    if any(Path(word).absolute() == path.absolute() for word in words if len(word) < 1000):
+        raise UsageFault(Finding("L107", f"{out} is the file to be read as well", fix="-o predictions.jsonl"))

@@ -1,0 +1,27 @@
+"""The room that turns a user's file into checked rows, splits and batches.
+
+The way through it: `reading` (file to rows) > `recognise` (which column is what) > `checking` (every fault at once)
+> `splitting` > `templates` and `tokenising` (token ids and what is trained) > `collating` (batches);
+`prepare` walks it in one call. Only `collating` imports torch, so `Collator` is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from graftlm.data.labels import Labels
+from graftlm.data.prepare import Prepared, prepare  # the function, which hides the module of its name
+from graftlm.data.templates import Template
+
+if TYPE_CHECKING:
+    from graftlm.data.collating import Collator
+
+__all__ = ["Collator", "Labels", "Prepared", "Template", "prepare"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Collator":
+        raise AttributeError(f"module 'graftlm.data' has no attribute {name!r}")
+    from graftlm.data.collating import Collator
+
+    return Collator

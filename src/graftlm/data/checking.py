@@ -1,0 +1,396 @@
+"""Turns rows into examples and reports every fault of the rows at once: nothing is dropped unless that was asked for.
+
+A fault is told once with all its rows: `3 rows have null 'content' (rows 6, 21, 41)`. With `drop_bad_rows` faulty rows
+become `Rejected` instead, each with its place and reason. Duplicates are counted and reported, never dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from graftlm.data.codes import WAIVABLE
+from graftlm.data.labels import Label, label_name
+from graftlm.data.reading import Rejected, Row, Table
+from graftlm.data.recognise import Reading
+from graftlm.data.wording import counted, listed, number, percent, rows
+from graftlm.errors import DataError, Finding, nearest
+
+__all__ = ["Checked", "Example", "Message", "Notes", "check", "check_overlap"]
+
+Message = dict[str, Any]
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+_OTHER_NAMES |= {"observation": "tool", "function_response": "tool"}
+_DROP = "--set data.drop_bad_rows=true"
+_OVERLAP_MOST = 0.2
+_FREE_TEXT_ROWS = 10  # with fewer rows than this, mostly distinct labels are no sign of anything
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as the task sees it: `messages` (sft), or `texts` (one or two) with a `label` (classify) or none (lm).
+
+    `row` counts from 1; `place` is where it stands in its file; `raw` is the row as it was read.
+    """
+
+    row: int
+    place: str
+    raw: Row
+    messages: tuple[Message, ...] = ()
+    texts: tuple[str, ...] = ()
+    label: Label | None = None
+
+    @property
+    def text(self) -> str:
+        """The texts as one, a line each: for baselines, tables and samples. Empty for a conversation."""
+        return "\n".join(self.texts)
+
+    @property
+    def key(self) -> str:
+        """What two rows share when they are the same row; a label is no part of it."""
+        if self.messages:
+            return json.dumps(self.messages, ensure_ascii=False, sort_keys=True)
+        return "\x1f".join(self.texts)
+
+
+@dataclass(slots=True)
+class Notes:
+    """Findings on their way: those that stop the run and those that are only told."""
+
+    waived: Collection[str] = ()
+    errors: list[Finding] = field(default_factory=list)
+    notes: list[Finding] = field(default_factory=list)
+
+    def error(self, code: str, message: str, place: str = "", fix: str = "", detail: tuple[str, ...] = ()) -> None:
+        """Stops the run, unless the code is one that may be waived and is."""
+        waived = code in self.waived and code in WAIVABLE
+        (self.notes if waived else self.errors).append(Finding(code, message, place, "" if waived else fix, detail))
+
+    def note(self, code: str, message: str, place: str = "") -> None:
+        """Tells and goes on."""
+        self.notes.append(Finding(code, message, place))
+
+    def settle(self) -> None:
+        """Raises every error that has come together."""
+        if self.errors:
+            raise DataError(self.errors)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The sound rows of a table, the rows left out, and how many are exact duplicates of an earlier one."""
+
+    examples: list[Example]
+    rejected: list[Rejected]
+    duplicates: int
+
+
+@dataclass(slots=True)
+class _Faults:
+    """Faults of rows, grouped so that each is told once."""
+
+    found: dict[tuple[str, str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def add(self, row: int, code: str, what: str, fix: str = "") -> None:
+        """`what` follows "3 rows have": `null 'content'`."""
+        self.found[code, what, fix].append(row)
+        self.reasons.setdefault(row, f"{what} [{code}]")
+
+    def report(self, notes: Notes, place: str) -> None:
+        for (code, what, fix), where in self.found.items():
+            verb = "has" if len(where) == 1 else "have"
+            notes.error(code, f"{counted(len(where), 'row')} {verb} {what} ({rows(where)})", place, fix or _DROP)
+
+
+def check(
+    table: Table,
+    reading: Reading,
+    notes: Notes,
+    *,
+    drop_bad_rows: bool = False,
+    merge_labels: bool = False,
+    count_tokens: Callable[[str], int] | None = None,
+    is_eval: bool = False,
+) -> Checked:
+    """The examples of a table; faults go to `notes`, which the caller settles when every table has been checked.
+
+    Args:
+        table: from `read_rows`.
+        reading: from `recognise`.
+        notes: takes errors (D104, D120 to D129) and notes (D130, D134 to D136).
+        drop_bad_rows: faulty rows are left out instead of being an error.
+        merge_labels: labels that differ only by case or space become the most frequent of them.
+        count_tokens: says how many tokens a text has, for the message of a file without any assistant turn.
+        is_eval: eval rows may have one label only, or a label once.
+    """
+    place, faults = table.path.name, _Faults()
+    made = [
+        _example(at, row, spot, reading, faults)
+        for at, (row, spot) in enumerate(zip(table.rows, table.places, strict=True), 1)
+    ]
+    if reading.kind == "chat" and not drop_bad_rows and _all_silent(table, faults, notes, count_tokens):
+        return Checked([], [], 0)
+    examples = [example for example in made if example is not None and example.row not in faults.reasons]
+    if reading.task == "classify":
+        examples = _check_labels(examples, reading, faults, notes, place, merge_labels, is_eval)
+    rejected = list(table.rejected)
+    if drop_bad_rows:
+        rejected += [
+            Rejected(table.places[at - 1], at, why, table.rows[at - 1]) for at, why in sorted(faults.reasons.items())
+        ]
+        examples = [example for example in examples if example.row not in faults.reasons]
+        if rejected:
+            reasons = Counter(r.reason for r in rejected)
+            told = listed([f"{number(n)} {why}" for why, n in reasons.most_common()], 3)
+            notes.note("D136", f"{counted(len(rejected), 'row')} left out: {told}", place)
+        if not examples:
+            notes.error("D104", f"no row is left: all {number(len(rejected))} are faulty", place)
+    else:
+        faults.report(notes, place)
+    if table.capped:
+        notes.note("D135", f"only the first {counted(len(table), 'row')} were read (data.max_rows)", place)
+    return Checked(examples, rejected, _duplicates(examples, notes, place))
+
+
+def check_overlap(train: Sequence[Example], evaluation: Sequence[Example], notes: Notes, place: str = "") -> None:
+    """Eval rows that are also in train: an error (D131) above 20 %, a note below."""
+    known = {example.key for example in train}
+    both = sum(example.key in known for example in evaluation)
+    if not both:
+        return
+    total = len(evaluation)
+    message = f"{number(both)} of {number(total)} eval rows ({percent(both, total)}) are also in train"
+    if both > _OVERLAP_MOST * total:
+        notes.error("D131", message, place, "leave eval_path out to split train: --set data.eval_path=null")
+    else:
+        notes.note("D131", message, place)
+
+
+def _example(at: int, row: Row, place: str, reading: Reading, faults: _Faults) -> Example | None:
+    if reading.kind == "chat":
+        messages = _messages(at, row, reading.columns["messages"], faults)
+        return Example(at, place, row, messages=messages) if messages else None
+    if reading.kind == "pairs":
+        turns = []
+        for role, column in (("system", "system"), ("user", "prompt"), ("assistant", "completion")):
+            sources = reading.sources(column)
+            if not sources:
+                continue
+            text = _text(at, row, sources, faults, may_be_empty=column == "system")
+            if text is None:
+                return None
+            if text:
+                turns.append({"role": role, "content": text})
+        return Example(at, place, row, messages=tuple(turns))
+    roles = [role for role in ("text", "text2") if role in reading.columns]
+    texts = [_text(at, row, reading.sources(role), faults) for role in roles]
+    label = _label(at, row, reading.columns["label"], faults) if reading.task == "classify" else None
+    if None in texts or (reading.task == "classify" and label is None):
+        return None
+    return Example(at, place, row, texts=tuple(text for text in texts if text is not None), label=label)
+
+
+def _text(at: int, row: Row, sources: tuple[str, ...], faults: _Faults, *, may_be_empty: bool = False) -> str | None:
+    """The text of one or several columns; of several, those may be missing or empty that come after the first."""
+    parts = []
+    for order, name in enumerate(sources):
+        value = row.get(name)
+        if value is None and (order or may_be_empty):
+            continue
+        if value is None:
+            faults.add(at, "D120", f"null '{name}'" if name in row else f"no '{name}'")
+            return None
+        if not isinstance(value, str):
+            faults.add(at, "D121", f"{_type(value)} in '{name}' where text is wanted")
+            return None
+        if value.strip():
+            parts.append(value)
+    if not parts and not may_be_empty:
+        faults.add(at, "D122", f"empty '{'+'.join(sources)}'")
+        return None
+    return "\n\n".join(parts)
+
+
+def _label(at: int, row: Row, name: str, faults: _Faults) -> Label | None:
+    value = row.get(name)
+    if value is None or value == "":
+        faults.add(at, "D120", f"null '{name}'" if name in row and value is None else f"no '{name}'")
+    elif isinstance(value, float) and value.is_integer():  # whole numbers that a data frame has turned into floats
+        return int(value)
+    elif isinstance(value, float):
+        faults.add(at, "D129", f"a fractional number as label in '{name}'; classes are names or whole numbers")
+    elif isinstance(value, (str, bool, int)):
+        return value
+    else:
+        faults.add(at, "D121", f"{_type(value)} in '{name}' where a label is wanted")
+    return None
+
+
+def _messages(at: int, row: Row, name: str, faults: _Faults) -> tuple[Message, ...]:
+    value = row.get(name)
+    if value is None:
+        faults.add(at, "D120", f"null '{name}'" if name in row else f"no '{name}'")
+        return ()
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        found = _type(value) if not isinstance(value, list) else "a list that is not of messages"
+        faults.add(at, "D123", f'{found} in \'{name}\', wanted [{{"role": ..., "content": ...}}, ...]')
+        return ()
+    if not value:
+        faults.add(at, "D123", f"an empty '{name}'")
+        return ()
+    messages = [_message(at, message, faults) for message in value]
+    if any(message is None for message in messages):
+        return ()
+    turns = tuple(message for message in messages if message is not None)
+    if all(turn["role"] != "assistant" for turn in turns):
+        faults.add(at, "D124", "no assistant turn, so nothing would be trained")
+        return ()
+    return turns
+
+
+def _message(at: int, message: Message, faults: _Faults) -> Message | None:
+    role_key, content_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
+    role, content = message.get(role_key), message.get(content_key)
+    if not isinstance(role, str):
+        faults.add(at, "D123", f"a message without '{role_key}'")
+        return None
+    known = _OTHER_NAMES.get(role.lower(), role.lower())
+    if known not in _ROLES:
+        close = nearest(role, [*_ROLES, *_OTHER_NAMES], most=1)
+        hint = f" (meant {_OTHER_NAMES.get(close[0], close[0])}?)" if close else f"; known: {', '.join(_ROLES)}"
+        faults.add(at, "D125", f"the unknown role '{role}'{hint}")
+        return None
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(part["text"] for part in content)  # a list of text parts, as for models that also see images
+    if content is None and not message.get("tool_calls"):
+        faults.add(
+            at, "D120", f"null '{content_key}'" if content_key in message else f"no '{content_key}' in a message"
+        )
+        return None
+    if content is not None and not isinstance(content, str):
+        faults.add(at, "D121", f"{_type(content)} in '{content_key}' where text is wanted")
+        return None
+    if known == "assistant" and not (content or "").strip() and not message.get("tool_calls"):
+        faults.add(at, "D122", f"an empty assistant '{content_key}'")
+        return None
+    rest = {key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None}
+    return {"role": known, "content": content or "", **rest}
+
+
+def _all_silent(table: Table, faults: _Faults, notes: Notes, count_tokens: Callable[[str], int] | None) -> bool:
+    """Whether no row at all has an assistant turn: one message then, with the roles that there are."""
+    silent = [row for (code, _, _), where in faults.found.items() if code == "D124" for row in where]
+    if len(silent) < len(table):
+        return False
+    chats = [message for row in table.rows for value in row.values() if isinstance(value, list) for message in value]
+    roles = list(dict.fromkeys(str(message.get("role", message.get("from"))) for message in chats))
+    of = ""
+    if count_tokens is not None:
+        of = f" of {number(sum(count_tokens(str(m.get('content', m.get('value', '')))) for m in chats))}"
+    message = f"0{of} tokens would be trained: no row has an assistant turn (roles: {listed(roles)})"
+    notes.error("D124", message, table.path.name, "name the answers' role 'assistant'")
+    return True
+
+
+def _check_labels(
+    examples: list[Example],
+    reading: Reading,
+    faults: _Faults,
+    notes: Notes,
+    place: str,
+    merge_labels: bool,
+    is_eval: bool,
+) -> list[Example]:
+    column = reading.columns["label"]
+    kinds = {type(example.label) for example in examples}
+    if len(kinds) > 1:
+        least = Counter(type(e.label) for e in examples).most_common()[-1][0]
+        for example in examples:
+            if type(example.label) is least:
+                faults.add(
+                    example.row, "D121", f"{_type(example.label)} in '{column}' where other rows have another type"
+                )
+        return examples
+    names = Counter(label_name(e.label) for e in examples if e.label is not None)
+    spellings: dict[str, list[str]] = defaultdict(list)
+    for name, _ in names.most_common():
+        spellings[" ".join(name.lower().split())].append(name)
+    alike = [several for several in spellings.values() if len(several) > 1]
+    free_text = len(examples) >= _FREE_TEXT_ROWS and 2 * len(names) > len(examples)
+    if alike and merge_labels:
+        best = {name: several[0] for several in spellings.values() for name in several}
+        examples = [replace(e, label=best[label_name(e.label)]) if e.label is not None else e for e in examples]
+        names = Counter({several[0]: sum(names[name] for name in several) for several in spellings.values()})
+        notes.note("D126", f"labels merged that differ only by case or space: {_groups(alike)}", place)
+    elif alike and not free_text:
+        message = (
+            f"labels differ only by case or space: {_groups(alike)}; merge? ({len(names)} to {len(spellings)} classes)"
+        )
+        notes.error("D126", message, place, "--set data.merge_labels=true")
+    if is_eval:
+        return examples
+    if free_text:
+        sample = listed([repr(name[:30]) for name in list(names)[:3]])
+        message = (
+            f"'{column}' has {number(len(names))} different values in {counted(len(examples), 'row')} ({sample}, ...)"
+        )
+        looks = "looks like measurements" if all(_is_float(name) for name in names) else "looks like free text"
+        fix = f"--task sft --map prompt={reading.columns['text']},completion={column}"
+        notes.error("D129", f"{message}: {looks}, not like classes", place, fix)
+    elif len(names) == 1:
+        notes.error("D128", f"every row has the label '{next(iter(names))}': there is nothing to tell apart", place)
+    else:
+        lonely = {name for name, rows_ in names.items() if rows_ == 1}
+        for example in examples:
+            if example.label is not None and label_name(example.label) in lonely and "D127" not in notes.waived:
+                faults.add(example.row, "D127", f"a label that no other row has ({listed(sorted(lonely), 3)})")
+        if lonely and "D127" in notes.waived:
+            notes.note("D127", f"{counted(len(lonely), 'label')} with one row: {listed(sorted(lonely))}", place)
+    return examples
+
+
+def _groups(alike: list[list[str]]) -> str:
+    return listed([" ".join(map(repr, several)) for several in alike], 4)
+
+
+def _duplicates(examples: list[Example], notes: Notes, place: str) -> int:
+    """How many rows are exact copies of an earlier one, label included; texts with two labels are noted too."""
+    copies: dict[tuple[str, Any], list[int]] = defaultdict(list)
+    labels: dict[str, dict[Any, int]] = defaultdict(dict)
+    for example in examples:
+        copies[example.key, example.label].append(example.row)
+        labels[example.key].setdefault(example.label, example.row)
+    several = [where for where in copies.values() if len(where) > 1]
+    count = sum(len(where) - 1 for where in several)
+    if count:
+        notes.note("D130", f"{counted(count, 'duplicate row')}, kept; such as {rows(several[0])}", place)
+    torn = [list(by_label.values()) for by_label in labels.values() if len(by_label) > 1]
+    if torn:
+        notes.note("D134", f"{counted(len(torn), 'text')} with different labels, such as {rows(torn[0])}", place)
+    return count
+
+
+def _type(value: Any) -> str:
+    names: dict[type, str] = {
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+        str: "text",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,280 @@
+"""A user's file to checked, split and tokenised rows, in one call that stops with every fault it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graftlm.data.checking import Example, Notes, check, check_overlap
+from graftlm.data.labels import Labels, label_name
+from graftlm.data.reading import Rejected, Table, read_rows
+from graftlm.data.recognise import Reading, recognise
+from graftlm.data.splitting import default_share, split, split_document
+from graftlm.data.templates import Template
+from graftlm.data.tokenising import Item, Supervision, encode_chats, encode_documents, encode_labelled
+from graftlm.data.wording import counted, listed, number, percent
+from graftlm.errors import DataError, Finding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Prepared", "prepare"]
+
+_FEW_DOCUMENTS = 20  # below this, long texts are divided inside rather than from one another
+_SHARE_OF_DOCUMENT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Rows ready for the collator, and all there is to say about them.
+
+    `train` and `eval` hold items (see `tokenising`), each with its `example` (raw row, messages or texts). `labels` is
+    None unless the task is classify, `template` None unless it is sft. `notes` are findings that do not stop a run.
+    `line` is for the terminal's `data` line, `supervision.line` for its `loss on` line, `eval_line` says what eval is.
+    """
+
+    task: str
+    train: list[Item]
+    eval: list[Item]
+    labels: Labels | None
+    template: Template | None
+    supervision: Supervision
+    eval_supervision: Supervision
+    notes: tuple[Finding, ...]
+    rejected: tuple[Rejected, ...]
+    reading: Reading
+    line: str
+    eval_line: str
+    pad_id: int
+    sha256: dict[str, str]
+
+
+def prepare(
+    path: str | Path,
+    eval_path: str | Path | None = None,
+    format: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    eval_share: float | None = None,
+    max_rows: int | None = None,
+    drop_bad_rows: bool = False,
+    task: str = "auto",
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    seed: int = 0,
+    template: str | Template | None = None,
+    labels: Labels | None = None,
+    merge_labels: bool = False,
+    waived: Collection[str] = (),
+) -> Prepared:
+    """Reads, recognises, checks, splits and tokenises.
+
+    Args:
+        path: the training file.
+        eval_path: a file with eval rows of the same columns; without it, `eval_share` of the training rows is held out.
+        format: see `read_rows`.
+        mapping: role to column, see `recognise`.
+        eval_share: in [0, 1); None: 20 %, above 2 000 rows 5 %; 0: no eval rows.
+        max_rows: read only the first rows of each file.
+        drop_bad_rows: leave faulty rows out (they are in `Prepared.rejected`) instead of stopping.
+        task: `auto`, sft, classify or lm.
+        tokenizer: of the base model.
+        max_length: in tokens; None: what the tokenizer allows.
+        seed: of the split.
+        template: one that a run has stored, a built-in one's name or Jinja text, instead of the tokenizer's own.
+        labels: of a trained adapter that is to be evaluated on these rows: they may then have a label once or one label
+            only, and a label that is not among them is an error (D132).
+        merge_labels: labels that differ only by case or space become one.
+        waived: codes of judgements that are not to stop the run (`codes.WAIVABLE`).
+
+    Raises:
+        DataError: every fault of a stage at once; the stages are: both files read, columns recognised, rows checked,
+            tokens counted.
+
+    Example:
+        >>> ready = prepare("faq.jsonl", tokenizer=tokenizer, max_length=512)                   # doctest: +SKIP
+        >>> print(ready.supervision.line)                                                       # doctest: +SKIP
+        loss on 18.9 % of tokens: assistant turns + end of turn
+    """
+    _check_arguments(eval_path, eval_share, max_rows, max_length)
+    tables = _read_all([p for p in (path, eval_path) if p is not None], format, max_rows, drop_bad_rows)
+    reading = recognise(tables[0], task, mapping)
+    if eval_path is not None:
+        _check_same_columns(reading, *tables)
+    notes = Notes(waived)
+    checked = [
+        check(
+            table,
+            reading,
+            notes,
+            drop_bad_rows=drop_bad_rows,
+            merge_labels=merge_labels,
+            count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
+            is_eval=order == 1 or labels is not None,
+        )
+        for order, table in enumerate(tables)
+    ]
+    train = checked[0].examples
+    names = [table.path.name for table in tables]
+    if eval_path is not None:
+        held = checked[1].examples
+        check_overlap(train, held, notes, names[1])
+        eval_line = f"eval {names[1]} = {counted(len(held), 'row')}"
+    notes.settle()
+    if eval_path is None:
+        train, held = _hold_out(train, reading, eval_share, seed, notes, names[0])
+        eval_line = _eval_line(train, held)
+        names.append(f"{names[0]} (eval part)")
+
+    rejected = [fault for result in checked for fault in result.rejected]
+    known: Labels | None = None
+    chosen: Template | None = None
+    sets: list[tuple[list[Item], Supervision]] = []
+    if reading.task == "classify":
+        known = labels or Labels.of(example.label for example in train if example.label is not None)
+        for part, name in ((train, names[0]), (held, names[-1])):
+            _check_known_labels(part, known, notes, name)
+        notes.settle()
+        train, held = ([e for e in part if e.label is not None and e.label in known] for part in (train, held))
+    elif reading.task == "sft":
+        if isinstance(template, Template):
+            chosen = template
+        else:
+            chosen = Template.of(tokenizer, choice=template, chat=_is_chat([*train, *held]))
+        if chosen.name in ("plain", "turns") and template is None:
+            message = (
+                f"the tokenizer has no chat template; built-in template '{chosen.name}' is used, it adds no tokens"
+            )
+            notes.note("D149", message)
+    for rows, name in ((train, names[0]), (held, names[-1])):
+        if known is not None:
+            sets.append(encode_labelled(rows, tokenizer, known, notes, max_length=max_length, place=name))
+        elif chosen is not None:
+            items, supervision, out = encode_chats(
+                rows, tokenizer, chosen, notes, max_length=max_length, drop_bad_rows=drop_bad_rows, place=name
+            )
+            rejected += out
+            sets.append((items, supervision))
+        elif rows or not sets:
+            sets.append(encode_documents(rows, tokenizer, max_length=max_length))
+        else:
+            sets.append(([], Supervision()))
+    if not sets[0][0] and not notes.errors:
+        notes.error("D142", "0 tokens would be trained: no row with two tokens is left", names[0])
+    notes.settle()
+    (items, supervision), (eval_items, eval_supervision) = sets
+    duplicates = checked[0].duplicates
+    line = f"{reading.line}   {counted(duplicates, 'duplicate')}, {number(supervision.cut_rows)} cut"
+    if rejected:
+        line += f", {number(len(rejected))} left out"
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return Prepared(
+        task=reading.task,
+        train=items,
+        eval=eval_items,
+        labels=known,
+        template=chosen,
+        supervision=supervision,
+        eval_supervision=eval_supervision,
+        notes=_once(notes.notes),
+        rejected=tuple(rejected),
+        reading=reading,
+        line=line,
+        eval_line=eval_line,
+        pad_id=pad_id,
+        sha256={str(table.path): table.sha256 for table in tables},
+    )
+
+
+def _check_arguments(
+    eval_path: str | Path | None, eval_share: float | None, max_rows: int | None, max_length: int | None
+) -> None:
+    findings: list[Finding] = []
+    if eval_share is not None and not 0 <= eval_share < 1:
+        fix = f"--set data.eval_share={eval_share / 100:g}" if 1 <= eval_share < 100 else "--set data.eval_share=0.05"
+        findings.append(Finding("D133", f"eval_share is {eval_share:g}, wanted at least 0 and below 1", fix=fix))
+    if eval_share and eval_path is not None:
+        message = f"eval_share {eval_share:g} and eval_path {eval_path} exclude each other"
+        findings.append(Finding("D133", message, fix="--set data.eval_share=null"))
+    if max_rows is not None and max_rows < 1:
+        findings.append(Finding("D104", f"max_rows is {max_rows}, wanted 1 or more", fix="--set data.max_rows=null"))
+    if max_length is not None and max_length < 2:
+        findings.append(Finding("D143", f"max_length is {max_length}, wanted 2 or more", fix="--max-length 512"))
+    if findings:
+        raise DataError(findings)
+
+
+def _read_all(paths: list[str | Path], format: str, max_rows: int | None, drop_bad_rows: bool) -> list[Table]:
+    """Every file, or the faults of all of them."""
+    tables: list[Table] = []
+    findings: list[Finding] = []
+    for path in paths:
+        try:
+            tables.append(read_rows(path, format, max_rows, drop_bad_rows=drop_bad_rows))
+        except DataError as error:
+            findings += error.findings
+    if findings:
+        raise DataError(findings)
+    return tables
+
+
+def _check_same_columns(reading: Reading, train: Table, held: Table) -> None:
+    """The eval file must have the columns that the training file was recognised by."""
+    needed = [name for role in reading.columns if role != "system" for name in reading.sources(role)[:1]]
+    missing = [name for name in needed if name not in held.columns]
+    if missing:
+        message = f"no column {listed(map(repr, missing))} as in {train.path.name}; columns: {listed(held.columns)}"
+        raise DataError(Finding("D110", message, held.path.name, "give both files the same columns"))
+
+
+def _hold_out(
+    examples: list[Example], reading: Reading, share: float | None, seed: int, notes: Notes, place: str
+) -> tuple[list[Example], list[Example]]:
+    """Train and eval examples out of one file."""
+    if share == 0:
+        return examples, []
+    if reading.task == "lm" and len(examples) < _FEW_DOCUMENTS:
+        halves = [(e, *split_document(e.texts[0], _SHARE_OF_DOCUMENT if share is None else share)) for e in examples]
+        train = [replace(e, texts=(head,)) for e, head, _ in halves]
+        return train, [replace(e, texts=(tail,)) for e, _, tail in halves if tail]
+    labels = [label_name(e.label) for e in examples if e.label is not None]
+    wanted = default_share(len(examples)) if share is None else share
+    inside, held = split([e.key for e in examples], labels or None, share=wanted, seed=seed)
+    if not held:
+        message = f"{counted(len(examples), 'row')} cannot be divided into train and eval (every text, or label, once)"
+        if share is not None:
+            notes.error("D133", message, place, "--set data.eval_share=null")
+            notes.settle()
+        notes.note("D133", f"{message}: no eval rows", place)
+    return [examples[at] for at in inside], [examples[at] for at in held]
+
+
+def _eval_line(train: list[Example], held: list[Example]) -> str:
+    """How much was held out: in rows, or in characters where texts were divided inside."""
+    if not held:
+        return "no eval rows"
+    if {e.row for e in held} & {e.row for e in train}:
+        part, rest = (sum(len(text) for e in side for text in e.texts) for side in (held, train))
+        return f"eval {percent(part, part + rest)} = the end of {'each' if len(held) > 1 else 'the'} text"
+    return f"eval {percent(len(held), len(held) + len(train))} = {counted(len(held), 'row')}"
+
+
+def _is_chat(examples: list[Example]) -> bool:
+    """Whether any row is more than one question and its answer."""
+    return any([m["role"] for m in example.messages] != ["user", "assistant"] for example in examples)
+
+
+def _check_known_labels(examples: list[Example], labels: Labels, notes: Notes, place: str) -> None:
+    strange = [label_name(e.label) for e in examples if e.label is not None and e.label not in labels]
+    if strange:
+        unknown = sorted(set(strange))
+        message = (
+            f"{counted(len(strange), 'eval row')} with labels unknown to training: {listed(map(repr, unknown), 5)}"
+        )
+        notes.error("D132", message, place, "correct them, or waive D132 to leave those rows out")
+
+
+def _once(notes: list[Finding]) -> tuple[Finding, ...]:
+    return tuple(dict.fromkeys(notes))

@@ -1,0 +1,406 @@
+"""Reads a data file into rows, and says exactly where it is broken: JSONL, JSON, CSV, TSV, Parquet, plain text.
+
+Every broken line of a file is reported at once. Nothing is guessed about the meaning of the columns here; that is
+`recognise`. A plain text file becomes one row with one column `text`: a whole document.
+
+Example:
+    >>> table = read_rows("faq.jsonl")                                                          # doctest: +SKIP
+    >>> table.columns, table.places[0]                                                          # doctest: +SKIP
+    (('question', 'answer'), 'faq.jsonl:1')
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graftlm.data.wording import clip, counted, listed, number
+from graftlm.errors import DataError, Finding, nearest
+
+__all__ = ["FORMATS", "Rejected", "Row", "Table", "read_rows"]
+
+Row = dict[str, Any]
+
+FORMATS: dict[str, str] = {
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".md": "text",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".tab": "tsv",
+    ".tsv": "tsv",
+    ".txt": "text",
+}
+"""File ending to format."""
+
+_MAGIC = {b"PAR1": "Parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive or an Excel file", b"%PDF": "PDF"}
+_COUNTED_BYTES = 200_000_000  # a larger neighbour is named without its number of rows
+_CARET_WIDTH = 72
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that was left out, with the reason; one line of `data/rejected.jsonl`."""
+
+    place: str
+    row: int
+    reason: str
+    raw: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The rows of one file; `places[i]` is where `rows[i]` stands in it, such as `faq.jsonl:17`."""
+
+    path: Path
+    format: str
+    sha256: str
+    columns: tuple[str, ...]
+    rows: list[Row]
+    places: list[str]
+    rejected: list[Rejected] = field(default_factory=list)
+    capped: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read_rows(
+    path: str | Path, format: str = "auto", max_rows: int | None = None, *, drop_bad_rows: bool = False
+) -> Table:
+    """All rows of a file (at most the first `max_rows`), each with its place.
+
+    Args:
+        path: a local file.
+        format: one of `FORMATS`' values; `auto` goes by the file's ending and, between JSON and JSONL, by content.
+        max_rows: stop after so many rows; `Table.capped` tells whether there were more.
+        drop_bad_rows: leave out lines that cannot be parsed; they are listed in `Table.rejected`.
+
+    Raises:
+        DataError: D101 to D109, D113, with every broken line of the file.
+    """
+    path = Path(path)
+    _must_exist(path)
+    kind = _format_of(path, format)
+    if path.stat().st_size == 0:
+        raise DataError(Finding("D104", "the file is empty", place=str(path)))
+    reader = _Reader(path, max_rows, drop_bad_rows)
+    if kind == "parquet":
+        reader.parquet()
+    else:
+        content = path.read_bytes()
+        reader.digest = hashlib.sha256(content).hexdigest()
+        text = _decoded(content, path)
+        if not text.strip():
+            raise DataError(Finding("D104", "the file holds nothing but white space", place=str(path)))
+        if kind in ("csv", "tsv"):
+            reader.delimited(text, "\t" if kind == "tsv" else ",")
+        elif kind == "text":
+            reader.add({"text": text}, f"{path.name}:1")
+        elif format == "jsonl" or (format == "auto" and _looks_like_lines(text, kind)):
+            kind = "jsonl"
+            reader.json_lines(text)
+        else:
+            kind = "json"
+            reader.json_array(text)
+    return reader.table(kind)
+
+
+class _Reader:
+    """Collects rows, places and faults of one file while a format's method walks through it."""
+
+    def __init__(self, path: Path, max_rows: int | None, drop_bad_rows: bool) -> None:
+        self.path, self.max_rows, self.drop_bad_rows = path, max_rows, drop_bad_rows
+        self.rows: list[Row] = []
+        self.places: list[str] = []
+        self.faults: list[tuple[Finding, Rejected]] = []
+        self.header: list[str] | None = None
+        self.digest = ""
+        self.lines = 0  # rows met, good or bad
+        self.capped = False
+
+    @property
+    def full(self) -> bool:
+        """Whether `max_rows` are in, so that one more would only tell that there were more."""
+        return self.max_rows is not None and len(self.rows) >= self.max_rows
+
+    def add(self, row: Row, place: str) -> None:
+        self.lines += 1
+        if self.full:
+            self.capped = True
+        else:
+            self.rows.append(row)
+            self.places.append(place)
+
+    def fault(self, code: str, message: str, place: str, raw: Any, detail: tuple[str, ...] = (), fix: str = "") -> None:
+        self.lines += 1
+        self.faults.append(
+            (Finding(code, message, place, fix, detail), Rejected(place, self.lines, f"{message} [{code}]", raw))
+        )
+
+    def table(self, kind: str) -> Table:
+        if self.faults and not self.drop_bad_rows:
+            of = f"({number(len(self.faults))} of {counted(self.lines, 'line')})"
+            fix = "mend the line, or leave such lines out with --set data.drop_bad_rows=true"
+            raise DataError(
+                Finding(f.code, f"{f.message} {of}", f.place, f.fix or fix, f.detail) for f, _ in self.faults
+            )
+        if not self.rows:
+            raise DataError(Finding("D104", f"no row in {self.path}", fix="" if self.lines else "add rows"))
+        columns = self.header or list(dict.fromkeys(name for row in self.rows for name in row))
+        return Table(
+            path=self.path,
+            format=kind,
+            sha256=self.digest,
+            columns=tuple(columns),
+            rows=self.rows,
+            places=self.places,
+            rejected=[rejected for _, rejected in self.faults],
+            capped=self.capped,
+        )
+
+    def json_lines(self, text: str) -> None:
+        # Not splitlines(): U+2028 and its like are ordinary characters inside a JSON string.
+        for at, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            if self.full:
+                self.capped = True
+                return
+            place = f"{self.path.name}:{at}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                self.fault("D105", _json_message(error), f"{place}:{error.colno}", line, _caret(line, error.colno))
+            else:
+                self.json_value(value, place)
+
+    def json_value(self, value: Any, place: str) -> None:
+        if isinstance(value, dict):
+            self.add(value, place)
+        else:
+            found = "nothing (null)" if value is None else f"a {_kind(value)}"
+            self.fault("D109", f'found {found}, wanted an object such as {{"text": ..., "label": ...}}', place, value)
+
+    def json_array(self, text: str) -> None:
+        name, decoder = self.path.name, json.JSONDecoder()
+        start = len(text) - len(text.lstrip())
+        if text[start] != "[":
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise _broken_json(error, name) from None
+            what = f"one object with {listed(value)}" if isinstance(value, dict) else f"a {_kind(value)}"
+            lists = [key for key, v in value.items() if isinstance(v, list)] if isinstance(value, dict) else []
+            detail = (f"the rows may be under {listed(map(repr, lists))}: save that list as a file",) if lists else ()
+            raise DataError(Finding("D109", f"found {what}, wanted an array of objects", name, detail=detail))
+        at, line, counted_to = start + 1, 1 + text.count("\n", 0, start), start
+        try:
+            while True:
+                at = _skip(text, at)
+                if text[at : at + 1] == "]":
+                    break
+                line += text.count("\n", counted_to, at)
+                counted_to = at
+                value, at = decoder.raw_decode(text, at)
+                if self.full:
+                    self.capped = True
+                    return
+                self.json_value(value, f"{name}:{line}")
+                at = _skip(text, at)
+                if text[at : at + 1] == ",":
+                    at += 1
+                elif text[at : at + 1] != "]":
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, min(at, len(text.rstrip())))
+            if text[at + 1 :].strip():
+                raise json.JSONDecodeError("Extra data", text, _skip(text, at + 1))
+        except json.JSONDecodeError as error:
+            raise _broken_json(error, name) from None
+
+    def delimited(self, text: str, delimiter: str) -> None:
+        name = self.path.name
+        csv.field_size_limit(2**31 - 1)
+        first = text.lstrip("\n").partition("\n")[0]
+        if delimiter == "," and "," not in first:  # spreadsheets of half of Europe write semicolons
+            delimiter = next((sign for sign in ";\t" if sign in first), ",")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        at = 0
+        try:
+            for cells in reader:
+                begin, at = at + 1, reader.line_num
+                if not cells:
+                    continue
+                if self.header is None:
+                    self.header = _header([cell.strip() for cell in cells], f"{name}:{begin}")
+                elif self.full:
+                    self.capped = True
+                    return
+                elif len(cells) == len(self.header):
+                    self.add(dict(zip(self.header, cells, strict=True)), f"{name}:{begin}")
+                else:
+                    wanted = f"{len(self.header)} ({listed(self.header)})"
+                    message = f"found {counted(len(cells), 'field')}, wanted {wanted}"
+                    if len(cells) > len(self.header) and delimiter == ",":
+                        message += '; a text with a comma needs "quotes"'
+                    self.fault("D107", message, f"{name}:{begin}", cells, (clip(delimiter.join(cells), _CARET_WIDTH),))
+        except csv.Error as error:
+            line = (text.split("\n")[at : at + 1] or [""])[0]
+            message = "a quoted text is never closed" if "unexpected end" in str(error) else str(error)
+            raise DataError(
+                Finding("D105", message, f"{name}:{at + 1}", 'double a quote inside a quoted text: ""', (clip(line),))
+            ) from None
+
+    def parquet(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with self.path.open("rb") as file:
+            self.digest = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with pq.ParquetFile(self.path) as file_:
+                self.header = list(file_.schema_arrow.names)
+                for batch in file_.iter_batches():
+                    for row in batch.to_pylist():
+                        self.add(row, f"{self.path.name} row {self.lines + 1}")
+                        if self.capped:
+                            return
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(Finding("D113", clip(str(error), 100), str(self.path))) from None
+
+
+def _must_exist(path: Path) -> None:
+    if path.is_file():
+        return
+    if path.is_dir():
+        inside = [str(path / name) for name in _data_files(path)]
+        message = f"{path} is a folder, wanted a file" + (f"; it has {listed(inside, 4)}" if inside else "")
+        raise DataError(Finding("D102", message, fix=inside[0] if inside else ""))
+    folder = path.parent
+    if not folder.is_dir():
+        raise DataError(
+            Finding(
+                "D101", f"no file '{path}': there is no folder '{folder}'", detail=("data is read from local files",)
+            )
+        )
+    names = _data_files(folder)
+    close = nearest(path.name, names, most=1) or [name for name in names if Path(name).stem == path.stem][:1]
+    if close:
+        guess = folder / close[0]
+        rows = _rows_in(guess)
+        size = f" ({counted(rows, 'row')})" if rows is not None else ""
+        raise DataError(Finding("D101", f"no file '{path}'. Did you mean {guess}{size}?", fix=str(guess)))
+    beside = f"; in that folder: {listed(names, 5)}" if names else "; that folder has no data file"
+    raise DataError(Finding("D101", f"no file '{path}'{beside}"))
+
+
+def _data_files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if file.suffix.lower() in FORMATS and file.is_file())
+
+
+def _rows_in(path: Path) -> int | None:
+    """The number of rows of a healthy file, cheaply; None where only a full parse would tell."""
+    try:
+        kind = FORMATS[path.suffix.lower()]
+        if kind == "parquet":
+            import pyarrow.parquet as pq
+
+            return int(pq.read_metadata(path).num_rows)
+        if kind == "jsonl" and path.stat().st_size <= _COUNTED_BYTES:
+            return sum(1 for line in path.read_bytes().split(b"\n") if line.strip())
+        if kind in ("csv", "tsv", "json") and path.stat().st_size <= _COUNTED_BYTES:
+            return len(read_rows(path))
+    except Exception:  # a suggestion must never become an error of its own
+        return None
+    return None
+
+
+def _format_of(path: Path, format: str) -> str:
+    known = sorted(set(FORMATS.values()))
+    if format != "auto":
+        if format in known:
+            return format
+        close = nearest(format, known, most=1)
+        fix = f"--set data.format={close[0]}" if close else ""
+        raise DataError(Finding("D103", f"unknown format '{format}'; known: auto, {', '.join(known)}", fix=fix))
+    with path.open("rb") as file:
+        head = file.read(64)
+    kind = FORMATS.get(path.suffix.lower())
+    magic = next((name for sign, name in _MAGIC.items() if head.startswith(sign)), None)
+    if magic and (kind != "parquet" or magic != "Parquet"):
+        fix = "--set data.format=parquet" if magic == "Parquet" else "unpack or save it as CSV, JSONL or Parquet"
+        raise DataError(Finding("D103", f"the file is {magic}, not {kind or 'a data file'}", str(path), fix))
+    if kind is None:
+        ending = path.suffix or "no ending"
+        guess = "jsonl" if head.lstrip()[:1] == b"{" else "json" if head.lstrip()[:1] == b"[" else "text"
+        message = f"unknown kind of file ({ending}); known endings: {', '.join(sorted(FORMATS))}"
+        raise DataError(Finding("D103", message, str(path), f"--set data.format={guess}"))
+    return kind
+
+
+def _decoded(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        guess = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+        message = f"not UTF-8: byte 0x{content[error.start]:02x} at offset {number(error.start)}; perhaps {guess}"
+        new = path.with_name(f"{path.stem}.utf8{path.suffix}")
+        fix = f"iconv -f {guess} -t UTF-8 '{path}' > '{new}'"
+        raise DataError(Finding("D106", message, f"{path.name}:{line}", fix)) from None
+
+
+def _looks_like_lines(text: str, kind: str) -> bool:
+    """Whether lines start objects of their own: JSONL, whatever the file is called."""
+    starts = [line.lstrip()[:1] for line in text.split("\n") if line.strip()]
+    return starts[0] != "[" and (kind == "jsonl" or 2 * starts.count("{") > len(starts))
+
+
+def _header(names: list[str], place: str) -> list[str]:
+    findings = []
+    empty = [at for at, name in enumerate(names, start=1) if not name]
+    if empty:
+        hint = ("pandas writes its index so: to_csv(..., index=False)",) if empty == [1] else ()
+        which = f"column{'s' if len(empty) > 1 else ''} {listed(empty)} of {len(names)}"
+        findings.append(Finding("D108", f"{which} without a name", place, "name or remove it", hint))
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        findings.append(Finding("D108", f"one column name twice: {listed(map(repr, twice))}", place, "rename one"))
+    if findings:
+        raise DataError(findings)
+    return names
+
+
+def _skip(text: str, at: int) -> int:
+    match = re.compile(r"\s*").match(text, at)
+    return match.end() if match else at
+
+
+def _kind(value: Any) -> str:
+    names: dict[type, str] = {list: "list", str: "text", bool: "truth value", int: "number", float: "number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _json_message(error: json.JSONDecodeError) -> str:
+    message = error.msg[0].lower() + error.msg[1:]
+    return message.removesuffix(" starting at").removesuffix(" at")
+
+
+def _broken_json(error: json.JSONDecodeError, name: str) -> DataError:
+    line = error.doc.split("\n")[error.lineno - 1]
+    place = f"{name}:{error.lineno}:{error.colno}"
+    return DataError(Finding("D105", _json_message(error), place, detail=_caret(line, error.colno)))
+
+
+def _caret(line: str, column: int) -> tuple[str, str]:
+    """The part of a line around a column (1-based) and a caret below that column."""
+    start = max(0, min(column - _CARET_WIDTH // 2, len(line) - _CARET_WIDTH))
+    shown = line[start : start + _CARET_WIDTH].replace("\t", " ").rstrip("\r")
+    head, tail = "…" if start else "", "…" if start + _CARET_WIDTH < len(line) else ""
+    return head + shown + tail, " " * (len(head) + column - 1 - start) + "^"

@@ -1,0 +1,308 @@
+"""Decides from the columns what the rows of a table are, and never guesses between two answers.
+
+| columns | kind | task |
+|---|---|---|
+| `messages` (role, content) or `conversations` (from, value) | chat | sft |
+| `prompt, completion` (question/answer, input/output, instruction/response ...), perhaps `system` | pairs | sft |
+| `instruction, input, output` (Alpaca) | pairs, prompt = instruction + input | sft |
+| `text, label`, or two texts and `label` (premise/hypothesis ...) | labelled | classify |
+| `text` and none of these | documents | lm |
+
+Example:
+    >>> recognise(read_rows("faq.jsonl")).line                                                  # doctest: +SKIP
+    'faq.jsonl  12 000 rows  prompt=question completion=answer'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from graftlm.data.reading import Table
+from graftlm.data.wording import counted, listed
+from graftlm.errors import DataError, Finding, nearest
+
+__all__ = ["ROLES", "TASKS", "Reading", "recognise"]
+
+TASKS: dict[str, str] = {
+    "classify": "text and label",
+    "lm": "text",
+    "sft": "prompt and completion (or messages)",
+}
+"""Task to the roles it needs, in words."""
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "completion": ("completion", "answer", "output", "response", "reply", "assistant"),
+    "label": ("label", "labels", "label_text", "label_name", "class", "sentiment", "intent", "emotion"),
+    "messages": ("messages", "conversations", "conversation", "chat", "dialogue"),
+    "prompt": ("prompt", "question", "query", "instruction", "input", "user"),
+    "system": ("system", "system_prompt"),
+    "text": ("text", "content", "document", "sentence", "review", "tweet"),
+    "text2": ("text2",),
+}
+"""Role to the column names that are understood without `--map`, compared without case."""
+
+_CONTEXTS = ("context", "passage", "background", "document", "paragraph")
+_PERHAPS_LABELS = ("category", "topic", "target", "y", "genre", "domain", "type", "rating", "stars")
+_TEXT_PAIRS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("text1", "text2"),
+    ("text", "text2"),
+    ("question1", "question2"),
+    ("question", "passage"),
+    ("question", "sentence"),
+)
+_NEEDED = {"classify": ("text", "label"), "lm": ("text",), "sft": ("prompt", "completion")}
+_KIND_TASK = {"chat": "sft", "pairs": "sft", "labelled": "classify", "documents": "lm"}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the rows are: `task` (sft, classify, lm), `kind` of rows, `columns` (role to column), and one `line` of it.
+
+    A role may be made of several columns, joined by a blank line: `instruction+input`; `sources` gives them one by one.
+    """
+
+    task: str
+    kind: str
+    columns: dict[str, str]
+    unused: tuple[str, ...]
+    line: str
+    known: tuple[str, ...]
+
+    def sources(self, role: str) -> tuple[str, ...]:
+        """The columns that a role is made of; none for a role that this table does not have."""
+        return _parts(self.columns[role], self.known) if role in self.columns else ()
+
+
+def recognise(table: Table, task: str = "auto", mapping: Mapping[str, str] | None = None) -> Reading:
+    """What the rows of `table` are.
+
+    Args:
+        table: from `read_rows`.
+        task: `auto`, or one of `TASKS` to look for that only.
+        mapping: role to column, as in `--map prompt=question,completion=answer`; `a+b` joins two columns by a
+            blank line. Roles that it does not name are found as usual.
+
+    Raises:
+        DataError: D110 wrong columns, D111 several answers, D112 a mapping that does not fit.
+    """
+    given = dict(mapping or {})
+    if task != "auto" and task not in TASKS:
+        close = nearest(task, TASKS, most=1)
+        raise DataError(
+            Finding(
+                "D110", f"unknown task '{task}'; known: auto, {', '.join(TASKS)}", fix=f"--task {(close or ['sft'])[0]}"
+            )
+        )
+    _check_mapping(given, table)
+    columns = _Columns(table, given, task)
+    found: dict[str, list[dict[str, str]]] = {}
+    for kind in ("chat", "pairs", "labelled"):
+        if task in ("auto", _KIND_TASK[kind]) and columns.wanted(kind):
+            ways = getattr(columns, kind)()
+            if ways:
+                found[kind] = ways
+    if task in ("auto", "lm") and not found and columns.wanted("documents"):
+        ways = columns.documents()
+        if ways:
+            found["documents"] = ways
+    ways = [(kind, way) for kind, several in found.items() for way in several]
+    if not ways:
+        raise DataError(_wrong_columns(table, task, given))
+    perhaps = columns.perhaps_labelled() if task == "auto" and ways[0][0] == "documents" else []
+    if len(ways) + len(perhaps) > 1:
+        raise DataError(_ambiguous(table, ways, perhaps))
+    kind, way = ways[0]
+    used = {part for column in way.values() for part in _parts(column, table.columns)}
+    unused = tuple(name for name in table.columns if name not in used | columns.twins)
+    shown = " ".join(f"{role}={column}" for role, column in way.items())
+    line = f"{table.path.name}  {counted(len(table), 'row')}  {shown}"
+    if unused:
+        line += f"  (not used: {listed(unused, 4)})"
+    return Reading(_KIND_TASK[kind], kind, way, unused, line, table.columns)
+
+
+class _Columns:
+    """Finds, for each kind of rows, all ways in which the columns of a table can fill its roles."""
+
+    def __init__(self, table: Table, given: Mapping[str, str], task: str) -> None:
+        self.table, self.given, self.task = table, given, task
+        self.taken = {part for column in given.values() for part in _parts(column, table.columns)}
+        self.by_lower = {name.strip().lower(): name for name in table.columns}
+        self.twins: set[str] = set()  # columns that say the same as the label in other words
+
+    def wanted(self, kind: str) -> bool:
+        """Whether the mapping's roles, if there is one, belong to rows of this kind."""
+        roles = {
+            "chat": {"messages"},
+            "pairs": {"prompt", "completion", "system"},
+            "labelled": {"text", "text2", "label"},
+            "documents": {"text"},
+        }
+        return self.given.keys() <= roles[kind]
+
+    def named(self, names: Iterable[str]) -> list[str]:
+        return [self.by_lower[n] for n in names if n in self.by_lower and self.by_lower[n] not in self.taken]
+
+    def role(self, role: str) -> list[str]:
+        return [self.given[role]] if role in self.given else self.named(ROLES[role])
+
+    def chat(self) -> list[dict[str, str]]:
+        return [{"messages": column} for column in self.role("messages")]
+
+    def pairs(self) -> list[dict[str, str]]:
+        prompts, completions, systems = self.role("prompt"), self.role("completion"), self.role("system")
+        if "prompt" not in self.given:
+            first, extra = self.by_lower.get("instruction"), self.by_lower.get("input")
+            if first in prompts and extra in prompts:  # Alpaca: the input belongs to the instruction
+                joined = f"{first}+{extra}"
+                prompts = [joined, *(name for name in prompts if name not in (first, extra))]
+            contexts = self.named(_CONTEXTS)
+            if completions and len(prompts) == 1 and len(contexts) == 1 and "completion" not in self.given:
+                prompts = [f"{contexts[0]}+{prompts[0]}", *prompts]  # with the context or without it: the user says
+        head = {"system": systems[0]} if len(systems) == 1 else {}
+        return [{**head, "prompt": p, "completion": c} for p in prompts for c in completions if p != c]
+
+    def labelled(self) -> list[dict[str, str]]:
+        names = ROLES["label"] + (_PERHAPS_LABELS if self.task == "classify" else ())
+        labels = [self.given["label"]] if "label" in self.given else self._without_twins(self.named(names))
+        if "text" in self.given:
+            texts = [{role: self.given[role] for role in ("text", "text2") if role in self.given}]
+        else:
+            both = [self.named(pair) for pair in _TEXT_PAIRS]
+            texts = [{"text": pair[0], "text2": pair[1]} for pair in both if len(pair) == 2]
+            if not texts:
+                more = {"text2": self.given["text2"]} if "text2" in self.given else {}
+                texts = [{"text": name, **more} for name in self.named(ROLES["text"])]
+        return [{**text, "label": label} for text in texts for label in labels]
+
+    def documents(self) -> list[dict[str, str]]:
+        names = ("text", "content", "document") if self.task == "lm" else ("text", "content")
+        return [{"text": name} for name in ([self.given["text"]] if "text" in self.given else self.named(names))]
+
+    def perhaps_labelled(self) -> list[tuple[str, dict[str, str]]]:
+        """Ways of reading documents as labelled rows that need the user's word."""
+        if self.given:
+            return []
+        return [
+            ("labelled", {"text": way["text"], "label": label})
+            for way in self.documents()
+            for label in self.named(_PERHAPS_LABELS)
+        ]
+
+    def _without_twins(self, labels: list[str]) -> list[str]:
+        """One of the label columns where all say the same, row by row; the one in words rather than in numbers."""
+        rows = self.table.rows
+        if len(labels) > 1:
+            pairs = [{(repr(row.get(labels[0])), repr(row.get(other))) for row in rows} for other in labels[1:]]
+            if all(len({a for a, _ in ab}) == len({b for _, b in ab}) == len(ab) for ab in pairs):
+                words = [name for name in labels if isinstance(rows[0].get(name), str) and not rows[0][name].isdigit()]
+                chosen = (words or labels)[0]
+                self.twins = set(labels) - {chosen}
+                return [chosen]
+        return labels
+
+
+def _parts(column: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns of `a+b`; a column that is really called so comes first."""
+    return (column,) if column in known else tuple(part.strip() for part in column.split("+"))
+
+
+def _check_mapping(given: Mapping[str, str], table: Table) -> None:
+    findings = []
+    for role, column in given.items():
+        if role not in ROLES:
+            close = nearest(role, ROLES, most=1) or [
+                r for r, c in given.items() if role in table.columns and c in ROLES
+            ]
+            swapped = (
+                f"; is it the wrong way round? {column}={role}" if role in table.columns and column in ROLES else ""
+            )
+            fix = f"--map {column}={role}" if swapped else f"--map {close[0]}={column}" if close else ""
+            message = f"unknown role '{role}' in {role}={column}; roles: {', '.join(ROLES)}{swapped}"
+            findings.append(Finding("D112", message, fix=fix))
+            continue
+        for part in _parts(column, table.columns):
+            if part not in table.columns:
+                close = nearest(part, table.columns, most=1) or [c for c in table.columns if c.lower() in ROLES[role]]
+                message = f"no column '{part}' for {role}; columns: {listed(table.columns)}"
+                findings.append(Finding("D112", message, table.path.name, f"--map {role}={close[0]}" if close else ""))
+    if findings:
+        raise DataError(findings)
+
+
+def _pasteable(way: Mapping[str, str]) -> str:
+    return "--map " + ",".join(f"{role}={column}" for role, column in way.items())
+
+
+def _ambiguous(
+    table: Table, ways: list[tuple[str, dict[str, str]]], perhaps: list[tuple[str, dict[str, str]]]
+) -> Finding:
+    every = [*ways, *perhaps]
+    several_tasks = len({_KIND_TASK[kind] for kind, _ in every}) > 1
+    choices = [(f"--task {_KIND_TASK[kind]} " if several_tasks else "") + _pasteable(way) for kind, way in every]
+    message = f"{listed(table.columns)} can be understood in {len(every)} ways; choose one"
+    more = (f"... and {len(choices) - 5} more",) if len(choices) > 5 else ()
+    return Finding("D111", message, table.path.name, choices[0], (*choices[:5], *more))
+
+
+def _wrong_columns(table: Table, task: str, given: Mapping[str, str]) -> Finding:
+    need = TASKS[task] if task != "auto" else "; or ".join(TASKS.values())
+    if task == "sft" or (task == "auto" and {"prompt", "completion"} & given.keys()):
+        need = "prompt and completion"
+    message = f"need {need}, found {listed(table.columns)}"
+    looks = _looks_like(table, task, given)
+    if {"chosen", "rejected"} <= set(table.columns):
+        message += ". No task learns from preferences yet; the chosen answers alone can be learnt"
+        looks = {"prompt": "prompt", "completion": "chosen"} if "prompt" in table.columns else looks
+    elif looks:
+        message += ". Looks like " + ", ".join(f"{role}={column}" for role, column in looks.items())
+    return Finding(
+        "D110",
+        message,
+        table.path.name,
+        _pasteable(looks or dict.fromkeys(_NEEDED.get(task, ("prompt", "completion")), "...")),
+    )
+
+
+def _looks_like(table: Table, task: str, given: Mapping[str, str]) -> dict[str, str]:
+    """The most likely roles by nearness of names and by what the first row holds; empty when there is no good idea."""
+    first = table.rows[0]
+    texts = [name for name in table.columns if isinstance(first.get(name), str)]
+    every = (("prompt", "completion"), ("text", "label"), ("text",))
+    for roles in every if task == "auto" else (_NEEDED[task],):
+        way: dict[str, str] = {}
+        for role in roles:
+            free = [name for name in (table.columns if role == "label" else texts) if name not in way.values()]
+            guess = given.get(role) or _by_name(role, free)
+            if guess:
+                way[role] = guess
+        left = [name for name in texts if name not in (*way.values(), *_CONTEXTS) and not name.lower().endswith("id")]
+        if len(way) == 1 and "completion" in roles and len(left) == 1:  # one by its name, the other is what is left
+            way[roles[0] if roles[1] in way else roles[1]] = left[0]
+        if len(way) == len(roles):
+            return {role: way[role] for role in roles}
+    return {}
+
+
+def _by_name(role: str, columns: list[str]) -> str | None:
+    """The column whose name holds, or is near to, a name that is known for the role."""
+    known = ROLES[role] + (_PERHAPS_LABELS if role == "label" else ())
+    others = {word for other, words in ROLES.items() if other != role for word in words} - set(known)
+    if role == "text":
+        others |= set(_CONTEXTS) - set(ROLES["text"])  # "text" stands in "context"
+    columns = [name for name in columns if name.strip().lower() not in others]
+    for name in columns:
+        if name.strip().lower() in known:
+            return name
+    for word in known:
+        for name in columns:
+            if len(word) > 2 and word in name.lower():
+                return name
+    for word in known:
+        close = nearest(word, columns, most=1)
+        if close:
+            return close[0]
+    return None

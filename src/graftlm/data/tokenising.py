@@ -1,0 +1,325 @@
+"""Turns examples into token ids, knows for every token whether it is trained, and counts what was cut.
+
+Items are plain dicts of lists, ready for `collating`: `input_ids`, `labels` (the token id where trained, -100 where
+not; a class id for classification), `row`, and `example` for showing predictions. Labels stand at their own token: the
+shift by one is the loss function's business. Text and mask come from `templates`; a token is trained if any of its
+characters is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from graftlm.data.checking import Example, Notes
+from graftlm.data.labels import Labels
+from graftlm.data.reading import Rejected
+from graftlm.data.templates import Passage, Span, Template, TemplateFault
+from graftlm.data.wording import clip, counted, listed, number, percent, rows
+from graftlm.errors import DataError, Finding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["IGNORED", "Item", "Supervision", "Template", "encode_chats", "encode_documents", "encode_labelled"]
+
+Item = dict[str, Any]
+IGNORED = -100
+_ENDLESS = 10**6  # tokenizers without a length limit say so with a huge number
+_STEP = 64  # suggested lengths are multiples of this
+_DROP = "--set data.drop_bad_rows=true"
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """What is trained: token counts after cutting, lengths before it, and two rows to look at.
+
+    `lengths` are tokens of each row before cutting. `examples` are rows as (text, trained) pieces, decoded from the
+    very tokens that are trained.
+    """
+
+    trained_tokens: int = 0
+    total_tokens: int = 0
+    cut_rows: int = 0
+    lengths: tuple[int, ...] = ()
+    straddling_rows: int = 0
+    what: str = "assistant turns + end of turn"
+    examples: tuple[tuple[tuple[str, bool], ...], ...] = field(default=())
+
+    @property
+    def line(self) -> str:
+        """`loss on 18.9 % of tokens: assistant turns + end of turn`."""
+        if not self.trained_tokens:
+            return f"loss on {self.what}"
+        return f"loss on {percent(self.trained_tokens, self.total_tokens)} of tokens: {self.what}"
+
+    def marked(self, at: int, *, width: int = 200, left: str = "[[", right: str = "]]") -> str:
+        """Example `at` in one line, trained pieces between marks, long pieces clipped to `width` characters."""
+        pieces = ((clip(text, width), trained) for text, trained in self.examples[at])
+        return "".join(f"{left}{text}{right}" if trained else text for text, trained in pieces)
+
+
+def longest_allowed(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
+    """`max_length`, or what the tokenizer says its model can take, or None for no limit."""
+    if max_length is not None:
+        return max_length
+    limit = tokenizer.model_max_length
+    return int(limit) if limit and limit < _ENDLESS else None
+
+
+def encode_chats(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    notes: Notes,
+    *,
+    max_length: int | None = None,
+    drop_bad_rows: bool = False,
+    place: str = "",
+) -> tuple[list[Item], Supervision, list[Rejected]]:
+    """Conversations as token ids with labels on assistant turns and their end only.
+
+    Args:
+        examples: with `messages`.
+        tokenizer: a fast one, which tells the characters of each token.
+        template: turns messages into text and says what is trained.
+        notes: takes D136, D140 to D150.
+        max_length: tokens; longer rows lose their end and are counted. None: the tokenizer's own limit.
+        drop_bad_rows: rows that the template refuses, or whose answer is cut away, are left out and returned.
+        place: the file's name for messages.
+
+    Returns:
+        Items, what is trained, and the rows left out.
+
+    Raises:
+        DataError: D144 at once; other faults wait in `notes`.
+    """
+    _need_offsets(tokenizer)
+    limit = longest_allowed(tokenizer, max_length)
+    rejected: list[Rejected] = []
+    passages: list[tuple[Example, Passage]] = []
+    refused: dict[tuple[str, str], list[Example]] = {}
+    for example in examples:
+        try:
+            passages += [(example, passage) for passage in template.passages(example.messages)]
+        except TemplateFault as fault:
+            refused.setdefault((fault.code, str(fault)), []).append(example)
+    for (code, why), those in refused.items():
+        named = f"chat template '{template.name}' of {tokenizer.name_or_path or 'the tokenizer'}"
+        said = "rewrites what comes before an answer" if code == "D140" else "refuses"
+        if drop_bad_rows:
+            rejected += [Rejected(e.place, e.row, f"chat template: {why} [{code}]", e.raw) for e in those]
+        else:
+            head = f"{named} {said} {counted(len(those), 'row')} ({rows([e.row for e in those])}): {why}"
+            notes.error(code, head, place, "--set data.template=turns" if code == "D140" else _DROP)
+    more = len(passages) - (len(examples) - sum(map(len, refused.values())))
+    if more > 0:
+        message = f"{counted(more, 'row')} more than in the file: the chat template rewrites earlier turns, so each"
+        notes.note("D148", f"{message} assistant turn is trained as a row of its own", place)
+
+    items: list[Item] = []
+    lengths: list[int] = []
+    cut = straddling = 0
+    headless: list[tuple[Example, int]] = []
+    for (example, (_, spans)), (ids, offsets) in zip(
+        passages, _tokens(tokenizer, [text for _, (text, _) in passages]), strict=True
+    ):
+        trained = _trained(offsets, spans)
+        lengths.append(len(ids))
+        if limit is not None and len(ids) > limit:
+            if any(trained) and not any(trained[1:limit]):
+                headless.append((example, len(ids)))
+                continue
+            cut += 1
+            ids, trained = ids[:limit], trained[:limit]
+        straddling += any(start < edge < end for edge, _ in spans for start, end in offsets)
+        labels = [token if wanted else IGNORED for token, wanted in zip(ids, trained, strict=True)]
+        items.append({"input_ids": ids, "labels": labels, "row": example.row, "example": example})
+    if headless:
+        _report_headless(headless, lengths, limit or 0, tokenizer, notes, place, rejected if drop_bad_rows else None)
+    supervision = Supervision(
+        trained_tokens=sum(label != IGNORED for item in items for label in item["labels"][1:]),
+        total_tokens=sum(len(item["input_ids"]) for item in items),
+        cut_rows=cut,
+        lengths=tuple(lengths),
+        straddling_rows=straddling,
+        examples=tuple(_pieces(item, tokenizer) for item in items[:2]),
+    )
+    if items and not supervision.trained_tokens:
+        total = number(supervision.total_tokens)
+        notes.error("D142", f"0 of {total} tokens would be trained: chat template '{template.name}' marks none", place)
+    if not template.end_of_turn and items:
+        message = f"chat template '{template.name}' ends assistant turns with nothing: the model will not learn to stop"
+        notes.note("D147", message, place)
+    if straddling:
+        message = f"{counted(straddling, 'row')} where the first token of an answer also holds the end of the prompt"
+        notes.note("D150", f"{message}: when generating, the model sees other tokens there", place)
+    if rejected:
+        reasons = listed(dict.fromkeys(fault.reason for fault in rejected), 2)
+        notes.note("D136", f"{counted(len(rejected), 'row')} left out: {reasons}", place)
+    _note_control_tokens(examples, tokenizer, notes, place)
+    _note_cut(cut, len(items), limit, lengths, notes, place)
+    return items, supervision, rejected
+
+
+def encode_documents(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+) -> tuple[list[Item], Supervision]:
+    """Documents as blocks of at most `max_length` tokens, every token trained.
+
+    Each document gets the tokenizer's own special tokens and an end-of-sequence token; a block never spans two
+    documents, so the last block of each is short. A last block of a single token has nothing to predict and is left
+    out. Nothing is cut away otherwise.
+    """
+    limit = longest_allowed(tokenizer, max_length)
+    encoded = tokenizer([e.texts[0] for e in examples], verbose=False)["input_ids"] if examples else []
+    items: list[Item] = []
+    lengths: list[int] = []
+    for example, ids in zip(examples, encoded, strict=True):
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+        lengths.append(len(ids))
+        size = limit or len(ids)
+        blocks = [ids[at : at + size] for at in range(0, len(ids), size)]
+        items += [
+            {"input_ids": block, "labels": list(block), "row": example.row, "example": example}
+            for block in blocks
+            if len(block) > 1
+        ]
+    total = sum(len(item["input_ids"]) for item in items)
+    supervision = Supervision(
+        trained_tokens=total - len(items),
+        total_tokens=total,
+        lengths=tuple(lengths),
+        what=f"every token but the first of each of {counted(len(items), 'block')}"
+        + (f" of at most {number(limit)} tokens" if limit else ""),
+        examples=tuple(_pieces(item, tokenizer) for item in items[:2]),
+    )
+    return items, supervision
+
+
+def encode_labelled(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Labels,
+    notes: Notes,
+    *,
+    max_length: int | None = None,
+    place: str = "",
+) -> tuple[list[Item], Supervision]:
+    """Texts (one or two each) as token ids with the id of their class; longer ones are cut, the longer text first."""
+    limit = longest_allowed(tokenizer, max_length)
+    items: list[Item] = []
+    lengths: list[int] = []
+    cut = 0
+    for example, whole in zip(examples, _pairs(examples, tokenizer), strict=True):
+        lengths.append(len(whole["input_ids"]))
+        if limit is not None and lengths[-1] > limit:
+            cut += 1
+            whole = dict(tokenizer(*example.texts, truncation=True, max_length=limit, verbose=False))
+        assert example.label is not None
+        kept: Item = {name: whole[name] for name in ("input_ids", "token_type_ids") if name in whole}
+        items.append({**kept, "labels": labels.id(example.label), "row": example.row, "example": example})
+    _note_cut(cut, len(items), limit, lengths, notes, place)
+    counts = [sum(item["labels"] == id for item in items) for id in range(len(labels))]
+    most = max(range(len(labels)), key=counts.__getitem__, default=0)
+    what = f"one label a row: {len(labels)} classes"
+    if items:
+        what += f", the largest {labels.name(most)} ({percent(counts[most], len(items))})"
+    total = sum(len(item["input_ids"]) for item in items)
+    return items, Supervision(0, total, cut, tuple(lengths), what=what)
+
+
+def _pairs(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterable[dict[str, Any]]:
+    columns = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
+    encoded = tokenizer(*columns, verbose=False) if examples else {}
+    return ({name: values[at] for name, values in encoded.items()} for at in range(len(examples)))
+
+
+def _need_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        message = f"the tokenizer of {tokenizer.name_or_path} cannot say which characters a token stands for"
+        raise DataError(Finding("D144", message, fix="use a base with a tokenizer.json"))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterable[tuple[list[int], list[Span]]]:
+    if not texts:
+        return []
+    out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return zip(out["input_ids"], out["offset_mapping"], strict=True)
+
+
+def _trained(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Whether each token covers a trained character. Tokens and spans both ascend, so one pass is enough."""
+    trained, at = [], 0
+    for start, end in offsets:
+        while at < len(spans) and spans[at][1] <= start:
+            at += 1
+        trained.append(at < len(spans) and end > spans[at][0])
+    return trained
+
+
+def _pieces(item: Item, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:
+    """A row as runs of tokens with the same mask, each decoded."""
+    runs: list[tuple[list[int], bool]] = []
+    for at, (token, label) in enumerate(zip(item["input_ids"], item["labels"], strict=True)):
+        trained = at > 0 and label != IGNORED
+        if not runs or runs[-1][1] != trained:
+            runs.append(([], trained))
+        runs[-1][0].append(token)
+    return tuple((str(tokenizer.decode(ids)), trained) for ids, trained in runs)
+
+
+def _report_headless(
+    headless: list[tuple[Example, int]],
+    lengths: list[int],
+    limit: int,
+    tokenizer: PreTrainedTokenizerBase,
+    notes: Notes,
+    place: str,
+    rejected: list[Rejected] | None,
+) -> None:
+    if rejected is not None:
+        why = f"the whole answer is beyond max_length {limit} [D143]"
+        rejected += [Rejected(e.place, e.row, f"{why}: {n} tokens", e.raw) for e, n in headless]
+        return
+    longest = max(lengths)
+    wanted = math.ceil(longest / _STEP) * _STEP
+    most = longest_allowed(tokenizer, None)
+    fits = most is None or longest <= most
+    fix = f"--max-length {wanted if most is None else min(wanted, most)}" if fits else _DROP
+    message = (
+        f"{number(len(headless))} of {counted(len(lengths), 'row')} lose their whole answer at --max-length {limit} "
+        f"(median {round(median(lengths))}, longest {longest})"
+    )
+    if not fits:
+        message += f"; the tokenizer's own limit is {most}"
+    notes.error("D143", message, place, fix)
+
+
+def _note_control_tokens(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, notes: Notes, place: str
+) -> None:
+    """Says where a text would be read as control tokens: a `</s>` in HTML ends the sequence for the model."""
+    special = [token for token in tokenizer.all_special_tokens if token.strip()]
+    found: dict[str, list[int]] = {}
+    for example in examples:
+        content = "\n".join(str(message.get("content", "")) for message in example.messages)
+        for token in special:
+            if token in content:
+                found.setdefault(token, []).append(example.row)
+    for token, where in found.items():
+        message = f"{counted(len(where), 'row')} with '{token}' in the text, which is read as the control token"
+        notes.note("D145", f"{message} ({rows(where)})", place)
+
+
+def _note_cut(cut: int, total: int, limit: int | None, lengths: list[int], notes: Notes, place: str) -> None:
+    if cut:
+        message = f"{number(cut)} of {counted(total, 'row')} cut to {limit} tokens (longest {max(lengths)})"
+        notes.note("D146", message, place)

@@ -1,0 +1,125 @@
+"""Writing text with a model: whole answers in batches, or one answer token by token."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from graftlm.data import Collator, Template
+from graftlm.evaluation.losses import batches, evaluating
+
+__all__ = ["Conversation", "generate_texts", "stream_text"]
+
+#: Messages to be answered, or a text to be continued.
+Conversation = str | Sequence[Mapping[str, Any]]
+
+
+def generate_texts(
+    model: Any,
+    tokenizer: Any,
+    template: Template | None,
+    conversations: Sequence[Conversation],
+    *,
+    max_new_tokens: int = 96,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch: int = 8,
+) -> list[str]:
+    """What the model writes after each conversation, under the routing in force; temperature 0 takes the likeliest."""
+    options = _options(model, tokenizer, template, max_new_tokens, temperature, top_p)
+    collate = Collator(tokenizer.pad_token_id, side="left", pad_to_multiple_of=1)
+    encoded = [{"input_ids": _encode(model, tokenizer, template, c, max_new_tokens)} for c in conversations]
+    written: list[str] = []
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part in batches(encoded, batch):
+            together = {name: tensor.to(model.device) for name, tensor in collate(part).items()}
+            found = model.generate(**together, **options)
+            width = together["input_ids"].shape[1]
+            written += [text.strip() for text in tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)]
+    return written
+
+
+def stream_text(
+    model: Any,
+    tokenizer: Any,
+    template: Template | None,
+    conversation: Conversation,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """The answer in pieces as they are written; closing the iterator stops the writing."""
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+    ids = torch.tensor([_encode(model, tokenizer, template, conversation, max_new_tokens)], device=model.device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stop, failed = threading.Event(), []
+
+    def stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG001
+        return torch.full((input_ids.shape[0],), stop.is_set(), dtype=torch.bool, device=input_ids.device)
+
+    def write() -> None:
+        try:
+            with evaluating(model):
+                torch.manual_seed(seed)
+                model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([stopped]),
+                    **_options(model, tokenizer, template, max_new_tokens, temperature, top_p),
+                )
+        except BaseException as error:  # handed to the reader below
+            failed.append(error)
+            streamer.end()
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        stop.set()
+        writer.join()
+    if failed:
+        raise failed[0]
+
+
+def _options(
+    model: Any, tokenizer: Any, template: Template | None, max_new_tokens: int, temperature: float, top_p: float
+) -> dict[str, Any]:
+    from transformers import GenerationConfig
+
+    stops = template.stop_ids(tokenizer) if template else [tokenizer.eos_token_id]
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **({"do_sample": False} | sampling),
+    )
+    return {"generation_config": config}
+
+
+def _encode(
+    model: Any, tokenizer: Any, template: Template | None, conversation: Conversation, max_new_tokens: int
+) -> list[int]:
+    if isinstance(conversation, str):
+        ids = list(tokenizer(conversation, verbose=False)["input_ids"])
+        if tokenizer.eos_token_id is not None and ids and ids[-1] == tokenizer.eos_token_id:
+            ids.pop()  # a text to be continued does not end
+    elif template is None:
+        raise ValueError("messages need a template")
+    else:
+        ids = template.encode(tokenizer, conversation)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and len(ids) + max_new_tokens > context:
+        ids = ids[-max(context - max_new_tokens, 1) :]  # the end of a conversation that has grown too long
+    return ids

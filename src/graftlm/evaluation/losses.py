@@ -1,0 +1,78 @@
+"""Losses of a model over rows, one sum a row, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from graftlm.objectives import Objective
+
+__all__ = ["RowLosses", "batches", "evaluating", "losses", "text_scores"]
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The summed loss of each evaluation batch and how many losses it holds, in the rows' order."""
+
+    sums: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Loss per token (or per row), over everything."""
+        return float(self.sums.sum() / max(self.counts.sum(), 1))
+
+    def interval(self, *, level: float = 0.95, draws: int = 1000) -> tuple[float, float]:
+        """A bootstrap interval of the mean over rows; the same numbers give the same interval."""
+        generator = np.random.default_rng(0)
+        index = generator.integers(0, len(self.sums), (draws, len(self.sums)))
+        means = self.sums[index].sum(1) / np.maximum(self.counts[index].sum(1), 1)
+        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """No gradients and evaluation mode for the block; the mode is put back after."""
+    before = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(before)
+
+
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """`items` in order, `size` at a time."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def losses(
+    model: Any, objective: Objective, items: Sequence[Mapping[str, Any]], collate: Collate, *, batch: int = 16
+) -> RowLosses:
+    """The loss of every row of `items` under the routing in force, computed in batches of similar length."""
+    order = sorted(range(len(items)), key=lambda at: len(items[at]["input_ids"]))
+    sums, counts = np.zeros(len(items)), np.zeros(len(items), dtype=np.int64)
+    with evaluating(model):
+        for part in batches(order, batch):
+            together = {k: v.to(model.device) for k, v in collate([items[at] for at in part]).items()}
+            outputs = model(**objective.inputs(together))
+            for at, total, count in zip(part, *objective.row_losses(outputs, together), strict=True):
+                sums[at], counts[at] = total, count
+    return RowLosses(sums, counts)
+
+
+def text_scores(found: RowLosses) -> dict[str, float]:
+    """Loss in nats per token with its interval, and perplexity."""
+    low, high = found.interval()
+    return {"loss": found.mean, "loss_low": low, "loss_high": high, "perplexity": math.exp(min(found.mean, 80.0))}

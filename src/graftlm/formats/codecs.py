@@ -1,0 +1,417 @@
+"""The table from methods to PEFT's words and back: one codec a method of PEFT's, and what may stand beside any of them.
+
+A codec is one class: PEFT's name for the method, its configuration's fields with their defaults, the key of each
+tensor, the configuration for some parts, and the method for a configuration. `CODECS` lists them. Modules that are
+trained whole (`modules_to_save`) and biases (`bias`) stand beside a method in PEFT; they are read and written here for
+all codecs alike.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import nn
+
+from graftlm.core import Method, Part, Site, Survey, linear_kind, survey
+from graftlm.errors import AdapterError, Finding, GraftError, nearest
+from graftlm.formats.matching import exactly, kept, pattern_of, shortest_suffixes, targeted
+from graftlm.methods import BitFit, Head, LoRA, Modules
+
+__all__ = ["CODECS", "PREFIX", "Codec", "StoredParameters", "beside", "codec_of", "lacks", "methods_beside"]
+
+#: What PEFT puts before the path of a module.
+PREFIX = "base_model.model."
+
+#: Fields of every PEFT configuration; what they say holds whatever their value.
+_COMMON: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "peft_version": "0.21.2",
+    "revision": None,
+    "task_type": None,
+}
+
+
+class Codec(ABC):
+    """How one of PEFT's methods is written and read. To add one, subclass this and add it to `CODECS`."""
+
+    #: PEFT's name of the method, as in `adapter_config.json`.
+    peft_type: ClassVar[str]
+    #: Our method.
+    method: ClassVar[type[Method]]
+    #: Every field of PEFT's configuration class beside the common ones, with the default there.
+    defaults: ClassVar[Mapping[str, Any]]
+    #: The fields that `understand` reads, with the types that their values may have.
+    reads: ClassVar[Mapping[str, tuple[type, ...]]]
+    #: Fields without a meaning after training, whatever their value.
+    inert: ClassVar[frozenset[str]] = frozenset()
+
+    def key(self, path: str, name: str) -> str:
+        """The key in the file of parameter `name` of the delta at module `path`."""
+        return f"{PREFIX}{path}.{name}"
+
+    @abstractmethod
+    def describe(self, parts: Sequence[Part], model: nn.Module) -> dict[str, Any] | None:
+        """The fields of the configuration that differ from the defaults; None where PEFT has no words for `parts`."""
+
+    @abstractmethod
+    def understand(self, config: Mapping[str, Any], model: nn.Module) -> Method:
+        """The method that a PEFT configuration says.
+
+        Raises AdapterError with everything that does not fit; TypeError, ValueError or re.error for values that cannot
+        be read, which the caller reports.
+        """
+
+    def configuration(self, model: nn.Module, **fields: Any) -> dict[str, Any]:
+        """All fields of PEFT's configuration, with `fields` in place of defaults."""
+        name = getattr(model, "name_or_path", None) or None
+        return {**_COMMON, **self.defaults, "base_model_name_or_path": name, "peft_type": self.peft_type, **fields}
+
+
+def lacks(codec: Codec, config: Mapping[str, Any], place: str) -> list[Finding]:
+    """What `config` asks for that is not there, and what has the wrong type."""
+    faults = []
+    for field, value in sorted(config.items()):
+        if field in _COMMON or field in codec.inert or field in ("peft_type", "runtime_config"):
+            continue
+        if field in codec.reads:
+            if not isinstance(value, codec.reads[field]) or (isinstance(value, bool) and bool not in codec.reads[field]):
+                faults.append(Finding("A216", f"{field} cannot be {value!r}", place=place))
+        elif value != codec.defaults.get(field) and value not in (None, False, [], {}):
+            faults.append(
+                Finding("A206", f"{codec.peft_type} with {field}={value!r} is not supported here", place=place)
+            )
+    return faults
+
+
+# --- what stands beside any method ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredParameters(Modules):
+    """Single parameters of the base by their full names, as a file lists them (PEFT's `bias="lora_only"`).
+
+    Example:
+        >>> StoredParameters(["model.layers.0.self_attn.q_proj.bias"]).name
+        'parameters'
+    """
+
+    name: ClassVar[str] = "parameters"
+
+    def sites(self, survey: Survey) -> list[Site]:
+        """The named parameters, each at its own module alone."""
+        wanted = set(self.targets)
+        found = [
+            replace(site, path=path, parameter=name, aliases=(), rows=survey.rows.get(path, "unknown"))
+            for site in survey.parameters
+            for path, name in site.places
+            if f"{path}.{name}" in wanted
+        ]
+        if missing := sorted(wanted - {site.key for site in found}):
+            raise AdapterError([Finding("A217", f"{survey.model_name} has no parameter {key}") for key in missing])
+        return found
+
+
+def beside(parts: Sequence[Part], targets: Iterable[str], model: nn.Module) -> dict[str, Any] | None:
+    """`bias`, `modules_to_save` and `task_type` for the parameters that `parts` train; None where PEFT has no words."""
+    if not all(isinstance(part.method, (Head, Modules, BitFit)) and not part.site.aliases for part in parts):
+        return None
+    names = _parameter_names(model)
+    trained = {part.site.key for part in parts}
+    whole: list[str] = []
+    for path, _ in model.named_modules(remove_duplicate=False):
+        own = [name for name in names if name.startswith(path + ".")]
+        inside = any(path.startswith(outer + ".") for outer in whole)
+        if path and own and not inside and trained.issuperset(own):
+            if all(name.endswith(".bias") for name in own):
+                continue  # left to `bias`
+            whole.append(path)
+    rest = {name for name in trained if not _under(whole, name)}
+    bias = "none"
+    if rest:
+        if rest == {name for name in names if name.endswith(".bias") and not _under(whole, name)}:
+            bias = "all"
+        elif rest == {f"{path}.bias" for path in targets} & names.keys():
+            bias = "lora_only"
+        else:
+            return None
+    words = _words_for(whole, model)
+    if words is None:
+        return None
+    fields = {"bias": bias, "modules_to_save": words or None}
+    task = _task_of(model)
+    # PEFT keeps the head of these tasks by itself, and then wants it in the file.
+    if any(path not in whole for path in kept(_HEADS.get(task or "", ()), model)):
+        task = None
+    if task is None:
+        kind = type(model)
+        fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return {**fields, "task_type": task}
+
+
+def methods_beside(config: Mapping[str, Any], targets: Sequence[str], model: nn.Module) -> list[Method]:
+    """The methods that `bias` and `modules_to_save` say, for a configuration that targets the modules `targets`."""
+    found: list[Method] = []
+    names = _parameter_names(model)
+    here = survey(model)
+    words = config.get("modules_to_save") or []
+    whole = [path for path in kept(words, model) if any(name.startswith(path + ".") for name in names)]
+    if whole:
+        found.append(_modules(words, whole, here))
+    if (bias := config.get("bias", "none")) != "none":
+        if bias == "all":
+            keys = [name for name in names if name.endswith(".bias") and not _under(whole, name)]
+        else:
+            keys = [f"{path}.bias" for path in targets if f"{path}.bias" in names]
+        everywhere: set[str] = set()
+        try:
+            everywhere = {site.key for site in BitFit().sites(here)}
+        except GraftError:
+            pass  # a model without biases: `bias` then says nothing
+        if keys:
+            found.append(BitFit() if everywhere == set(keys) else StoredParameters(keys))
+    return found
+
+
+def _modules(words: Sequence[str], paths: Sequence[str], here: Survey) -> Modules:
+    """Modules by PEFT's own words where ours mean the same by them, else by exact paths."""
+    exact = Modules([exactly(path) for path in paths])
+    known = [word for word in dict.fromkeys(words) if any(path == word or path.endswith("." + word) for path in paths)]
+    try:
+        by_words = {site.key for site in Modules(known).sites(here)}
+    except GraftError:
+        return exact
+    return Modules(known) if by_words == {site.key for site in exact.sites(here)} else exact
+
+
+#: The modules that PEFT keeps for a task, whether or not its configuration says so.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+
+
+def _task_of(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    if name.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+    return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+
+
+def _parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _under(paths: Iterable[str], name: str) -> bool:
+    return any(name.startswith(path + ".") for path in paths)
+
+
+def _words_for(whole: Sequence[str], model: nn.Module) -> list[str] | None:
+    """Words that mean exactly the modules `whole` to PEFT, which also matches inside a name."""
+    words: set[str] = set()
+    for path in whole:
+        parts = path.split(".")
+        endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+        word = next((word for word in endings if set(kept([word], model)) <= set(whole)), None)
+        if word is None:
+            return None
+        words.add(word)
+    return sorted(words)
+
+
+# --- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+class LoRACodec(Codec):
+    """LoRA, with one rank and alpha for each module."""
+
+    peft_type = "LORA"
+    method = LoRA
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "alora_invocation_tokens": None,
+        "alpha_pattern": {},
+        "arrow_config": None,
+        "bias": "none",
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "kasa_config": None,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": 8,
+        "lora_bias": False,
+        "lora_dropout": 0.0,
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "monteclora_config": None,
+        "qalora_group_size": 16,
+        "r": 8,
+        "rank_pattern": {},
+        "target_modules": None,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_dora": False,
+        "use_qalora": False,
+        "use_rslora": False,
+        "velora_config": None,
+    }
+    reads: ClassVar[Mapping[str, tuple[type, ...]]] = {
+        "alpha_pattern": (dict, type(None)),
+        "bias": (str,),
+        "exclude_modules": (str, list, type(None)),
+        "init_lora_weights": (bool, str, type(None)),
+        "layers_pattern": (str, list, type(None)),
+        "layers_to_transform": (int, list, type(None)),
+        "lora_alpha": (int, float),
+        "lora_bias": (bool,),
+        "lora_dropout": (int, float),
+        "modules_to_save": (list, type(None)),
+        "r": (int,),
+        "rank_pattern": (dict, type(None)),
+        "target_modules": (str, list),
+        "use_rslora": (bool,),
+    }
+    # How A and B were started, and where to find a fused layout that our modules do not have.
+    inert = frozenset(
+        {"corda_config", "eva_config", "fan_in_fan_out", "loftq_config", "lora_ga_config", "megatron_core",
+         "qalora_group_size"}
+    )  # fmt: skip
+    #: Starts that leave the base's weights as they are; all others (pissa, olora, ...) move a part of them into A and B.
+    _starts: ClassVar[tuple[Any, ...]] = (None, True, False, "gaussian", "orthogonal", "eva")
+    _names: ClassVar[Mapping[str, str]] = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_bias": "lora_B.bias",
+    }
+
+    def key(self, path: str, name: str) -> str:
+        """The key in the file of parameter `name` of the delta at module `path`."""
+        return super().key(path, self._names.get(name, name))
+
+    def describe(self, parts: Sequence[Part], model: nn.Module) -> dict[str, Any] | None:
+        """LoraConfig's fields for `parts`, whose methods must agree in all but rank, alpha and place."""
+        methods = [part.method for part in parts if isinstance(part.method, LoRA)]
+        first = methods[0]
+        if any((m.dropout, m.rslora, m.bias) != (first.dropout, first.rslora, first.bias) for m in methods):
+            return None
+        ranks = {part.site.path: method.rank_at(part.site.path) for part, method in zip(parts, methods, strict=True)}
+        alphas = {part.site.path: method.alpha_at(part.site.path) for part, method in zip(parts, methods, strict=True)}
+        return {
+            "alpha_pattern": _patterns(first.alpha_pattern, alphas, first.alpha),
+            "fan_in_fan_out": any(part.site.kind == "conv1d" for part in parts),
+            "lora_alpha": _number(first.alpha),
+            "lora_bias": first.bias,
+            "lora_dropout": first.dropout,
+            "r": first.rank,
+            "rank_pattern": _patterns(first.rank_pattern, ranks, first.rank),
+            "target_modules": shortest_suffixes(ranks, model),
+            "use_rslora": first.rslora,
+        }
+
+    def understand(self, config: Mapping[str, Any], model: nn.Module) -> Method:
+        """LoRA with what stands beside it, as PEFT would build it from `config`."""
+        faults = []
+        if (start := config.get("init_lora_weights")) not in self._starts:
+            faults.append(
+                Finding(
+                    "A206",
+                    f"LORA with init_lora_weights={start!r} is not supported here: it changes the base's weights too",
+                    fix='save it with peft\'s save_pretrained(..., path_initial_model_for_weight_conversion="...")',
+                )
+            )
+        if config.get("bias", "none") not in ("none", "all", "lora_only"):
+            faults.append(Finding("A216", f"bias cannot be {config['bias']!r}", fix='"bias": "none"'))
+        if "target_modules" not in config:
+            faults.append(Finding("A216", "target_modules is not set"))
+            raise AdapterError(faults)
+        paths = targeted(config, model)
+        ranks, alphas = (
+            {key: value for key, value in (config.get(field) or {}).items() if _is_used(key, paths)}
+            for field in ("rank_pattern", "alpha_pattern")
+        )
+        modules = dict(model.named_modules())
+        if not paths:
+            names = {path.rpartition(".")[2] for path, module in modules.items() if linear_kind(module)}
+            words = config["target_modules"]
+            shown = words if isinstance(words, str) else ", ".join(map(str, words[:4]))
+            close = [near for word in (words if isinstance(words, list) else [words]) for near in nearest(word, names)]
+            hint = f", nearest: {', '.join(dict.fromkeys(close))}" if close else ""
+            faults.append(Finding("A217", f"target_modules ({shown}) match nothing in {type(model).__name__}{hint}"))
+        faults += [
+            Finding("A217", f"{path} is a {type(modules[path]).__name__}, which LORA cannot target here")
+            for path in paths
+            if linear_kind(modules[path]) is None
+        ]
+        if faults:
+            raise AdapterError(faults)
+        method: Method = LoRA(
+            rank=config.get("r", 8),
+            alpha=float(config.get("lora_alpha", 8)),
+            dropout=float(config.get("lora_dropout", 0.0)),
+            targets=_selectors(config["target_modules"], paths, survey(model)),
+            rslora=config.get("use_rslora", False),
+            bias=config.get("lora_bias", False),
+            rank_pattern=ranks,
+            alpha_pattern={key: float(value) for key, value in alphas.items()},
+        )
+        for other in methods_beside(config, paths, model):
+            method = method + other
+        return method
+
+
+def _is_used(pattern: str, paths: Sequence[str]) -> bool:
+    return any(pattern_of([pattern], path) for path in paths)
+
+
+def _selectors(words: str | Sequence[str], paths: Sequence[str], here: Survey) -> list[str]:
+    """Our selectors for exactly `paths`: PEFT's words where ours mean the same by them, else exact paths."""
+    if not isinstance(words, str):
+        words = sorted(words)
+        try:
+            if {site.path for site in here.select(words)} == set(paths):
+                return list(words)
+        except GraftError:
+            pass
+    return [exactly(path) for path in paths]
+
+
+def _patterns(own: Mapping[str, Any], wanted: Mapping[str, float], default: float) -> dict[str, Any]:
+    """A `rank_pattern` or `alpha_pattern` that gives each path its number: the method's own if that does."""
+    ordered = sorted(own)  # the file is sorted, and the first match counts
+    if all(own.get(pattern_of(ordered, path) or "", default) == number for path, number in wanted.items()):
+        return {pattern: _number(own[pattern]) for pattern in ordered}
+    return {f"^{re.escape(path)}": _number(number) for path, number in wanted.items() if number != default}
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+#: Every codec by PEFT's name of its method.
+CODECS: dict[str, Codec] = {codec.peft_type: codec for codec in (LoRACodec(),)}
+
+
+def codec_of(method: Method) -> Codec | None:
+    """The codec that writes `method`, if PEFT has a word for it."""
+    return next((codec for codec in CODECS.values() if isinstance(method, codec.method)), None)

@@ -1,0 +1,109 @@
+"""Which modules of a model the words of a PEFT configuration mean, by PEFT 0.21.2's own rules, and words for modules.
+
+The rules are those of PEFT's `check_target_module_exists`, `_set_trainable` and `get_pattern_key`; they differ from our
+selectors (a role is a role here, and only a name there), so files are always read by them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from graftlm.core import linear_kind
+
+__all__ = ["exactly", "kept", "pattern_of", "shortest_suffixes", "targeted"]
+
+#: Names under which PEFT looks for the head of a classifier when "all-linear" is expanded.
+_CLASSIFIERS = ("score", "classifier")
+
+
+def targeted(config: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """The paths of the modules that `target_modules` and its companions select. Raises re.error for a bad pattern."""
+    targets = config["target_modules"]
+    excluded = config.get("exclude_modules") or ()
+    saved = config.get("modules_to_save") or ()
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = _all_linear(model, config.get("task_type"))
+    found = []
+    for path, _ in model.named_modules():
+        if not path or _is_excluded(excluded, path):
+            continue
+        if any(re.match(rf"(^|.*\.){word}($|\..*)", path) for word in saved):
+            continue
+        if isinstance(targets, str):
+            hit = re.fullmatch(targets, path) is not None
+        else:
+            hit = path in targets or (_ends(targets, path) and _in_layers(config, path))
+        if hit:
+            found.append(path)
+    return found
+
+
+def kept(words: Iterable[str], model: nn.Module) -> list[str]:
+    """The outermost modules that `modules_to_save` means: every path that ends with a word, at a dot or not."""
+    endings = tuple(words)
+    found: list[str] = []
+    for path, _ in model.named_modules(remove_duplicate=False):
+        inside = any(path.startswith(outer + ".") for outer in found)
+        if path and endings and path.endswith(endings) and not inside:
+            found.append(path)
+    return found
+
+
+def pattern_of(patterns: Iterable[str], path: str) -> str | None:
+    """The first of `patterns` that names the end of `path`, as in `rank_pattern`."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", path)), None)
+
+
+def shortest_suffixes(wanted: Iterable[str], model: nn.Module) -> list[str] | str:
+    """The shortest dotted suffixes that select exactly the paths `wanted`; a regular expression where none do."""
+    chosen = set(wanted)
+    others = [path for path, _ in model.named_modules() if path and path not in chosen]
+    found: set[str] = set()
+    for path in sorted(chosen):
+        words = path.split(".")
+        suffixes = (".".join(words[start:]) for start in range(len(words) - 1, -1, -1))
+        suffix = next((suffix for suffix in suffixes if not any(_ends([suffix], other) for other in others)), None)
+        if suffix is None:
+            return "|".join(re.escape(each) for each in sorted(chosen))
+        found.add(suffix)
+    return sorted(found)
+
+
+def exactly(path: str) -> str:
+    """A selector of ours that means the module at `path` and no other, even where its name is also a role."""
+    return path if "." in path else f"({re.escape(path)})"
+
+
+def _ends(words: Sequence[str], path: str) -> bool:
+    return any(path == word or path.endswith(f".{word}") for word in words)
+
+
+def _is_excluded(words: str | Sequence[str], path: str) -> bool:
+    return re.fullmatch(words, path) is not None if isinstance(words, str) else _ends(words, path)
+
+
+def _in_layers(config: Mapping[str, Any], path: str) -> bool:
+    wanted = config.get("layers_to_transform")
+    if wanted is None or wanted == []:
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        lead = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
+        if match := re.match(rf"{lead}{pattern}\.(?P<index>\d+)\.", path):
+            return int(match["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False
+
+
+def _all_linear(model: nn.Module, task: str | None) -> list[str]:
+    output = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    if output is None and task == "SEQ_CLS":
+        output = next((getattr(model, name) for name in _CLASSIFIERS if hasattr(model, name)), None)
+    return [
+        path
+        for path, module in model.named_modules()
+        if linear_kind(module) in ("linear", "conv1d") and module is not output
+    ]

@@ -1,0 +1,575 @@
+"""Adapters as folders in Hugging Face PEFT's format: saved for every other tool, loaded from PEFT and from graftlm.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors` as PEFT writes them, and `graftlm.json`, which PEFT
+ignores: the method as it was written, the base's fingerprint, a checksum of each tensor, and facts of the caller's.
+What PEFT has no words for is written with the same keys under a method name that PEFT refuses (`GRAFTLM`). Nothing is
+unpickled, and no code is taken from a folder. Loading checks everything before the model is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from graftlm import __version__
+from graftlm.core import Adapter, Method, ParameterDelta, Part, Site, attach, survey
+from graftlm.errors import AdapterError, Finding, GraftError, nearest
+from graftlm.formats.atomic import atomic_folder, recover, write_json
+from graftlm.formats.codecs import CODECS, PREFIX, StoredParameters, beside, codec_of, lacks
+from graftlm.formats.matching import exactly
+from graftlm.methods import METHODS, Modules
+from graftlm.models.fingerprint import fingerprint, original_parameters
+
+__all__ = ["load_adapter", "read_facts", "save_adapter"]
+
+_CONFIG, _WEIGHTS, _PICKLE, _OURS = (
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "graftlm.json",
+)  # fmt: skip
+_FORMAT = 1
+_OWN_TYPE = "GRAFTLM"
+_METHODS: dict[str, type[Method]] = {**METHODS, StoredParameters.name: StoredParameters}
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(adapter: Adapter, folder: str | Path, *, facts: Mapping[str, Any] | None = None) -> Path:
+    """Write `adapter` to `folder`, whole or not at all, and return the folder.
+
+    `facts` is anything JSON holds (task, labels, chat template); `read_facts` gives it back. The same adapter gives the
+    same bytes. Tensors are float32, as trained. Raises AdapterError for facts that JSON cannot hold and
+    EnvironmentFault where the folder cannot be written.
+
+    Example:
+        >>> save_adapter(adapter, "adapters/support", facts={"labels": ["no", "yes"]})      # doctest: +SKIP
+    """
+    try:
+        kept_facts = json.loads(json.dumps(dict(facts or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise AdapterError(Finding("A219", f"facts cannot be written as JSON: {error}")) from None
+    model = adapter.model
+    config = _describe(adapter)
+    state = adapter.state()
+    tensors = {key: state[own].cpu().contiguous() for key, own in _keys([_seen(p) for p in adapter.parts]).items()}
+    ours = {
+        "base": {
+            "class": type(model).__name__,
+            "fingerprint": fingerprint(model),
+            "name": getattr(model, "name_or_path", None) or None,
+        },
+        "facts": kept_facts,
+        "format": _FORMAT,
+        "graftlm": __version__,
+        "method": {"parts": [_method_data(part) for part in adapter.method.parts], "text": str(adapter.method)},
+        "name": adapter.name,
+        "tensors": {key: _checksum(tensor) for key, tensor in tensors.items()},
+    }
+    with atomic_folder(folder) as fresh:
+        write_json(fresh / _CONFIG, config)
+        try:
+            save_file(dict(sorted(tensors.items())), fresh / _WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise _as_os_error(error) from error
+        write_json(fresh / _OURS, ours)
+    return Path(folder)
+
+
+def _describe(adapter: Adapter) -> dict[str, Any]:
+    """`adapter_config.json`: in PEFT's words where reading them back gives this very adapter, else in ours."""
+    model = adapter.model
+    config = _in_peft_words(adapter)
+    if config is not None:
+        codec = CODECS[config["peft_type"]]
+        try:
+            back = _plan(model, codec.understand(json.loads(json.dumps(config)), model))
+        except (GraftError, re.error):
+            back = []
+        if _as_set(back) == _as_set([_seen(part) for part in adapter.parts]):
+            return config
+    return {
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+        "peft_type": _OWN_TYPE,
+        "task_type": None,
+    }
+
+
+def _in_peft_words(adapter: Adapter) -> dict[str, Any] | None:
+    parameters = [part for part in adapter.parts if isinstance(part.delta, ParameterDelta)]
+    others = [part for part in adapter.parts if not isinstance(part.delta, ParameterDelta)]
+    codecs = {codec_of(part.method) for part in others}
+    codec = codecs.pop() if len(codecs) == 1 else None
+    if codec is None:
+        return None
+    fields = codec.describe(others, adapter.model)
+    extra = beside(parameters, [part.site.path for part in others], adapter.model)
+    if fields is None or extra is None:
+        return None
+    return codec.configuration(adapter.model, **fields, **extra)
+
+
+def _method_data(method: Method) -> dict[str, Any]:
+    settings = {each.name: _to_data(getattr(method, each.name)) for each in dataclasses.fields(method)}
+    return {"name": method.name, "settings": settings}
+
+
+def _to_data(value: Any) -> Any:
+    """A setting as JSON holds it; a tuple stays apart from a list, so that the method comes back equal."""
+    if isinstance(value, tuple):
+        return {"tuple": [_to_data(item) for item in value]}
+    if isinstance(value, Mapping):
+        return {str(key): _to_data(item) for key, item in value.items()}
+    return [_to_data(item) for item in value] if isinstance(value, list) else value
+
+
+def _from_data(value: Any) -> Any:
+    if isinstance(value, dict):
+        if isinstance(items := value.get("tuple"), list) and len(value) == 1:
+            return tuple(_from_data(item) for item in items)
+        return {key: _from_data(item) for key, item in value.items()}
+    return [_from_data(item) for item in value] if isinstance(value, list) else value
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]) if number else 0, str(error))
+
+
+# --- what an adapter holds, before there is one ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One delta as the file sees it: where it acts, its tensors, and the numbers that steer it (scales)."""
+
+    method: Method
+    site: Site
+    is_parameter: bool
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    numbers: tuple[tuple[str, float], ...]
+
+
+def _seen(part: Part) -> _Planned:
+    tensors = [*part.delta.named_parameters(), *part.delta.named_buffers()]
+    numbers = {k: v for k, v in vars(part.delta).items() if isinstance(v, (int, float)) and k != "training"}
+    return _Planned(
+        part.method,
+        part.site,
+        isinstance(part.delta, ParameterDelta),
+        tuple((name, tuple(tensor.shape)) for name, tensor in tensors),
+        tuple(sorted(numbers.items())),
+    )
+
+
+def _plan(model: nn.Module, method: Method) -> list[_Planned]:
+    """What `attach` would build for `method`, without its values. Raises SiteError and MethodError as `attach` does."""
+    here = survey(model)
+    modules = dict(model.named_modules())
+    faults: list[Finding] = []
+    found: list[_Planned] = []
+    whole: set[str] = set()
+    for part in method.parts:
+        try:
+            for site in part.sites(here):
+                if site.parameter and site.key in whole:
+                    continue
+                with torch.device("meta"):
+                    delta = part.build(site, modules[site.path])
+                if site.parameter:
+                    whole.add(site.key)
+                found.append(_seen(Part(part, site, delta)))
+        except GraftError as error:
+            faults += error.findings
+    if faults:
+        raise AdapterError(faults)
+    return found
+
+
+def _keys(parts: Sequence[_Planned]) -> dict[str, str]:
+    """The key in the file for each name in the adapter's state."""
+    wrapped = {part.site.path for part in parts if not part.is_parameter}
+    found: dict[str, str] = {}
+    for part in parts:
+        path = part.site.path
+        if part.is_parameter:
+            # PEFT wraps the module that it targets, whose own parameters then lie one level deeper.
+            inner = ".base_layer" if path in wrapped else ""
+            found[f"{PREFIX}{path}{inner}.{part.site.parameter}"] = part.site.key
+            continue
+        codec = codec_of(part.method)
+        for name, _ in part.shapes:
+            found[codec.key(path, name) if codec else f"{PREFIX}{path}.{name}"] = f"{path}.{name}"
+    return found
+
+
+def _as_set(parts: Sequence[_Planned]) -> set[tuple[Any, ...]]:
+    return {(part.site.key, part.site.places, part.shapes, part.numbers) for part in parts}
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Stored:
+    """An adapter folder as read: PEFT's configuration, our file ({} in a folder of PEFT's), tensors by plain key."""
+
+    folder: Path
+    config: dict[str, Any]
+    ours: dict[str, Any]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    faults: list[Finding] = field(default_factory=list)
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, name: str | None = None, trainable: bool = False, check_base: bool = True
+) -> Adapter:
+    """Attach the adapter in `folder` to `model` and make it the acting one.
+
+    Reads folders of PEFT's and of graftlm's. Without `name` it gets the name that it was saved under, or the folder's.
+    `check_base=False` loads an adapter that was trained on another base, where its tensors fit.
+    Raises AdapterError with everything that is wrong at once; the model is then as before.
+
+    Example:
+        >>> adapter = load_adapter(model, "adapters/support", name="support")                # doctest: +SKIP
+    """
+    stored = _read(_find(Path(folder)))
+    faults = stored.faults
+    if check_base and stored.ours:
+        faults += _base_faults(stored.ours, model)
+    state: dict[str, Tensor] = {}
+    try:
+        method = _method_of(stored, model)
+        method = _with_stored_embeddings(stored, method, model, check_base)
+        parts = _plan(model, method)
+    except GraftError as error:
+        faults += [dataclasses.replace(f, place=f.place or str(stored.folder)) for f in error.findings]
+    else:
+        state = _state(stored, parts, model)
+    if stored.faults:
+        raise AdapterError(stored.faults)
+    chosen = name or stored.ours.get("name") or re.sub(r"^[\W_]+|[\W_]+$", "", re.sub(r"[^\w-]+", "-", _ascii(folder)))
+    adapter = attach(model, method, name=chosen or "adapter", trainable=trainable)
+    adapter.load_state(state)
+    return adapter
+
+
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    """The facts that the adapter in `folder` was saved with; empty for a folder of PEFT's. Raises AdapterError."""
+    facts: dict[str, Any] = _read_ours(_find(Path(folder))).get("facts", {})
+    return facts
+
+
+def _ascii(folder: str | Path) -> str:
+    return Path(folder).resolve().name.encode("ascii", "ignore").decode()
+
+
+def _find(folder: Path) -> Path:
+    """The adapter folder: `folder` itself, or the only one below it. Raises AdapterError naming those nearby."""
+    if not folder.exists():
+        recover(folder)
+    if not folder.is_dir():
+        what = "is a file, wanted a folder" if folder.exists() else "does not exist"
+        close = nearest(folder.name, (p.name for p in folder.parent.iterdir() if p.is_dir())) if folder.parent.is_dir() else []
+        raise AdapterError(Finding("A201", what, place=str(folder), fix=str(folder.parent / close[0]) if close else ""))
+    if (folder / _CONFIG).is_file() or (folder / _WEIGHTS).is_file():
+        return folder
+    below = sorted(
+        {found.parent for depth in ("*", "*/*", "*/*/*") for found in folder.glob(f"{depth}/{_CONFIG}")},
+        key=lambda path: (len(path.parts), str(path)),
+    )
+    below = [path for path in below if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if len(below) == 1:
+        return below[0]
+    if below:
+        shown = tuple(str(path) for path in below[:6])
+        raise AdapterError(
+            Finding("A202", f"holds {len(below)} adapters, wanted one", place=str(folder), fix=shown[0], detail=shown)
+        )
+    raise AdapterError(Finding("A202", f"holds no adapter: no {_CONFIG} there or below", place=str(folder)))
+
+
+def _read(folder: Path) -> _Stored:
+    """Everything in the folder. Raises AdapterError where a file cannot be read at all; other faults are noted."""
+    faults: list[Finding] = []
+    config: dict[str, Any] = {}
+    ours: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    try:
+        config = _read_json(folder / _CONFIG, "A204")
+    except AdapterError as error:
+        faults += error.findings
+    try:
+        ours = _read_ours(folder)
+    except AdapterError as error:
+        faults += error.findings
+    if not (folder / _WEIGHTS).is_file() and (folder / _PICKLE).is_file():
+        faults.append(
+            Finding(
+                "A203",
+                "is a pickle, which can run code as it is read: nothing is unpickled here",
+                place=str(folder / _PICKLE),
+                fix=f"with peft, if you trust it: PeftModel.from_pretrained(base, {str(folder)!r})"
+                f".save_pretrained({str(folder) + '-safe'!r})",
+            )
+        )
+    else:
+        try:
+            tensors = _read_tensors(folder / _WEIGHTS)
+        except AdapterError as error:
+            faults += error.findings
+    if faults:
+        raise AdapterError(faults)
+    kind = config.get("peft_type")
+    if kind == _OWN_TYPE and not ours:
+        faults.append(Finding("A214", f"is missing, and {_CONFIG} says too little without it", place=str(folder / _OURS)))
+    elif kind != _OWN_TYPE and kind not in CODECS:
+        faults.append(
+            Finding("A205", f"peft_type {kind!r} is not supported here; there are: {', '.join(CODECS)}",
+                    place=str(folder / _CONFIG))
+        )  # fmt: skip
+    elif kind != _OWN_TYPE:
+        faults += lacks(CODECS[kind], config, str(folder / _CONFIG))
+    if faults:
+        raise AdapterError(faults)
+    stored = _Stored(folder, config, ours)
+    if ours:
+        stored.faults += _damage(ours, tensors, str(folder / _WEIGHTS))
+    _take(stored, tensors)
+    return stored
+
+
+def _read_json(path: Path, code: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(Finding(code, "is missing", place=str(path))) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(Finding(code, f"cannot be read: {error}", place=str(path))) from None
+    if not isinstance(data, dict):
+        raise AdapterError(Finding(code, f"holds {type(data).__name__}, wanted an object", place=str(path)))
+    return data
+
+
+def _read_ours(folder: Path) -> dict[str, Any]:
+    if not (folder / _OURS).exists():
+        return {}
+    ours = _read_json(folder / _OURS, "A214")
+    place = str(folder / _OURS)
+    if not isinstance(ours.get("format"), int):
+        raise AdapterError(Finding("A214", "has no format number", place=place))
+    if ours["format"] > _FORMAT:
+        raise AdapterError(
+            Finding("A214", f"has format {ours['format']}, written by graftlm {ours.get('graftlm')}; this is "
+                    f"{__version__}, which reads up to {_FORMAT}", place=place, fix="install a newer graftlm")
+        )  # fmt: skip
+    wanted = {"base": dict, "facts": dict, "method": dict, "name": str, "tensors": dict}
+    if wrong := [key for key, kind in wanted.items() if not isinstance(ours.get(key), kind)]:
+        raise AdapterError(Finding("A214", f"has no {', '.join(wrong)}", place=place))
+    return ours
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise AdapterError(Finding("A207", "is missing", place=str(path))) from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(Finding("A207", f"is damaged or cut short: {error}", place=str(path))) from None
+
+
+def _checksum(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _damage(ours: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str) -> list[Finding]:
+    """Tensors that are not as they were saved; missing and further ones are told with the others."""
+    return [
+        Finding("A212", f"{key} was changed after graftlm wrote it (its checksum differs)", place=place,
+                fix=f"remove {_OURS} to load it as another tool's")
+        for key, digest in sorted(ours["tensors"].items())
+        if key in tensors and _checksum(tensors[key]) != digest
+    ]  # fmt: skip
+
+
+def _take(stored: _Stored, tensors: Mapping[str, Tensor]) -> None:
+    """Note `tensors` by plain key: without prefixes and wrappers' names, each once, without copies of the base's own."""
+    from_wrapper: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if ".original_module." in key:
+            continue  # the base's own head, which PEFT's bias="all" stores along
+        plain = _plain(key)
+        if ".modules_to_save." in plain:
+            from_wrapper[re.sub(r"\.modules_to_save\.(default\.)?", ".", plain)] = tensor
+        elif plain in stored.tensors:
+            stored.faults.append(Finding("A220", f"{plain} is there twice, under two prefixes", place=str(stored.folder)))
+        else:
+            stored.tensors[plain] = tensor
+    for plain, tensor in from_wrapper.items():
+        stored.tensors.setdefault(plain, tensor)
+
+
+def _plain(key: str) -> str:
+    return key.replace("_orig_mod.", "").removeprefix(PREFIX)
+
+
+def _base_faults(ours: Mapping[str, Any], model: nn.Module) -> list[Finding]:
+    base = ours["base"]
+    here = {"class": type(model).__name__, "fingerprint": fingerprint(model)}
+    if all(base.get(key) == value for key, value in here.items()):
+        return []
+    was = " ".join(str(word) for word in (base.get("name"), base.get("class")) if word)
+    now = " ".join(word for word in (getattr(model, "name_or_path", ""), here["class"]) if word)
+    return [
+        Finding(
+            "A213",
+            f"the adapter {ours['name']!r} was trained on {was} (fingerprint {base.get('fingerprint')}), "
+            f"this is {now} (fingerprint {here['fingerprint']})",
+            fix="load_adapter(..., check_base=False) if it is the right base all the same",
+        )
+    ]
+
+
+def _method_of(stored: _Stored, model: nn.Module) -> Method:
+    if not stored.ours:
+        try:
+            return CODECS[stored.config["peft_type"]].understand(stored.config, model)
+        except (TypeError, ValueError, re.error) as error:
+            if isinstance(error, GraftError):
+                raise
+            raise AdapterError(
+                Finding("A216", f"cannot be understood: {error}", place=str(stored.folder / _CONFIG))
+            ) from None
+    faults: list[Finding] = []
+    parts: list[Method] = []
+    place = str(stored.folder / _OURS)
+    data = stored.ours["method"].get("parts")
+    for part in data if isinstance(data, list) and data else [{}]:
+        name, settings = (part.get("name"), part.get("settings")) if isinstance(part, dict) else (None, None)
+        kind = _METHODS.get(name) if isinstance(name, str) else None
+        if kind is None or not isinstance(settings, dict):
+            by = stored.ours.get("graftlm")
+            faults.append(Finding("A215", f"method {name!r} of graftlm {by} is not known to {__version__}", place=place))
+            continue
+        try:
+            parts.append(kind(**_from_data(settings)))
+        except GraftError as error:
+            faults += error.findings
+        except (TypeError, ValueError) as error:
+            faults.append(Finding("A215", f"method {name!r} cannot be read: {error}", place=place))
+    if faults:
+        raise AdapterError(faults)
+    whole, *others = parts
+    for other in others:
+        whole = whole + other
+    return whole
+
+
+def _with_stored_embeddings(stored: _Stored, method: Method, model: nn.Module, check_base: bool) -> Method:
+    """`method` with the embeddings that PEFT stored along without a word in the configuration.
+
+    PEFT writes the base's own matrix beside a targeted embedding, and both embeddings of a resized vocabulary. Those
+    equal to this base's are dropped; the others replace the base's, as in PEFT, wherever the weight is tied.
+    """
+    if stored.ours:
+        return method
+    expected = {_plain(key) for key in _keys(_plan(model, method))}
+    originals = original_parameters(model)
+    places = {
+        f"{path}.{name}": (site.places, site)
+        for site in survey(model).parameters
+        for path, name in site.places
+        if name == "weight" and (site.kind == "embedding" or site.role in ("embed", "head"))
+    }
+    replaced: dict[str, str] = {}
+    faults: list[Finding] = []
+    for key in sorted(stored.tensors.keys() - expected):
+        inside = key.endswith(".base_layer.weight")
+        own = key.replace(".base_layer.weight", ".weight") if inside else key
+        if own not in places:
+            continue
+        path = own.removesuffix(".weight")
+        base = originals.get((path, "weight")) or model.get_parameter(own)
+        tensor = stored.tensors[key]
+        if tensor.shape != base.shape:
+            faults.append(
+                Finding(
+                    "A218",
+                    f"{path} had {tensor.shape[0]} rows in training, this base has {base.shape[0]}",
+                    fix=f"model.resize_token_embeddings({tensor.shape[0]}) first",
+                )
+            )
+        elif _same(tensor, base):
+            del stored.tensors[key]
+        elif inside and check_base:
+            faults.append(
+                Finding(
+                    "A213",
+                    f"it was trained on a base with another {path} than this {type(model).__name__}",
+                    fix="load_adapter(..., check_base=False) to take over its embedding too",
+                )
+            )
+        else:
+            for place, _ in places[own][0]:
+                replaced.setdefault(place, key)
+    if faults:
+        raise AdapterError(faults)
+    if not replaced:
+        return method
+    method = method + Modules([exactly(path) for path in replaced])
+    keys = {own: _plain(key) for key, own in _keys(_plan(model, method)).items()}
+    found = {keys[f"{path}.weight"]: stored.tensors[key] for path, key in replaced.items()}
+    for key in replaced.values():
+        stored.tensors.pop(key, None)
+    stored.tensors.update(found)
+    return method
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """True where the two are equal in the narrower of their types: one may have been loaded in bfloat16."""
+    narrow = min((one.dtype, other.dtype), key=lambda kind: torch.finfo(kind).bits)
+    return torch.equal(one.to(narrow), other.detach().cpu().to(narrow))
+
+
+def _state(stored: _Stored, parts: Sequence[_Planned], model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's state out of the tensors; every misfit is noted in `stored.faults`."""
+    place = str(stored.folder / _WEIGHTS)
+    shapes = {
+        (part.site.key if part.is_parameter else f"{part.site.path}.{name}"): shape
+        for part in parts
+        for name, shape in part.shapes
+    }
+    wanted = {_plain(key): (key, own) for key, own in _keys(parts).items()}
+    buffers = dict(model.named_buffers())
+    state: dict[str, Tensor] = {}
+    for plain, (key, own) in sorted(wanted.items()):
+        tensor = stored.tensors.get(plain)
+        if tensor is None:
+            stored.faults.append(Finding("A208", f"{key} is missing", place=place))
+        elif tuple(tensor.shape) != shapes[own]:
+            stored.faults.append(
+                Finding("A210", f"{key} has shape {tuple(tensor.shape)}, wanted {shapes[own]}", place=place)
+            )
+        else:
+            state[own] = tensor
+    for plain in sorted(stored.tensors.keys() - wanted.keys()):
+        if plain not in buffers:  # PEFT's bias="all" takes buffers of that name along
+            stored.faults.append(Finding("A209", f"{plain} has no place in this adapter", place=place))
+    for plain, tensor in sorted(stored.tensors.items()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            stored.faults.append(
+                Finding("A211", f"{plain} has {count} of {tensor.numel()} values that are NaN or infinite", place=place)
+            )
+    return state

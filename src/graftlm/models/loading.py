@@ -1,0 +1,230 @@
+"""Loading base models: a folder, a hub id or the bundled base, ready for a task, with every fault named.
+
+Local paths never touch the network. Weights are read from safetensors only, and no code from the model's folder runs
+unless `trust_remote_code` says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftlm.errors import EnvironmentFault, Finding, ModelError, nearest
+
+__all__ = ["BUNDLED", "bundled_base", "load_base", "load_tokenizer", "resolve_base"]
+
+#: The name of the base that ships with graftlm.
+BUNDLED = "bundled"
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def bundled_base() -> Path:
+    """The folder of the bundled base model."""
+    return Path(__file__).resolve().parent.parent / "bundled" / "base"
+
+
+def resolve_base(name: str) -> str:
+    """The folder or hub id that `name` means. Raises ModelError for a path that leads nowhere or to something else."""
+    if name == BUNDLED:
+        return str(bundled_base())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_folder(path, name)
+        return str(path)
+    if path.is_file():
+        raise ModelError(Finding("M101", f"{name} is a file; a model is a folder with config.json, or a hub id"))
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or not _HUB_ID.fullmatch(name)
+    if looks_local:
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        close = nearest(path.name, siblings)
+        raise ModelError(
+            Finding("M102", f"no model folder {name!r}", fix=str(path.parent / close[0]) if close else "-m bundled")
+        )
+    return name
+
+
+def _check_folder(path: Path, name: str) -> None:
+    if (path / "config.json").is_file():
+        weights = [p.name for p in path.iterdir()]
+        if not any(w.endswith(".safetensors") for w in weights):
+            if any(w.endswith((".bin", ".pt", ".pth")) for w in weights):
+                raise ModelError(
+                    Finding("M103", f"{name} has pickled weights only; graftlm reads safetensors and unpickles nothing")
+                )
+            raise ModelError(Finding("M104", f"{name} has a config.json but no .safetensors weights"))
+        return
+    if (path / "adapter_config.json").is_file() or (path / "adapter").is_dir():
+        inner = path if (path / "adapter_config.json").is_file() else path / "adapter"
+        try:
+            base = json.loads((inner / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        except (OSError, ValueError):
+            base = None
+        raise ModelError(
+            Finding("M105", f"{name} is an adapter, not a base model", fix=f"-m {base}" if base else "-m ITS_BASE_MODEL")
+        )
+    raise ModelError(Finding("M106", f"{name} has no config.json: not a transformers model folder"))
+
+
+def load_base(
+    name: str | Path = BUNDLED,
+    *,
+    task: str = "lm",
+    labels: Sequence[str] | None = None,
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """The base model and its tokenizer for `task` (`lm`, `sft` or `classify`), in evaluation mode.
+
+    `name` is a folder, a hub id or "bundled". For `classify`, `labels` names the classes; the new head is drawn from
+    torch's global generator, so set the seed before. `dtype` "auto" is float32 on a CPU and the checkpoint's own type
+    elsewhere. Raises ModelError with what is wrong and the nearest right thing.
+
+    Example:
+        >>> model, tokenizer = load_base("bundled")                                # doctest: +SKIP
+        >>> model, tokenizer = load_base("roberta-base", task="classify", labels=["no", "yes"])  # doctest: +SKIP
+    """
+    if quantize is not None:
+        raise ModelError(Finding("M107", f"quantize={quantize!r}: bases in fewer bits are not supported in this version"))
+    if isinstance(dtype, str) and dtype not in ("auto", *_DTYPES):
+        raise ModelError(Finding("M108", f"dtype {dtype!r}: want auto, {', '.join(_DTYPES)}", fix="dtype=auto"))
+    if task == "classify" and not labels:
+        raise ModelError(Finding("M109", "task classify needs the names of its classes", fix="labels=[...]"))
+    where = resolve_base(str(name))
+    place = torch.device(device) if device is not None else _best_device()
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if Path(where).is_dir():
+        options["local_files_only"] = True
+
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    with _quiet(), _explained(str(name)):
+        config = AutoConfig.from_pretrained(where, **options)
+    tokenizer = load_tokenizer(where, **options)
+    kind: Any
+    if task == "classify":
+        kind = AutoModelForSequenceClassification
+        assert labels is not None
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+        config.problem_type = "single_label_classification"
+    else:
+        kind = AutoModelForCausalLM
+    if type(config) not in kind._model_mapping and not (trust_remote_code and hasattr(config, "auto_map")):
+        raise ModelError(_no_such_head(str(name), config, task))
+    if type(config).__name__ in _ENCODERS and task != "classify":
+        raise ModelError(_no_such_head(str(name), config, task))
+
+    if dtype == "auto":
+        wanted = torch.float32 if place.type == "cpu" else (config.dtype or torch.float32)
+    else:
+        wanted = _DTYPES[dtype] if isinstance(dtype, str) else dtype
+    with _quiet(), _explained(str(name)):
+        model, report = kind.from_pretrained(
+            where, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True, **options
+        )
+    _check_loaded(str(name), model, report)
+    if tokenizer.pad_token_id is None:
+        # Padding is masked everywhere; only its embedding row must exist.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(Finding("M110", f"the tokenizer of {name} has no padding, end or unknown token"))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if (vocabulary := len(tokenizer)) > model.get_input_embeddings().weight.shape[0]:
+        rows = model.get_input_embeddings().weight.shape[0]
+        raise ModelError(Finding("M111", f"the tokenizer of {name} has {vocabulary} tokens, the model's table {rows} rows"))
+    return model.to(place).eval(), tokenizer
+
+
+#: Encoders that transformers also lists as causal models; without being trained as such they cannot generate.
+_ENCODERS = ("BertConfig", "RobertaConfig", "XLMRobertaConfig", "ElectraConfig", "CamembertConfig", "ModernBertConfig")
+
+
+def load_tokenizer(where: str, **options: Any) -> Any:
+    """The tokenizer of the model at `where`. Raises ModelError where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(where, **options)
+    except Exception as error:
+        raise ModelError(Finding("M112", f"no tokenizer in {where}: {_first_line(error)}")) from error
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def _no_such_head(name: str, config: Any, task: str) -> Finding:
+    kind = type(config).__name__.removesuffix("Config")
+    if task == "classify":
+        return Finding("M113", f"{name} ({kind}) has no classification head in transformers")
+    return Finding(
+        "M113", f"{name} ({kind}) cannot generate text: it is not a causal language model", fix="--task classify, or a causal base"
+    )
+
+
+def _check_loaded(name: str, model: Any, report: dict[str, Any]) -> None:
+    """Only a head may be new; anything else missing or misshapen is not this model's checkpoint."""
+    prefix = model.base_model_prefix + "."
+    missing = [key for key in report["missing_keys"] if key.startswith(prefix) and "pooler" not in key]
+    faults = [Finding("M114", f"{name}: the checkpoint lacks {key}") for key in missing[:8]]
+    faults += [
+        Finding("M115", f"{name}: {entry[0] if isinstance(entry, tuple) else entry} has the wrong shape")
+        for entry in list(report.get("mismatched_keys") or [])[:8]
+    ]
+    if faults:
+        raise ModelError(faults)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise EnvironmentFault(Finding("E101", f"{name} does not fit in memory", fix="a smaller model, or dtype bfloat16")) from error
+    except OSError as error:
+        if Path(name).is_dir():
+            raise ModelError(Finding("M116", f"cannot load {name}: {_first_line(error)}")) from error
+        raise ModelError(
+            Finding("M117", f"{name!r} is no folder here, and the hub did not give it: {_first_line(error)}", fix="-m FOLDER")
+        ) from error
+    except Exception as error:  # damaged files surface as many kinds of error
+        if type(error).__name__ in ("SafetensorError", "JSONDecodeError", "ValueError", "KeyError", "RuntimeError"):
+            raise ModelError(Finding("M116", f"cannot load {name}: {_first_line(error)}")) from error
+        raise
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' remarks about new heads off the terminal; what matters is checked and said here."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()

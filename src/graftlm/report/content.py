@@ -1,0 +1,161 @@
+"""What the report and the model card both say: what was trained, on what, how to use it and how to repeat it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .folder import RunFolder
+from .wording import as_text, counted, duration, share, size, whole
+
+__all__ = [
+    "TASKS",
+    "Row",
+    "base_id",
+    "commands",
+    "data_lines",
+    "data_notes",
+    "environment",
+    "is_bundled",
+    "method_names",
+    "python_lines",
+    "settings",
+    "trained",
+]
+
+Row = tuple[str, str]
+
+TASKS = {"classify": "labels for texts", "sft": "answers to prompts", "lm": "continuing text"}
+
+
+def is_bundled(run: RunFolder) -> bool:
+    """Whether the base is the small one that comes with the package."""
+    return run.text("base.name") in ("", "bundled")
+
+
+def base_id(run: RunFolder) -> str:
+    """The base's name as others know it: a path of this machine is cut to its last part.
+
+    Example:
+        >>> base_id(RunFolder(Path("."), {"base": {"name": "/home/me/models/qwen"}}))
+        'qwen'
+    """
+    name = run.text("base.name") or "unknown"
+    is_path = name.startswith(("/", "~", ".")) or "\\" in name
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name if is_path else name
+
+
+def method_names(run: RunFolder) -> list[str]:
+    """The names in the method, without their settings.
+
+    Example:
+        >>> method_names(RunFolder(Path("."), {"method": "lora(rank=16,targets=all-linear)+head"}))
+        ['lora', 'head']
+    """
+    text = run.text("method")
+    while (shorter := re.sub(r"\([^()]*\)", "", text)) != text:
+        text = shorter
+    return [name for part in text.split("+") if (name := part.strip())]
+
+
+def trained(run: RunFolder) -> list[Row]:
+    """Method, counts, share and bytes; only what is known."""
+    parameters, total = run.number("trainable_parameters"), run.number("base.parameters")
+    part = share(parameters, total)
+    base = run.text("base.name")
+    about = [run.text("base.class"), counted(total, "parameter") if total is not None else ""]
+    fingerprint = run.text("base.fingerprint")
+    tokens = [value for row in run.metrics if isinstance(value := row.get("tokens_per_s"), int | float) and value > 0]
+    speed = f", {whole(sorted(tokens)[len(tokens) // 2])}\u00a0tokens/s" if tokens else ""
+    facts = {
+        "task": TASKS.get(run.text("task"), run.text("task")),
+        "base model": ", ".join(filter(None, [base, *about])),
+        "fingerprint of the base": fingerprint,
+        "method": run.text("method"),
+        "trained parameters": whole(parameters) + (f" ({part} of the base's count)" if part else "")
+        if parameters is not None
+        else "",
+        "adapter on disk": size(run.number("adapter_bytes")) if run.number("adapter_bytes") is not None else "",
+        "steps": whole(run.number("steps")) if run.number("steps") is not None else "",
+        "time": duration(run.number("seconds")) + speed if run.number("seconds") is not None else "",
+        "peak memory": size(run.number("peak_memory_bytes")) if run.number("peak_memory_bytes") is not None else "",
+    }
+    return [(name, value) for name, value in facts.items() if value]
+
+
+def data_lines(run: RunFolder) -> list[str]:
+    """The data lines as the run said them in a terminal, its columns parted by commas, and the counts of rows."""
+    lines = [re.sub(r"\s{2,}", ", ", run.text(f"data.{key}").strip()) for key in ("line", "loss_line", "eval_line")]
+    train, evaluation = run.number("data.train_rows"), run.number("data.eval_rows")
+    if train is not None:
+        held = f", {counted(evaluation, 'row')} kept for evaluation" if evaluation is not None else ""
+        lines.append(f"{counted(train, 'row')} trained on{held}")
+    return [line for line in lines if line]
+
+
+def data_notes(run: RunFolder) -> list[str]:
+    """What the run noted on its data."""
+    notes = run.at("data.notes")
+    return [as_text(note) for note in notes] if isinstance(notes, list) else []
+
+
+def environment(run: RunFolder) -> list[Row]:
+    """Versions, device and times of the run."""
+    facts = {
+        "graftlm": run.text("graftlm"),
+        **{key: as_text(value) for key, value in run.mapping("environment").items()},
+        "started": run.text("started"),
+        "finished": run.text("finished"),
+        "status": run.text("status"),
+    }
+    return [(name, value) for name, value in facts.items() if value]
+
+
+def settings(run: RunFolder) -> list[tuple[str, Any, str]]:
+    """Every setting as (dotted name, value, origin); origin is `default`, `decided`, a flag or a place in a file."""
+    origin = run.mapping("origin")
+
+    def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any, str]]:
+        for key, value in tree.items():
+            name = prefix + key
+            # A section of settings holds several; a setting that is itself a mapping has an origin of its own.
+            if isinstance(value, dict) and name not in origin:
+                yield from walk(value, f"{name}.")
+            else:
+                yield name, value, as_text(origin.get(name, ""))
+
+    return list(walk(run.mapping("settings"), ""))
+
+
+def commands(run: RunFolder) -> list[Row]:
+    """What can be typed next, with what it does."""
+    name = shlex.quote(run.name)
+    if run.is_classification:
+        first = [(f'graftlm predict {name} "a text to label"', "the label of a text, with its probability")]
+    else:
+        first = [
+            (f"graftlm chat {name}", "talk to it"),
+            (f'graftlm generate {name} "a prompt"', "one answer"),
+        ]
+        if run.text("task") == "lm":
+            first = first[1:]
+    return [*first, (f"graftlm evaluate {name} more.jsonl", "score it on rows of your own")]
+
+
+def python_lines(run: RunFolder) -> str:
+    """The lines of Python that load the base with the adapter."""
+    base = run.text("base.name") or "bundled"
+    adapter = (Path(run.name) / "adapter").as_posix()
+    if not run.is_classification:
+        return (
+            f"import graftlm\nmodel, tokenizer = graftlm.load_base({base!r})\ngraftlm.load_adapter(model, {adapter!r})"
+        )
+    return (
+        "import json, graftlm\n"
+        f'labels = json.load(open({(Path(run.name) / "run.json").as_posix()!r}))["results"]["labels"]\n'
+        f'model, tokenizer = graftlm.load_base({base!r}, task="classify", labels=labels)\n'
+        f"graftlm.load_adapter(model, {adapter!r})"
+    )

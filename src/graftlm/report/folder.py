@@ -1,0 +1,136 @@
+"""A run folder as it was found: `run.json` and the optional files beside it, read without trust in their shape.
+
+Whatever is absent or of another type than expected is left out, so that the report of a run that was stopped or that
+failed can still be written. Only a folder without a readable `run.json` is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import Finding, RunError
+
+__all__ = ["CODES", "RunFolder", "finite", "read_run"]
+
+CODES = {
+    "U181": "The folder has no run.json. A report is written from the folder of a run; name the folder that "
+    "`graftlm train` printed at its end.",
+    "U182": "run.json cannot be read: it is damaged or not a JSON object. It is written when a run starts and again "
+    "when it ends; a copy that was cut off, or an edit by hand, is the usual cause.",
+}
+
+
+def finite(value: object) -> float | None:
+    """The value if it is a finite number, else None.
+
+    Example:
+        >>> finite(2), finite(float("nan")), finite("2")
+        (2.0, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+@dataclass
+class RunFolder:
+    """What a run left behind: `run` is run.json; the lists are the lines of the files, empty where there is none."""
+
+    path: Path
+    run: dict[str, Any]
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    """One line for each file with lines that could not be read."""
+
+    def at(self, dotted: str) -> Any:
+        """The value of run.json at a dotted place, None where there is none."""
+        value: Any = self.run
+        for key in dotted.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def text(self, dotted: str) -> str:
+        """The text at a dotted place, empty where there is none."""
+        value = self.at(dotted)
+        return "" if value is None or isinstance(value, dict | list) else str(value)
+
+    def number(self, dotted: str) -> float | None:
+        """The finite number at a dotted place."""
+        return finite(self.at(dotted))
+
+    def mapping(self, dotted: str) -> dict[str, Any]:
+        """The object at a dotted place, empty where there is none."""
+        value = self.at(dotted)
+        return dict(value) if isinstance(value, Mapping) else {}
+
+    def rows(self, dotted: str) -> list[dict[str, Any]]:
+        """The objects in the list at a dotted place."""
+        value = self.at(dotted)
+        return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether the run learnt labels."""
+        return bool(self.run.get("task") == "classify")
+
+    @property
+    def name(self) -> str:
+        """How the folder is called on a command line: relative to the working folder where it lies below it."""
+        path = self.path.resolve()
+        here = Path.cwd()
+        return (path.relative_to(here) if path.is_relative_to(here) and path != here else path).as_posix()
+
+
+def read_run(folder: Path) -> RunFolder:
+    """Reads a run folder. Raises RunError (U181, U182) without a readable run.json."""
+    folder = Path(folder)
+    place = folder / "run.json"
+    try:
+        run = json.loads(place.read_text(encoding="utf-8"))
+    except OSError:
+        raise RunError(
+            Finding(
+                "U181", "no run here: the folder has no run.json", place=str(folder), fix="graftlm report RUN_FOLDER"
+            )
+        ) from None
+    except ValueError as error:
+        raise RunError(Finding("U182", f"not readable as JSON: {error}", place=str(place))) from None
+    if not isinstance(run, dict):
+        raise RunError(Finding("U182", f"found a JSON {type(run).__name__}, wanted an object", place=str(place)))
+    found = RunFolder(folder, run)
+    found.metrics = _lines(folder / "metrics.jsonl", found.unread)
+    found.predictions = _lines(folder / "eval" / "predictions.jsonl", found.unread)
+    found.samples = _lines(folder / "eval" / "samples.jsonl", found.unread)
+    found.rejected = _lines(folder / "data" / "rejected.jsonl", found.unread)
+    return found
+
+
+def _lines(path: Path, unread: list[str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = []
+    bad = 0
+    # Not splitlines(): JSON text may hold line separators such as U+2028.
+    for line in path.read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            bad += 1
+    if bad:
+        said = "1 line could not be read and is" if bad == 1 else f"{bad} lines could not be read and are"
+        unread.append(f"{path.name}: {said} left out here.")
+    return rows

@@ -1,0 +1,47 @@
+"""The settings of a run: one typed schema with three faces, the run file, the flags and Python; never imports torch.
+
+Example:
+    >>> from graftlm.settings import resolve, to_yaml
+    >>> resolved = resolve(flags={"lr": "2e-4"}, sets=["train.epochs=2"])
+    >>> resolved.settings.train.learning_rate, resolved.origin["train.learning_rate"]
+    (0.0002, '--lr')
+    >>> print(to_yaml(resolved.settings), end="")
+    train:
+      epochs: 2.0
+      learning_rate: 0.0002
+"""
+
+from .faults import CODES
+from .foreign import FOREIGN, NO_COUNTERPART
+from .reading import Resolved, resolve
+from .schema import (
+    FLAGS,
+    SETTINGS,
+    DataSettings,
+    Flag,
+    GenerateSettings,
+    ModelSettings,
+    RunSettings,
+    Setting,
+    TrainSettings,
+)
+from .writing import dump, to_yaml
+
+__all__ = [
+    "CODES",
+    "FLAGS",
+    "FOREIGN",
+    "NO_COUNTERPART",
+    "SETTINGS",
+    "DataSettings",
+    "Flag",
+    "GenerateSettings",
+    "ModelSettings",
+    "Resolved",
+    "RunSettings",
+    "Setting",
+    "TrainSettings",
+    "dump",
+    "resolve",
+    "to_yaml",
+]

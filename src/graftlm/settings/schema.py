@@ -1,0 +1,358 @@
+"""The schema of a run: every setting with its type, default, hard limits, one plain line, usual range and flags.
+
+`RunSettings` is the Python face. `SETTINGS` (by dotted name) and `FLAGS` (for a command line) are read off it, so
+a setting is described in one place only. A value of None means: decided by the run, and then written down.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+__all__ = [
+    "FLAGS",
+    "KEYS",
+    "SECTIONS",
+    "SETTINGS",
+    "DataSettings",
+    "Flag",
+    "GenerateSettings",
+    "ModelSettings",
+    "RunSettings",
+    "Setting",
+    "TrainSettings",
+]
+
+_MOST = 1_000_000_000  # a count above this is a slip of the hand
+
+
+def _about(text: str, usual: str | tuple[float, float] = "", *flags: str, **limits: Any) -> Any:
+    """What is said of a field: its line, its usual range (low, high) or usual values, its flags, its hard limits."""
+    said: Any = {"usual": usual, "flags": flags}
+    return Field(description=text, json_schema_extra=said, **limits)
+
+
+def _count(text: str, usual: str | tuple[float, float] = "", *flags: str, least: int = 1) -> Any:
+    return _about(text, usual, *flags, ge=least, le=_MOST)
+
+
+def _text(text: str, usual: str = "", *flags: str) -> Any:
+    return _about(text, usual, *flags, min_length=1)
+
+
+def _path_as_text(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+_AsText = BeforeValidator(_path_as_text)
+
+
+class _Section(BaseModel):
+    """A group of settings: frozen, strictly typed, without unknown names; a fault is a `SettingsError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    section: ClassVar[str] = ""
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            from .faults import as_settings_error  # faults reads this module
+
+            raise as_settings_error(error, self.section) from None
+
+    # Tells pydantic that this initialiser adds nothing to validation: nested sections are then checked in one pass.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+class DataSettings(_Section):
+    """The rows to learn from and to evaluate on.
+
+    Example:
+        >>> DataSettings(path="faq.jsonl", map={"prompt": "question"}).format
+        'auto'
+    """
+
+    section: ClassVar[str] = "data"
+
+    path: Annotated[
+        str | None, _text("File with the rows to train on; without one, the bundled messages", "", "DATA"), _AsText
+    ] = None
+    eval_path: Annotated[str | None, _text("File with the rows to evaluate on; without one, a share"), _AsText] = None
+    format: Annotated[
+        Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "text"],
+        _about("Format of the data file; auto goes by its name", "auto"),
+    ] = "auto"
+    map: Annotated[
+        dict[str, str],
+        _about("Which column plays which role, as role=column", "prompt=question,completion=answer", "--map"),
+    ] = {}
+    eval_share: Annotated[
+        float | None,
+        _about("Share of the rows kept for evaluation; by itself 0.2, above 2 000 rows 0.05", (0.02, 0.3), gt=0, lt=1),
+    ] = None
+    max_rows: Annotated[int | None, _count("Most rows that are read, the first of the file", (100, 100_000))] = None
+    drop_bad_rows: Annotated[bool, _about("Leave out rows that cannot be used and list them, instead of stopping")] = (
+        False
+    )
+    merge_labels: Annotated[bool, _about("Take labels that differ only by case or space for one label")] = False
+    template: Annotated[str | None, _text("Chat template: plain, turns or Jinja text; without one, the base's own")] = None
+    waive: Annotated[str | None, _text("Codes of findings that are not to stop the run", "D132,D127")] = None
+
+
+class ModelSettings(_Section):
+    """The base model and how its weights are held.
+
+    Example:
+        >>> ModelSettings(name="models/qwen").dtype
+        'auto'
+    """
+
+    section: ClassVar[str] = "model"
+
+    name: Annotated[str, _text("Base model: bundled, a folder or a hub id", "", "-m", "--model"), _AsText] = "bundled"
+    revision: Annotated[str | None, _text("Branch, tag or commit of a base from a hub")] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        _about("Number type of the base's weights; auto goes by the device", "auto"),
+    ] = "auto"
+    quantize: Annotated[str | None, _text("Hold the base's weights in fewer bits", "nf4")] = None
+    trust_remote_code: Annotated[bool, _about("Run code that comes with the base model")] = False
+
+
+class TrainSettings(_Section):
+    """How long, how fast and on how much at once.
+
+    Example:
+        >>> TrainSettings(epochs=3, learning_rate=2e-4).batch
+        16
+    """
+
+    section: ClassVar[str] = "train"
+
+    epochs: Annotated[float | None, _about("Passes over the training rows", (1, 10), "--epochs", gt=0, le=100_000)] = (
+        None
+    )
+    steps: Annotated[int | None, _count("Optimizer steps, instead of epochs", (100, 10_000), "--steps")] = None
+    learning_rate: Annotated[
+        float | None,
+        _about("Peak learning rate; without one, the method's own", (1e-5, 1e-3), "--lr", ge=1e-7, le=0.3),
+    ] = None
+    batch: Annotated[int, _count("Rows per optimizer step", (4, 128), "--batch")] = 16
+    accumulate: Annotated[int, _count("Parts that a step's rows are computed in, one after the other", (1, 32))] = 1
+    max_length: Annotated[
+        int | None, _count("Most tokens of a row; without one, by the data", (128, 4096), "--max-length")
+    ] = None
+    schedule: Annotated[
+        Literal["linear", "cosine", "constant"], _about("Shape of the learning rate after the warm-up", "linear")
+    ] = "linear"
+    warmup: Annotated[
+        float, _about("Share of the steps in which the learning rate rises to its peak", (0, 0.1), ge=0, lt=1)
+    ] = 0.06
+    weight_decay: Annotated[float, _about("Decoupled weight decay", (0, 0.1), ge=0, le=1)] = 0.0
+    max_grad_norm: Annotated[float, _about("Largest norm of the gradient", (0.3, 5), gt=0)] = 1.0
+    seed: Annotated[int, _about("Seed of every random choice", "", "--seed", ge=0, le=2**32 - 1)] = 0
+    eval_every: Annotated[int | None, _count("Steps between evaluations", (50, 1000))] = None
+    save_every: Annotated[int | None, _count("Steps between checkpoints", (50, 1000))] = None
+    keep_checkpoints: Annotated[int, _count("Checkpoints kept, the latest ones", (1, 5))] = 2
+    early_stopping: Annotated[
+        int | None, _count("Stop after so many evaluations without gain; without one, never", (2, 10))
+    ] = None
+    gradient_checkpointing: Annotated[bool, _about("Compute activations twice to hold fewer of them")] = False
+    threads: Annotated[int | None, _count("Processor threads; without one, all", (1, 64))] = None
+
+
+class GenerateSettings(_Section):
+    """How text is written with the model.
+
+    Example:
+        >>> GenerateSettings(temperature=0.7).max_new_tokens
+        96
+    """
+
+    section: ClassVar[str] = "generate"
+
+    max_new_tokens: Annotated[int, _count("Most tokens written per answer", (32, 1024))] = 96
+    temperature: Annotated[
+        float, _about("Randomness of the choice of a token; 0 takes the likeliest", (0, 1), ge=0, le=10)
+    ] = 0.0
+    top_p: Annotated[float, _about("Share of the likelihood that is drawn from", (0.8, 1), gt=0, le=1)] = 1.0
+    samples: Annotated[int, _count("Answers shown in the report", (1, 20), least=0)] = 4
+
+
+class RunSettings(_Section):
+    """Everything that a run is told.
+
+    Example:
+        >>> RunSettings(method="ia3", train=TrainSettings(steps=100)).train.steps
+        100
+    """
+
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    method: Annotated[
+        str,
+        _text("What is trained, as name(setting=value)", "", "--method"),
+    ] = "lora(rank=16,targets=all-linear)"
+    task: Annotated[
+        Literal["auto", "lm", "sft", "classify"],
+        _about("What is learnt: text, answers or labels; auto goes by the columns", "auto", "--task"),
+    ] = "auto"
+    train: TrainSettings = TrainSettings()
+    generate: GenerateSettings = GenerateSettings()
+    output: Annotated[
+        str | None, _text("Folder of the run; without one, runs/<data>-<n>", "", "-o", "--out"), _AsText
+    ] = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> RunSettings:
+        from .faults import contradictions, settings_error  # faults reads this module
+
+        found = contradictions({name: setting.of(self) for name, setting in SETTINGS.items()})
+        if found:
+            raise settings_error(found)
+        return self
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting as the schema has it; `kind` is the type in words, `limits` the hard range in words."""
+
+    name: str
+    kind: Literal["text", "a number", "a whole number", "true or false", "role=column pairs", "a choice"]
+    default: Any
+    optional: bool
+    text: str
+    usual: str | tuple[float, float]
+    limits: str
+    choices: tuple[str, ...]
+    flags: tuple[str, ...]
+
+    @property
+    def section(self) -> str:
+        """The section that holds it, empty for `method`, `task` and `output`."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def key(self) -> str:
+        """The name within its section."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def usual_text(self) -> str:
+        """The usual range in words, such as `1e-5 to 1e-3`."""
+        return self.usual if isinstance(self.usual, str) else " to ".join(number(bound) for bound in self.usual)
+
+    def of(self, settings: RunSettings) -> Any:
+        """This setting's value in `settings`."""
+        return getattr(getattr(settings, self.section) if self.section else settings, self.key)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of the command line; everything that a click option (or argument) is made from.
+
+    `names` are the spellings (a name in capitals is an argument), `key` is the parameter under which the value is
+    handed to `resolve(flags={key: value})`, `setting` the dotted name that it sets (None for `--config`, `--set`).
+    Values may stay text: `resolve` reads and checks them, so that a wrong one is told of like any other.
+    """
+
+    names: tuple[str, ...]
+    key: str
+    kind: str
+    help: str
+    setting: str | None
+    choices: tuple[str, ...] = ()
+    repeatable: bool = False
+
+    @property
+    def is_argument(self) -> bool:
+        """Whether it stands on the command line without a dash."""
+        return not self.names[0].startswith("-")
+
+    @property
+    def label(self) -> str:
+        """The spelling used as the origin of a value, such as `--lr`."""
+        return self.names[-1]
+
+
+def number(value: float) -> str:
+    """A number as people write it: `2e-4`, `0.3`, `20 000`.
+
+    Example:
+        >>> number(2e-4), number(20000), number(0.25)
+        ('2e-4', '20 000', '0.25')
+    """
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
+        return f"{int(value):,}".replace(",", " ")
+    mantissa, _, exponent = f"{value:.6g}".partition("e")
+    if not exponent and 0 < abs(value) < 1e-2:
+        mantissa, _, exponent = f"{value:.5e}".partition("e")
+        mantissa = mantissa.rstrip("0").rstrip(".")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+_KINDS: dict[Any, Any] = {str: "text", float: "a number", int: "a whole number", bool: "true or false"}
+_LIMITS = ((Gt, "gt", "above"), (Ge, "ge", "at least"), (Lt, "lt", "below"), (Le, "le", "at most"))
+
+
+def _limits(field: FieldInfo) -> str:
+    return " and ".join(
+        f"{word} {number(getattr(bound, attribute))}"
+        for kind, attribute, word in _LIMITS
+        for bound in field.metadata
+        if isinstance(bound, kind) and getattr(bound, attribute) != _MOST
+    )
+
+
+def _settings(model: type[_Section], prefix: str = "") -> Iterator[Setting]:
+    for key, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            yield from _settings(field.annotation, f"{key}.")
+            continue
+        annotation: Any = field.annotation
+        optional = get_origin(annotation) in (Union, types.UnionType)
+        if optional:
+            annotation = get_args(annotation)[0]
+        choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+        about: Any = field.json_schema_extra
+        yield Setting(
+            name=prefix + key,
+            kind="a choice" if choices else _KINDS.get(annotation, "role=column pairs"),
+            default=field.default,
+            optional=optional,
+            text=field.description or "",
+            usual=about["usual"],
+            limits=_limits(field),
+            choices=choices,
+            flags=about["flags"],
+        )
+
+
+SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _settings(RunSettings)}
+"""Every setting by its dotted name, in the order of the schema."""
+
+KEYS: frozenset[str] = frozenset(setting.key for setting in SETTINGS.values())
+
+SECTIONS: tuple[str, ...] = tuple(dict.fromkeys(setting.section for setting in SETTINGS.values() if setting.section))
+
+
+def _flag(setting: Setting) -> Flag:
+    usual = f" (usually {setting.usual_text})" if isinstance(setting.usual, tuple) else ""
+    key = setting.flags[-1].lstrip("-").replace("-", "_").lower()
+    return Flag(setting.flags, key, setting.kind, setting.text + usual, setting.name, setting.choices)
+
+
+FLAGS: tuple[Flag, ...] = (
+    *(_flag(setting) for setting in SETTINGS.values() if setting.flags),
+    Flag(("-c", "--config"), "config", "a file", "Run file (YAML) with settings", None),
+    Flag(("--set",), "set", "name=value", "Any other setting, such as train.warmup=0.1", None, repeatable=True),
+)
+"""The flags that the verbs share, in the order in which help should list them."""

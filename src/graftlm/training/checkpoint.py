@@ -1,0 +1,127 @@
+"""Checkpoints of a run: adapter, optimizer, schedule, random state, position; complete or absent, and never the base.
+
+A checkpoint is a folder: `adapter.safetensors`, `optimizer.safetensors` (moments by parameter number), `random.safetensors`,
+`schedule.json` and `trainer_state.json`, with a manifest of sizes and hashes. It is written beside its place and renamed
+into it, so a kill at any moment leaves the last complete one. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from graftlm.core import Adapter
+from graftlm.errors import Finding, RunError
+from graftlm.formats.atomic import atomic_folder, check_manifest, write_json, write_manifest
+
+__all__ = ["latest", "load_adapter_state", "load_optimizer", "load_random_state", "step_of", "write"]
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def write(
+    folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, scheduler: Any, trainer_state: dict[str, Any]
+) -> None:
+    """Write everything that resuming needs into `folder`, at once or not at all."""
+    moments, settings = _split(optimizer.state_dict())
+    with atomic_folder(folder) as inside:
+        save_file({name: tensor.contiguous() for name, tensor in adapter.state().items()}, inside / "adapter.safetensors")
+        save_file(moments, inside / "optimizer.safetensors")
+        save_file(_random_tensors(), inside / "random.safetensors")
+        write_json(
+            inside / "schedule.json",
+            {"optimizer": settings, "scheduler": scheduler.state_dict(), "random": _random_numbers()},
+        )
+        write_json(inside / "trainer_state.json", trainer_state)
+        write_manifest(inside)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step after which the checkpoint was written."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that is complete and undamaged."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    for path in sorted(found, key=step_of, reverse=True):
+        if not check_manifest(path):
+            return path
+    return None
+
+
+def load_adapter_state(folder: Path, adapter: Adapter) -> None:
+    """Put the checkpoint's weights into `adapter`. Raises RunError for a damaged checkpoint, AdapterError for another's."""
+    _check(folder)
+    adapter.load_state(load_file(folder / "adapter.safetensors"))
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Put back moments, step counts and the schedule."""
+    stored = json.loads((folder / "schedule.json").read_text())
+    optimizer.load_state_dict(_join(load_file(folder / "optimizer.safetensors"), stored["optimizer"]))
+    scheduler.load_state_dict(stored["scheduler"])
+
+
+def load_random_state(folder: Path) -> None:
+    """Put back every random generator."""
+    tensors = load_file(folder / "random.safetensors")
+    numbers = json.loads((folder / "schedule.json").read_text())["random"]
+    torch.set_rng_state(tensors["torch"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda.{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
+    version, words, gauss = numbers["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, position, has_gauss, cached = numbers["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().view(np.uint32), position, has_gauss, cached))
+
+
+def _check(folder: Path) -> None:
+    if faults := check_manifest(folder):
+        raise RunError(
+            [Finding("U120", f"checkpoint {folder.name} is damaged"), *faults]
+        )
+
+
+def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by `<parameter>.<name>` and everything else as JSON."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for number, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value.contiguous()
+            else:
+                plain.setdefault(str(number), {})[name] = value
+    return tensors, {"plain": plain, "param_groups": state["param_groups"]}
+
+
+def _join(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(number): dict(values) for number, values in settings["plain"].items()}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    groups = [{**g, "betas": tuple(g["betas"])} if "betas" in g else g for g in settings["param_groups"]]
+    return {"state": state, "param_groups": groups}
+
+
+def _random_tensors() -> dict[str, Tensor]:
+    found = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.random.get_state()[1].view(np.int32).copy())}
+    found |= {f"cuda.{index}": torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
+    return found
+
+
+def _random_numbers() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    kind, _, position, has_gauss, cached = np.random.get_state()
+    return {"python": [version, list(words), gauss], "numpy": [kind, position, has_gauss, cached]}

@@ -1,0 +1,48 @@
+"""What a run decides where the settings leave it open: learning rate, epochs, length, heads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from graftlm.core import Method
+from graftlm.methods import Full, Head, Modules
+
+__all__ = ["context_of", "decide_epochs", "decide_learning_rate", "with_head"]
+
+_LONGEST_TOKENS = 1024
+
+
+def decide_learning_rate(method: Method, width: int) -> float:
+    """The method's own rate for a model of hidden size `width`: the narrower, the larger.
+
+    The rates of the methods hold at width 2000; they scale with (2000 / width) ** 0.78, the exponent measured for
+    Llama models in "LoRA Without Regret" (Schulman et al. 2025), between a half and five times.
+
+    Example:
+        >>> from graftlm.methods import LoRA
+        >>> decide_learning_rate(LoRA(), 256), decide_learning_rate(LoRA(), 4096)
+        (0.0025, 0.00029)
+    """
+    rate = method.parts[0].learning_rate * min(max((2000 / width) ** 0.78, 0.5), 5.0)
+    return round(rate, 1 - math.floor(math.log10(rate)))  # two digits: a figure that one can say
+
+
+def decide_epochs(rows: int) -> float:
+    """More passes over few rows: ten up to 500 rows, one from 5,000."""
+    return float(max(1, min(10, round(5000 / max(rows, 1)))))
+
+
+def context_of(config: Any) -> int:
+    """The most tokens a row may have where nothing else is said."""
+    context = getattr(config, "max_position_embeddings", None) or _LONGEST_TOKENS
+    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
+        context -= 2  # their positions start behind the padding token's
+    return min(int(context), _LONGEST_TOKENS)
+
+
+def with_head(method: Method) -> Method:
+    """`method` with a trained head: a new classifier must be learned, whatever else is."""
+    if any(isinstance(part, (Head, Full)) or (isinstance(part, Modules) and part.targets == "head") for part in method.parts):
+        return method
+    return method + Head()

@@ -1,0 +1,142 @@
+"""Run folders: one folder tells one run; where it lies, what it holds, and how it is read again.
+
+    run.json          settings with their origin, versions, device, hashes of the data, the base's fingerprint, results
+    adapter/          the adapter in PEFT's format with our facts
+    checkpoints/      what resuming needs
+    metrics.jsonl     losses and rates by step
+    data/rejected.jsonl   rows left out, with the reason
+    eval/             predictions or sample outputs on the held-out rows
+    report.html, README.md, log.txt
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from graftlm.errors import EnvironmentFault, Finding, RunError
+from graftlm.formats.atomic import write_json
+
+__all__ = ["RunFolder", "free_folder"]
+
+_NEEDED_BYTES = 64 * 2**20
+
+
+def free_folder(data_name: str, *, parent: Path = Path("runs")) -> Path:
+    """The first free `runs/<data>-<n>`."""
+    stem = re.sub(r"[^\w-]+", "-", Path(data_name).stem.rpartition(":")[2]).strip("-") or "run"
+    number = 1
+    while (parent / f"{stem}-{number}").exists():
+        number += 1
+    return parent / f"{stem}-{number}"
+
+
+class RunFolder:
+    """The files of one run, by their purpose."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.record_path = self.path / "run.json"
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.log = self.path / "log.txt"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `run.json` says. Raises RunError where it cannot be read."""
+        try:
+            found: dict[str, Any] = json.loads(self.record_path.read_text())
+            return found
+        except FileNotFoundError:
+            raise RunError(Finding("U101", f"{self.path} is not a run folder: it has no run.json")) from None
+        except (OSError, ValueError) as error:
+            raise RunError(Finding("U102", f"{self.record_path} cannot be read: {error}")) from error
+
+    def check(self, settings: Mapping[str, Any], *, resume: bool) -> None:
+        """Raise RunError where a run of `settings` would overwrite anything here, before anything is changed.
+
+        A run can be taken up with the same settings only; what differs is named.
+        """
+        if self.record_path.exists():
+            record = self.record
+            changed = _differences(record.get("settings", {}), settings)
+            fresh = str(_next_free(self.path))
+            if changed:
+                raise RunError(
+                    Finding(
+                        "U103",
+                        f"{self.path} holds a run with other settings; --resume is impossible",
+                        detail=tuple(changed[:6]),
+                        fix=f"-o {fresh}",
+                    )
+                )
+            if not resume:
+                state = record.get("status")
+                raise RunError(
+                    Finding("U104", f"{self.path} holds this run already ({state})", fix=f"--resume, or -o {fresh}")
+                )
+            if record.get("status") == "done":
+                raise RunError(Finding("U105", f"the run in {self.path} is done: nothing to resume", fix=f"-o {fresh}"))
+        elif resume:
+            raise RunError(Finding("U106", f"nothing to resume: {self.path} has no run.json", fix="leave --resume out"))
+        elif self.path.is_dir() and any(inside.name != "data" for inside in self.path.iterdir()):
+            raise RunError(
+                Finding("U107", f"{self.path} is not empty and no run folder", fix=f"-o {_next_free(self.path)}")
+            )
+
+    def make(self) -> None:
+        """Make the folder and those inside. Raises EnvironmentFault where that is impossible or the disk is full."""
+        try:
+            for folder in (self.path, self.checkpoints, self.path / "data", self.path / "eval"):
+                folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.path).free
+        except OSError as error:
+            raise EnvironmentFault(Finding("E102", f"cannot write to {self.path}: {error.strerror}", fix="-o FOLDER")) from error
+        if not os.access(self.path, os.W_OK):
+            raise EnvironmentFault(Finding("E102", f"cannot write to {self.path}", fix="-o FOLDER"))
+        if free < _NEEDED_BYTES:
+            raise EnvironmentFault(
+                Finding("E103", f"{free / 2**20:.0f} MB are free for {self.path}, a run needs {_NEEDED_BYTES / 2**20:.0f} MB")
+            )
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Replace `run.json` at once."""
+        temporary = self.record_path.with_suffix(".tmp")
+        write_json(temporary, dict(record))
+        os.replace(temporary, self.record_path)
+
+    def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write `rows` as JSON lines into the file `name`."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (self.path / name).write_text(text, encoding="utf-8")
+
+    def cut_metrics(self, after_step: int) -> None:
+        """Forget the metrics after `after_step`: resuming will write them again."""
+        if self.metrics.exists():
+            lines = [json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+            self.write_lines(self.metrics.name, [line for line in lines if line["step"] <= after_step])
+
+
+def _next_free(path: Path) -> Path:
+    stem, number = re.fullmatch(r"(.*?)(?:-(\d+))?", path.name).groups()  # type: ignore[union-attr]
+    count = int(number or 1) + 1
+    while (path.parent / f"{stem}-{count}").exists():
+        count += 1
+    return path.parent / f"{stem}-{count}"
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and key != "map":
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new and prefix + key != "output":
+            found.append(f"{prefix}{key}: {old} there, {new} asked for")
+    return found

@@ -1,0 +1,149 @@
+"""What a run says while it goes: one live line on a terminal, a plain line now and then elsewhere, metrics to a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from graftlm.training.trainer import GraftTrainer
+
+__all__ = ["Progress", "Voice", "clock"]
+
+_PLAIN_EVERY_S = 20.0
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `8:40` or `1:02:03`.
+
+    Example:
+        >>> clock(520)
+        '8:40'
+    """
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Voice:
+    """Says lines to the person who runs it, and keeps them in the run's log."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        from rich.console import Console
+
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self._log: Path | None = None
+        self._kept: list[str] = []
+
+    def keep_in(self, log: Path) -> None:
+        """Write every line said so far and from now on to `log` too."""
+        self._log = log
+        with log.open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in self._kept)
+        self._kept = []
+
+    def say(self, subject: str, text: str) -> None:
+        """One line: a subject of at most eight letters, then the text."""
+        for at, part in enumerate(text.splitlines() or [""]):
+            head = subject if at == 0 else ""
+            self.console.print(f"[bold]{head:<9}[/bold]", end="") if self.console.is_terminal else self.console.print(
+                f"{head:<9}", end="", markup=False
+            )
+            self.console.print(part, markup=False)
+            self.note(f"{head:<9}{part}")
+
+    def note(self, line: str) -> None:
+        """A line for the log only."""
+        if self._log is None:
+            self._kept.append(line)
+            return
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class Progress(TrainerCallback):
+    """Shows steps, losses, speed and the time left; writes metrics.jsonl."""
+
+    def __init__(self, voice: Voice, metrics: Path, unit: str) -> None:
+        self.voice, self.metrics, self.unit = voice, metrics, unit
+        self.trainer: GraftTrainer | None = None
+        self._bar: Any = None
+        self._task: Any = None
+        self._began_s = self._said_s = 0.0
+        self._first_step = 0
+        self._loss = self._best = self._eval = float("nan")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock, and the bar on a terminal."""
+        del args, control
+        self._began_s = self._said_s = time.monotonic()
+        self._first_step = state.global_step
+        if self.voice.console.is_terminal and not self.voice.console.quiet:
+            from rich.progress import BarColumn, Progress as Bar, TaskProgressColumn, TextColumn
+
+            self._bar = Bar(
+                TextColumn("  {task.completed}/{task.total}"),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[said]}"),
+                console=self.voice.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, said="")
+            self._bar.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Keep the numbers."""
+        del args, control
+        logs = logs or {}
+        if "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            self._loss = logs["loss"]
+            self._best = min(self._loss, self._best) if self._best == self._best else self._loss
+        if "eval_loss" in logs:
+            self._eval = logs["eval_loss"]
+        names = ("loss", "learning_rate", "grad_norm", "eval_loss")
+        row = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        row |= {name: logs[name] for name in names if name in logs}
+        if "loss" in logs:
+            row |= {f"{self.unit}_per_s": round(self._rate(), 1), "seconds": round(time.monotonic() - self._began_s, 2)}
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the bar, or say a plain line when it is time."""
+        del args, control
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step, said=self._line(state))
+        elif time.monotonic() - self._said_s > _PLAIN_EVERY_S:
+            self._said_s = time.monotonic()
+            share = 100 * state.global_step / max(state.max_steps, 1)
+            self.voice.say("", f"{state.global_step}/{state.max_steps}  {share:.0f} %  {self._line(state)}")
+            sys.stdout.flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take the bar away."""
+        del args, state, control
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away, also after a failure."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _rate(self) -> float:
+        return (self.trainer.counted if self.trainer else 0) / max(time.monotonic() - self._began_s, 1e-9)
+
+    def _line(self, state: Any) -> str:
+        done = state.global_step - self._first_step
+        left_s = (time.monotonic() - self._began_s) / max(done, 1) * (state.max_steps - state.global_step)
+        parts = [f"loss {self._loss:.3f} (best {self._best:.3f})"] if self._loss == self._loss else []
+        parts += [f"eval {self._eval:.3f}"] if self._eval == self._eval else []
+        return "  ".join([*parts, f"{self._rate():,.0f} {self.unit}/s", f"ETA {clock(left_s)}"])

@@ -1,0 +1,610 @@
+"""One run from settings to a finished folder: read, check, decide, train, evaluate, write down.
+
+Everything that can be wrong is looked for before anything expensive starts: data, method, base, folder and disk.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback, TrainingArguments
+
+import graftlm
+from graftlm.core import Adapter, Method, attach, summary, use
+from graftlm.data import Collator, Prepared, prepare
+from graftlm.errors import EnvironmentFault, Finding, GraftError, SettingsError
+from graftlm.evaluation import losses
+from graftlm.formats import load_adapter
+from graftlm.methods import read_method
+from graftlm.models import fingerprint, load_base, load_tokenizer, resolve_base
+from graftlm.objectives import OBJECTIVES, CausalLM, Objective
+from graftlm.report import write_card, write_report
+from graftlm.settings import Resolved, RunSettings, dump, resolve
+from graftlm.training import checkpoint
+from graftlm.training.decisions import context_of, decide_epochs, decide_learning_rate, with_head
+from graftlm.training.folder import RunFolder, free_folder
+from graftlm.training.opening import Opened
+from graftlm.training.progress import Progress, Voice, clock
+from graftlm.training.scoring import score_classification, score_text, write_samples
+from graftlm.training.trainer import GraftTrainer
+
+__all__ = ["Run", "data_of", "held_out_of", "train", "train_resolved"]
+
+_BUNDLED_DATA = {"bundled:messages": "messages.csv", "bundled:answers": "answers.jsonl"}
+_EVAL_ROWS_WHILE_TRAINING = 200
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished (or stopped) run: its folder, its scores, and the model as it was left."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    model: Any
+    tokenizer: Any
+    adapter: Adapter
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The adapter's scores on the held-out rows."""
+        scores = self.record["results"].get("scores", [])
+        return {k: v for k, v in scores[0].items() if k not in ("name", "title")} if scores else {}
+
+    @property
+    def report(self) -> Path:
+        """The page that tells the run."""
+        return self.folder / "report.html"
+
+
+def train(
+    data: str | Path | Iterable[Mapping[str, Any]] | None = None,
+    *,
+    base: str | Path | None = None,
+    method: str | Method | None = None,
+    task: str | None = None,
+    output: str | Path | None = None,
+    config: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> Run:
+    """Train an adapter on `data` and leave a run folder with adapter, scores and report.
+
+    `data` is a file, or an iterable of rows (dicts), or None for the bundled messages; `base` a folder, a hub id or
+    "bundled". `settings` are those of the run file's sections by their own names: `epochs=3`, `learning_rate=2e-4`,
+    `max_length=512`, `eval_share=0.1`, or by dotted name in a dict: `**{"data.map": {...}}`.
+    Raises GraftError with everything that is wrong, before training starts.
+
+    Example:
+        >>> run = train("tickets.csv", method="lora(rank=8)", epochs=3)     # doctest: +SKIP
+        >>> run.metrics["macro_f1"], run.folder                             # doctest: +SKIP
+    """
+    from graftlm.settings import SETTINGS
+
+    given: dict[str, Any] = {}
+    for name, value in settings.items():
+        found = [full for full, setting in SETTINGS.items() if name in (full, setting.key)]
+        given[found[0] if len(found) == 1 else name] = value
+    rows = None
+    if data is not None and not isinstance(data, (str, Path)):
+        rows, data = list(data), None
+    for name, value in (("data.path", data), ("model.name", base), ("task", task), ("output", output)):
+        if value is not None:
+            given[name] = str(value)
+    if method is not None:
+        given["method"] = str(method)
+    resolved = resolve(file=Path(config) if config else None, python=given)
+    return train_resolved(resolved, resume=resume, command="graftlm.train(...)", quiet=quiet, rows=rows)
+
+
+def data_of(path: str | None) -> Path:
+    """The data file that `path` means; None is the bundled messages."""
+    name = path or "bundled:messages"
+    if name in _BUNDLED_DATA:
+        return Path(graftlm.__file__).parent / "bundled" / "data" / _BUNDLED_DATA[name]
+    if name.startswith("bundled:"):
+        raise SettingsError(
+            Finding("U130", f"no bundled data {name!r}: there are {', '.join(_BUNDLED_DATA)}", fix="bundled:messages")
+        )
+    return Path(name)
+
+
+def train_resolved(
+    resolved: Resolved,
+    *,
+    resume: bool = False,
+    command: str = "",
+    quiet: bool = False,
+    rows: list[Mapping[str, Any]] | None = None,
+) -> Run:
+    """Train as `resolved` says; see `train`."""
+    settings = resolved.settings
+    if resume and settings.output is None:
+        raise SettingsError(Finding("U131", "--resume needs the run's folder", fix="--resume -o runs/NAME"))
+    if resume and all(origin == "default" for name, origin in resolved.origin.items() if name != "output"):
+        # `graftlm train --resume -o FOLDER`: the settings are those of the run itself.
+        record = RunFolder(str(settings.output)).record
+        settings = RunSettings(**(record["settings"] | {"output": settings.output}))
+    voice = Voice(quiet=quiet)
+    folder = RunFolder(settings.output or free_folder(settings.data.path or "bundled:messages"))
+    if settings.train.threads:
+        torch.set_num_threads(settings.train.threads)
+    if rows is not None:
+        settings = _with_rows(settings, folder, rows)
+    work = _Work(settings, resolved.origin, folder, voice, command, resume)
+    try:
+        return work.run()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise EnvironmentFault(
+            Finding(
+                "E101",
+                "memory ran out while training",
+                fix=f"--set train.accumulate={settings.train.accumulate * 2} or --max-length "
+                f"{(settings.train.max_length or 512) // 2}",
+            )
+        ) from error
+
+
+def _with_rows(settings: RunSettings, folder: RunFolder, rows: list[Mapping[str, Any]]) -> RunSettings:
+    """The rows given from Python become a file of the run, so that the run can be told and repeated."""
+    place = folder.path / "data" / "rows.jsonl"
+    if not place.exists():
+        folder.path.joinpath("data").mkdir(parents=True, exist_ok=True)
+        folder.write_lines("data/rows.jsonl", rows)
+    data = settings.data.model_copy(update={"path": str(place)})
+    return settings.model_copy(update={"data": data, "output": str(folder.path)})
+
+
+class _Work:
+    """The steps of one run, in order, with what they hand to one another."""
+
+    def __init__(
+        self, settings: RunSettings, origin: Mapping[str, str], folder: RunFolder, voice: Voice, command: str, resume: bool
+    ) -> None:
+        self.settings, self.origin, self.folder, self.voice = settings, origin, folder, voice
+        self.resume = resume
+        self.record: dict[str, Any] = {
+            "graftlm": graftlm.__version__,
+            "status": "running",
+            "started": _now(),
+            "command": command,
+            "settings": dump(settings),
+            "origin": dict(origin),
+        }
+
+    def run(self) -> Run:
+        began_s = time.monotonic()
+        self.folder.check(dump(self.settings), resume=self.resume)
+        prepared, method, tokenizer = self._check()
+        torch.manual_seed(self.settings.train.seed)
+        model, tokenizer = self._load(prepared)
+        adapter = attach(model, method, name="default")
+        self._describe(prepared, model, adapter)
+        trainer, progress = self._trainer(prepared, model, adapter, tokenizer)
+        self.folder.make()
+        self.voice.keep_in(self.folder.log)
+        self.folder.write_lines(
+            "data/rejected.jsonl", [{"place": r.place, "reason": r.reason} for r in prepared.rejected]
+        )
+        self.folder.write_record(self.record)
+        stopped = self._train(trainer, progress, adapter)
+        return self._finish(prepared, model, tokenizer, adapter, trainer, began_s, stopped)
+
+    # --- before training ---
+
+    def _check(self) -> tuple[Prepared, Method, Any]:
+        """Data, method and base, every fault of all three at once."""
+        faults: list[Finding] = []
+
+        def attempt(step: Callable[[], Any]) -> Any:
+            try:
+                return step()
+            except GraftError as error:
+                faults.extend(error.findings)
+                return None
+
+        model, data, train = self.settings.model, self.settings.data, self.settings.train
+        method = attempt(lambda: read_method(self.settings.method))
+        where = attempt(lambda: resolve_base(model.name))
+        tokenizer = attempt(lambda: self._tokenizer(where)) if where else None
+        path = attempt(lambda: data_of(data.path))
+        if tokenizer is None or path is None:
+            raise SettingsError(faults)
+        config, tokenizer = tokenizer
+        context = context_of(config)
+        if train.max_length and train.max_length > context:
+            faults.append(
+                Finding("U132", f"--max-length {train.max_length} is beyond the base's context", fix=f"--max-length {context}")
+            )
+        prepared: Prepared | None = attempt(
+            lambda: prepare(
+                path,
+                eval_path=data.eval_path,
+                format=data.format,
+                mapping=data.map,
+                eval_share=data.eval_share,
+                max_rows=data.max_rows,
+                drop_bad_rows=data.drop_bad_rows,
+                task=self.settings.task,
+                tokenizer=tokenizer,
+                max_length=train.max_length or context,
+                seed=train.seed,
+                template=data.template,
+                merge_labels=data.merge_labels,
+                waived=_codes(data.waive),
+            )
+        )
+        if faults or prepared is None or method is None:
+            raise SettingsError(faults)
+        if not prepared.eval:
+            raise SettingsError(Finding("U133", "no rows are left for evaluation", fix="--set data.eval_share=0.2"))
+        self._say_data(prepared)
+        return prepared, with_head(method) if prepared.task == "classify" else method, tokenizer
+
+    def _tokenizer(self, where: str) -> tuple[Any, Any]:
+        from transformers import AutoConfig
+
+        options: dict[str, Any] = {
+            "revision": self.settings.model.revision,
+            "trust_remote_code": self.settings.model.trust_remote_code,
+        }
+        if Path(where).is_dir():
+            options["local_files_only"] = True
+        tokenizer = load_tokenizer(where, **options)
+        return AutoConfig.from_pretrained(where, **options), tokenizer
+
+    def _load(self, prepared: Prepared) -> tuple[Any, Any]:
+        wanted = self.settings.model
+        labels = prepared.labels
+        return load_base(
+            wanted.name,
+            task=prepared.task,
+            labels=[labels.name(at) for at in range(len(labels))] if labels else None,
+            dtype=wanted.dtype,
+            quantize=wanted.quantize,
+            revision=wanted.revision,
+            trust_remote_code=wanted.trust_remote_code,
+        )
+
+    def _say_data(self, prepared: Prepared) -> None:
+        self.voice.say("data", prepared.line)
+        self.voice.say("", f"{len(prepared.train):,} rows to train on, {prepared.eval_line} never trained on")
+        for finding in prepared.notes:
+            self.voice.say("note", str(finding))
+        self.voice.say("loss on", prepared.supervision.line.removeprefix("loss on "))
+        for at in range(min(2, len(prepared.supervision.examples))):
+            self.voice.say("", "  " + prepared.supervision.marked(at, width=140).replace("\n", "\\n"))
+        self.record["data"] = {
+            "line": prepared.line,
+            "loss_line": prepared.supervision.line,
+            "eval_line": prepared.eval_line,
+            "train_rows": len(prepared.train),
+            "eval_rows": len(prepared.eval),
+            "sha256": prepared.sha256,
+            "notes": [str(finding) for finding in prepared.notes],
+        }
+
+    def _describe(self, prepared: Prepared, model: Any, adapter: Adapter) -> None:
+        train = self.settings.train
+        counts = summary(model)
+        rate = train.learning_rate or decide_learning_rate(adapter.method, _width(model))
+        low, high = adapter.method.parts[0].learning_rate_range
+        usual = "" if low <= rate <= high else f" (usual: {low:g} to {high:g})"
+        share = 100 * counts.trainable_parameters / counts.base_parameters
+        where = f"{self.settings.model.name}  {type(model).__name__}  {counts.base_parameters:,} parameters"
+        self.voice.say("base", f"{where}  {str(model.dtype).removeprefix('torch.')}  {model.device}")
+        self.voice.say(
+            "method",
+            f"{adapter.method}  {counts.trainable_parameters:,} trainable ({share:.1f} %)  lr {rate:g}{usual}  "
+            f"seed {train.seed}",
+        )
+        self.record |= {
+            "task": prepared.task,
+            "base": {
+                "name": self.settings.model.name,
+                "class": type(model).__name__,
+                "fingerprint": fingerprint(model),
+                "parameters": counts.base_parameters,
+            },
+            "method": str(adapter.method),
+            "trainable_parameters": counts.trainable_parameters,
+            "environment": _environment(model),
+        }
+        self.learning_rate = rate
+
+    # --- training ---
+
+    def _trainer(self, prepared: Prepared, model: Any, adapter: Adapter, tokenizer: Any) -> tuple[GraftTrainer, Progress]:
+        train = self.settings.train
+        epochs = train.epochs or decide_epochs(len(prepared.train))
+        objective = _objective(prepared.task, model)
+        self.collate = Collator(tokenizer.pad_token_id, max_length=context_of(model.config))
+        held = prepared.eval[:_EVAL_ROWS_WHILE_TRAINING]
+        micro = train.batch // train.accumulate
+        self.record["decided"] = {"learning_rate": self.learning_rate, "epochs": None if train.steps else epochs}
+        args = TrainingArguments(
+            output_dir=str(self.folder.checkpoints),
+            num_train_epochs=epochs,
+            max_steps=train.steps or -1,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=train.accumulate,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
+            warmup_steps=train.warmup,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+            seed=train.seed,
+            data_seed=train.seed,
+            logging_strategy="steps",
+            logging_steps=1 if (train.steps or 1000) <= 100 else 5,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps" if train.eval_every else "epoch",
+            eval_steps=train.eval_every,
+            save_strategy="steps" if train.save_every else ("steps" if train.eval_every else "epoch"),
+            save_steps=train.save_every or train.eval_every or 500,
+            save_total_limit=train.keep_checkpoints,
+            load_best_model_at_end=train.early_stopping is not None,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+            activation_checkpointing=train.gradient_checkpointing,
+            use_cpu=model.device.type == "cpu",
+            disable_tqdm=True,
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        progress = Progress(self.voice, self.folder.metrics, objective.unit)
+        callbacks: list[TrainerCallback] = [progress, _Interrupt(self.voice)]
+        if train.gradient_checkpointing:
+            callbacks.append(_NoInputGradients())
+        if train.early_stopping is not None:
+            from transformers import EarlyStoppingCallback
+
+            callbacks.append(EarlyStoppingCallback(train.early_stopping))
+        trainer = GraftTrainer(
+            adapter,
+            objective,
+            args,
+            evaluate_with=lambda: {"eval_loss": losses(model, objective, held, self.collate).mean},
+            train_dataset=prepared.train,
+            eval_dataset=held,
+            data_collator=self.collate,
+            callbacks=callbacks,
+        )
+        from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        progress.trainer = trainer
+        return trainer, progress
+
+    def _train(self, trainer: GraftTrainer, progress: Progress, adapter: Adapter) -> bool:
+        start = checkpoint.latest(self.folder.checkpoints) if self.resume else None
+        self.folder.cut_metrics(checkpoint.step_of(start) if start else 0)
+        if self.resume:
+            self.voice.say("resume", f"from {start.name}" if start else "from the start: no checkpoint was written yet")
+        interrupt = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _Interrupt))
+        try:
+            with interrupt:
+                trainer.train(resume_from_checkpoint=str(start) if start else None)
+        except GraftError:
+            self.record |= {"status": "failed", "finished": _now()}
+            adapter.save(self.folder.adapter, facts={"base": self.settings.model.name, "task": self.record["task"]})
+            self.folder.write_record(self.record)
+            raise
+        finally:
+            progress.close()
+        return interrupt.asked
+
+    # --- after training ---
+
+    def _finish(
+        self,
+        prepared: Prepared,
+        model: Any,
+        tokenizer: Any,
+        adapter: Adapter,
+        trainer: GraftTrainer,
+        began_s: float,
+        stopped: bool,
+    ) -> Run:
+        generate = self.settings.generate
+        name = adapter.method.parts[0].name
+        facts = {
+            "task": prepared.task,
+            "base": self.settings.model.name,
+            "revision": self.settings.model.revision,
+            "labels": prepared.labels.to_dict() if prepared.labels else None,
+            "template": prepared.template.to_dict() if prepared.template else None,
+            "max_length": self.settings.train.max_length or context_of(model.config),
+        }
+        adapter.save(self.folder.adapter, facts=facts)
+        # What is scored is what was written.
+        use(model, None)
+        adapter.detach()
+        adapter = load_adapter(model, self.folder.adapter, name="default")
+        if prepared.labels is not None:
+            results, lines = score_classification(
+                model, prepared.labels, prepared.eval, self.collate, adapter=name, train=prepared.train
+            )
+            self.folder.write_lines("eval/predictions.jsonl", lines)
+        else:
+            results = score_text(model, CausalLM(), prepared.eval, self.collate, adapter=name)
+            samples = write_samples(
+                model,
+                tokenizer,
+                prepared.template,
+                prepared.eval,
+                generate.samples,
+                max_new_tokens=generate.max_new_tokens,
+                temperature=generate.temperature,
+                top_p=generate.top_p,
+                seed=self.settings.train.seed,
+            )
+            self.folder.write_lines("eval/samples.jsonl", samples)
+            for sample in samples[:2]:
+                for part in ("prompt", "base", "tuned"):
+                    self.voice.say("sample" if part == "prompt" else "", f"{part:<7}{_clip(sample[part])}")
+        self.record |= {
+            "status": "stopped" if stopped else "done",
+            "finished": _now(),
+            "steps": trainer.state.global_step,
+            "seconds": round(time.monotonic() - began_s, 2),
+            "peak_memory_bytes": _peak_memory_bytes(),
+            "adapter_bytes": sum(p.stat().st_size for p in self.folder.adapter.iterdir()),
+            "results": results,
+        }
+        self.folder.write_record(self.record)
+        self._say_results(results, stopped)
+        write_report(self.folder.path)
+        write_card(self.folder.path)
+        self.voice.say("report", str(self.folder.path / "report.html"))
+        return Run(self.folder.path, self.record, model, tokenizer, adapter)
+
+    def _say_results(self, results: Mapping[str, Any], stopped: bool) -> None:
+        steps, seconds = self.record["steps"], self.record["seconds"]
+        how = "stopped" if stopped else "done"
+        self.voice.say(how, f"{steps} steps in {clock(seconds)}, scores on {results['eval_rows']:,} held-out rows:")
+        for score in results["scores"]:
+            if "macro_f1" in score:
+                said = (
+                    f"macro-F1 {score['macro_f1']:.3f} ({score['macro_f1_low']:.3f} to {score['macro_f1_high']:.3f})  "
+                    f"accuracy {score['accuracy']:.3f}"
+                )
+            else:
+                said = (
+                    f"loss {score['loss']:.3f} ({score['loss_low']:.3f} to {score['loss_high']:.3f})  "
+                    f"perplexity {score['perplexity']:,.1f}"
+                )
+            self.voice.say("", f"  {score['title']:<30} {said}")
+
+
+def held_out_of(path: Path, opened: Opened) -> Prepared:
+    """The rows that the run in `path` held out, read again. Raises RunError where `path` is an adapter without a run."""
+    folder = RunFolder(path if (path / "run.json").is_file() else path.parent)
+    record = folder.record
+    settings = RunSettings(**record["settings"])
+    data = settings.data
+    return prepare(
+        data_of(data.path),
+        eval_path=data.eval_path,
+        format=data.format,
+        mapping=data.map,
+        eval_share=data.eval_share,
+        max_rows=data.max_rows,
+        drop_bad_rows=data.drop_bad_rows,
+        task=record["task"],
+        tokenizer=opened.tokenizer,
+        max_length=opened.max_length,
+        seed=settings.train.seed,
+        template=opened.template,
+        merge_labels=data.merge_labels,
+        waived=_codes(data.waive),
+    )
+
+
+def _codes(text: str | None) -> set[str]:
+    return {code.strip() for code in (text or "").split(",") if code.strip()}
+
+
+class _Interrupt(TrainerCallback):
+    """Ctrl-C once: stop after this step, save, evaluate and report; twice: stop at once."""
+
+    def __init__(self, voice: Voice) -> None:
+        self.voice, self.asked = voice, False
+        self._before: Any = None
+
+    def __enter__(self) -> _Interrupt:
+        try:
+            self._before = signal.signal(signal.SIGINT, self._on_signal)
+        except ValueError:  # not in the main thread: the caller's own handling stays
+            self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.voice.say("stopping", "after this step: the adapter is saved and scored. Ctrl-C again stops at once.")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell the trainer to save and stop."""
+        del args, state
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+class _NoInputGradients(TrainerCallback):
+    """Undo the input gradients that transformers forces under checkpointing: the backward stops at the lowest delta."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """After the trainer has switched checkpointing on."""
+        del args, state, control
+        if hasattr(model, "disable_input_require_grads"):
+            model.disable_input_require_grads()
+
+
+def _objective(task: str, model: Any) -> Objective:
+    kind = OBJECTIVES[task]
+    if kind is not CausalLM:
+        return kind()
+    import inspect
+
+    return CausalLM(tail_only="logits_to_keep" in inspect.signature(model.forward).parameters)
+
+
+def _width(model: Any) -> int:
+    embedding = model.get_input_embeddings()
+    return int(embedding.weight.shape[-1])
+
+
+def _environment(model: Any) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": str(model.device),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _peak_memory_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _clip(text: str, width: int = 150) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,186 @@
+"""The trainer: transformers' Trainer for adapters, with objectives that count what they average.
+
+What differs from the Trainer it extends: only the adapter's parameters are optimised, clipped and saved; the loss of a
+step is the summed loss over all its micro-batches divided by their joint count, so that accumulation changes nothing
+(transformers issue 47688 multiplies it for most heads); checkpoints hold the adapter and never the base, are complete or
+absent, and nothing in them is pickled; a step without a finite loss stops the run and names its rows; and a delta that
+gets no gradient in the first step stops it too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from graftlm.core import Adapter
+from graftlm.errors import Finding, RunError
+from graftlm.objectives import Objective
+from graftlm.training import checkpoint
+
+__all__ = ["GraftTrainer"]
+
+#: Scores of the held-out rows, by name; `eval_loss` among them.
+Evaluate = Callable[[], dict[str, float]]
+
+
+class GraftTrainer(Trainer):
+    """Trains one adapter on one objective.
+
+    `evaluate_with` gives the held-out scores when the Trainer asks for an evaluation. `groups` splits the adapter's
+    parameters into optimizer groups (dicts with `params` and their own settings such as `lr`).
+    """
+
+    #: `compute_loss` divides by the count of the whole step already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        objective: Objective,
+        args: TrainingArguments,
+        *,
+        evaluate_with: Evaluate | None = None,
+        groups: list[dict[str, Any]] | None = None,
+        **options: Any,
+    ) -> None:
+        self.adapter, self.objective = adapter, objective
+        self.evaluate_with, self.groups = evaluate_with, groups
+        #: Losses counted since the start of this process (tokens or rows): the measure of speed.
+        self.counted = 0
+        if args.world_size > 1:
+            raise RunError(Finding("U110", "several processes are not supported in this version: run one"))
+        super().__init__(model=adapter.model, args=args, **options)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimizer changes."""
+        return [parameter for parameter in self.adapter.parameters() if parameter.requires_grad]
+
+    # --- loss ---
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        del device
+        count = sum(self.objective.count(batch) for batch in batch_samples)
+        self.counted += count
+        return count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the step's mean loss."""
+        outputs = model(**self.objective.inputs(inputs))
+        count = self.objective.count(inputs) if num_items_in_batch is None else int(num_items_in_batch)
+        loss = self.objective.loss_sum(outputs, inputs) / max(count, 1)
+        if not torch.isfinite(loss):
+            rows = ", ".join(str(int(row)) for row in inputs.get("row", torch.tensor([]))) or "unknown"
+            raise RunError(
+                Finding(
+                    "U111",
+                    f"the loss is {float(loss)} at step {self.state.global_step + 1} (rows {rows}); "
+                    "the adapter of the step before is kept",
+                    fix="a smaller --lr, or look at those rows",
+                )
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    # --- optimizer ---
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the arguments (AdamW) over the adapter's parameters."""
+        del model
+        if self.optimizer is None:
+            if not self.trained:
+                raise RunError(Finding("U112", f"adapter {self.adapter.name!r} has nothing to train"))
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = self.groups or [{"params": self.trained, "weight_decay": self.args.weight_decay}]
+            self.optimizer = kind(groups, **options)
+            # The Trainer zeroes the model's own parameters only.
+            self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        del model
+        if self.state.global_step == 0:
+            self._check_gradients()
+        return torch.nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        del model
+        return grad_norm
+
+    def _check_gradients(self) -> None:
+        """Every trainable delta must have had a gradient in the first step: a skipped delta is the worst of bugs."""
+        without = [
+            name for name, parameter in self.adapter.named_parameters() if parameter.requires_grad and parameter.grad is None
+        ]
+        if without:
+            raise RunError(
+                Finding(
+                    "U113",
+                    f"{len(without)} of the adapter's tensors had no gradient in the first step, such as {without[0]}",
+                    fix="leave these modules out: exclude=...",
+                )
+            )
+
+    # --- evaluation ---
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The held-out scores, logged like the Trainer's own."""
+        metrics = self.evaluate_with() if self.evaluate_with else {}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # --- checkpoints ---
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        del model, trial
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == folder or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        for keeper in (c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)):
+            self.state.stateful_callbacks[type(keeper).__name__] = keeper.state()
+        assert self.optimizer is not None
+        checkpoint.write(folder, self.adapter, self.optimizer, self.lr_scheduler, dataclasses.asdict(self.state))
+        rotate_checkpoints(
+            output_dir=str(self.args.output_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=False,
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        del model
+        checkpoint.load_adapter_state(Path(resume_from_checkpoint), self.adapter)
+
+    def _load_optimizer_and_scheduler(self, resume_checkpoint: str | None) -> None:
+        if resume_checkpoint is not None:
+            assert self.optimizer is not None
+            checkpoint.load_optimizer(Path(resume_checkpoint), self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, resume_checkpoint: str | None) -> None:
+        if resume_checkpoint is not None:
+            checkpoint.load_random_state(Path(resume_checkpoint))
+
+    def _load_scaler(self, resume_checkpoint: str | None) -> None:
+        """There is no loss scaler: deltas train in float32."""
+
+    def _load_best_model(self) -> None:
+        checkpoint.load_adapter_state(Path(str(self.state.best_model_checkpoint)), self.adapter)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter, in PEFT's format; the base is never written."""
+        self.adapter.save(output_dir or str(self.args.output_dir))

@@ -1,0 +1,163 @@
+"""The grid of the conformance suite: every method with example settings, variants and sums, times every tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graftlm.core import LinearDelta, Method, Site, Survey
+from graftlm.methods import METHODS, BitFit, Full, Head, Layers, LoRA, Modules
+from models_for_tests import MODELS
+
+#: Example settings of every entry of METHODS; `test_examples_are_complete` fails for a method without one.
+EXAMPLES: dict[str, Method] = {
+    "bitfit": BitFit(),
+    "full": Full(),
+    "head": Head(),
+    "layers": Layers("-1:"),
+    "lora": LoRA(rank=4),
+    "modules": Modules("norm"),
+}
+
+#: Settings that take other paths through a method, and sums.
+VARIANTS: dict[str, Method] = {
+    "lora-all": LoRA(rank=3, targets="all-linear"),
+    "lora-rslora": LoRA(rank=4, alpha=3.0, rslora=True),
+    "lora-patterns": LoRA(rank=4, rank_pattern={r".*\.1\..*": 2}, alpha_pattern={r".*\.0\..*": 5.0}),
+    "lora-dropout": LoRA(rank=4, dropout=0.3),
+    "lora-bias": LoRA(rank=4, bias=True),
+    "lora-embed": LoRA(rank=4, targets="embed"),
+    "lora-head": LoRA(rank=2, targets="head"),
+    "lora-last-layer": LoRA(rank=4, targets="all-linear", layers="-1:"),
+    "modules-embed": Modules("embed"),
+    "lora+head": LoRA(rank=4) + Head(),
+    "lora+bitfit": LoRA(rank=4, targets="all-linear") + BitFit(),
+    "lora+full": LoRA(rank=4, targets="all-linear") + Full(),
+    "lora+modules": LoRA(rank=4) + Modules(["norm", "embed"]),
+    "bitfit+head": BitFit() + Head(),
+}
+
+CASES: dict[str, Method] = {
+    **{name: EXAMPLES[name] if name in EXAMPLES else METHODS[name]() for name in METHODS},
+    **VARIANTS,
+}
+
+_NO_BIAS = (
+    "llama", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "t5", "t5_gated", "mixtral", "qwen3_moe",
+    "llama_classifier", "modernbert",
+)  # fmt: skip
+
+#: (case, model) -> the code of the error with which the method honestly says that it does not fit.
+REFUSALS: dict[tuple[str, str], str] = {
+    **{(case, model): "T109" for case in ("bitfit", "lora+bitfit", "bitfit+head") for model in _NO_BIAS},
+}
+
+#: Cases of which the merged weights need a bias that the plain model has no place for.
+ADDS_BIAS = {"lora-bias"}
+
+
+def grid(cases: dict[str, Method] | None = None, models: tuple[str, ...] = tuple(MODELS)) -> pytest.MarkDecorator:
+    """Parametrise over (case, model) pairs that fit together."""
+    chosen = CASES if cases is None else cases
+    pairs = [(case, model) for model in models for case in chosen if (case, model) not in REFUSALS]
+    return pytest.mark.parametrize(("case", "model_name"), pairs, ids=[f"{model}-{case}" for case, model in pairs])
+
+
+def cross(cases: dict[str, Method] | None = None) -> pytest.MarkDecorator:
+    """A thinner grid: every case on a few unlike models, and a few cases on every model."""
+    chosen = CASES if cases is None else cases
+    few_models, few_cases = ("qwen2", "gpt2", "roberta", "t5"), ("lora", "bitfit", "full")
+    pairs = [
+        (case, model)
+        for model in MODELS
+        for case in chosen
+        if (model in few_models or case in few_cases) and (case, model) not in REFUSALS
+    ]
+    return pytest.mark.parametrize(("case", "model_name"), pairs, ids=[f"{model}-{case}" for case, model in pairs])
+
+
+def only(*names: str) -> dict[str, Method]:
+    """Some of the cases."""
+    return {name: CASES[name] for name in names}
+
+
+# --- methods that exist for the tests alone -------------------------------------------------------------------------
+
+
+class ScaleDelta(LinearDelta):
+    """Scales a map's input and output; the only delta here with a `before` and an `after`."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.ones(width_in))
+        self.outer = nn.Parameter(torch.ones(width_out))
+
+    def before(self, x: Tensor) -> Tensor:
+        return x * self.inner.to(x.dtype)
+
+    def after(self, y: Tensor) -> Tensor:
+        return y * self.outer.to(y.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.outer[:, None] * weight * self.inner, None if bias is None else bias * self.outer
+
+
+@dataclass(frozen=True)
+class Scale(Method):
+    """Scale the chosen maps' inputs and outputs."""
+
+    name = "scale"
+    targets: str = "attention"
+
+    def sites(self, survey: Survey) -> list[Site]:
+        return survey.select(self.targets)
+
+    def build(self, site: Site, module: nn.Module) -> ScaleDelta:
+        return ScaleDelta(site.in_features, site.out_features)
+
+
+class UnfoldableDelta(LinearDelta):
+    """Adds a bent change, which no weight can hold."""
+
+    def __init__(self, width_out: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(width_out))
+
+    def after(self, y: Tensor) -> Tensor:
+        return y + torch.tanh(y) * self.shift.to(y.dtype)
+
+
+@dataclass(frozen=True)
+class Unfoldable(Method):
+    """A method that cannot be merged."""
+
+    name = "unfoldable"
+
+    def sites(self, survey: Survey) -> list[Site]:
+        return survey.select("output")
+
+    def build(self, site: Site, module: nn.Module) -> UnfoldableDelta:
+        return UnfoldableDelta(site.out_features)
+
+
+@dataclass(frozen=True)
+class Breaking(Method):
+    """A method that fails while its deltas are built, after `good` of them."""
+
+    name = "breaking"
+    good: int = 3
+
+    def sites(self, survey: Survey) -> list[Site]:
+        return survey.select("all-linear")
+
+    def build(self, site: Site, module: nn.Module) -> ScaleDelta:
+        self.built.append(site)
+        if len(self.built) > self.good:
+            raise RuntimeError("out of memory")
+        return ScaleDelta(site.in_features, site.out_features)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "built", [])

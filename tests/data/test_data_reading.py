@@ -1,0 +1,211 @@
+"""Files of every format are read, and every way in which they break is told with its place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from graftlm.data.codes import CODES
+from graftlm.data.reading import FORMATS, read_rows
+from graftlm.errors import DataError
+
+ROWS = [{"question": f"q{i}", "answer": f"a{i}\nline"} for i in range(3)]
+
+
+def fault(path, **options):
+    with pytest.raises(DataError) as caught:
+        read_rows(path, **options)
+    assert all(finding.code in CODES for finding in caught.value.findings)
+    assert len(str(caught.value).splitlines()) <= 12
+    return caught.value
+
+
+def test_one_table_from_every_format(write, tmp_path):
+    files = [
+        write("a.jsonl", ROWS),
+        write("a.json", json.dumps(ROWS, indent=2)),
+        write("lines.json", "".join(json.dumps(row) + "\n" for row in ROWS)),
+        write("a.csv", 'question,answer\nq0,"a0\nline"\nq1,"a1\nline"\nq2,"a2\nline"\n'),
+        write("excel.csv", '\ufeffquestion;answer\r\nq0;"a0\nline"\r\nq1;"a1\nline"\r\nq2;"a2\nline"\r\n'),
+        write("a.tsv", 'question\tanswer\nq0\t"a0\nline"\nq1\t"a1\nline"\nq2\t"a2\nline"\n'),
+    ]
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    for path in [*files, tmp_path / "a.parquet"]:
+        table = read_rows(path)
+        assert table.rows == ROWS, path
+        assert table.columns == ("question", "answer")
+        assert table.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_rows(files[0]).places == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
+    assert read_rows(files[1]).places == ["a.json:2", "a.json:6", "a.json:10"]
+    assert read_rows(files[3]).places == ["a.csv:2", "a.csv:4", "a.csv:6"]
+
+
+def test_a_text_file_is_one_document(write):
+    table = read_rows(write("novel.txt", "One.\n\nTwo.\n"))
+    assert table.rows == [{"text": "One.\n\nTwo.\n"}]
+
+
+def test_line_separators_inside_json_strings_are_text(write):
+    table = read_rows(write("a.jsonl", [{"text": "a\u2028b\x85c"}]))
+    assert table.rows == [{"text": "a\u2028b\x85c"}]
+
+
+def test_max_rows_says_that_there_was_more(write):
+    path = write("a.jsonl", ROWS)
+    assert (len(read_rows(path, max_rows=2)), read_rows(path, max_rows=2).capped) == (2, True)
+    assert not read_rows(path, max_rows=3).capped
+    assert read_rows(write("a.json", json.dumps(ROWS)), max_rows=2).capped
+    assert read_rows(write("a.csv", "a,b\n1,2\n3,4\n"), max_rows=1).capped
+
+
+def test_missing_file_names_the_nearest_and_its_rows(write, tmp_path):
+    write("faq.jsonl", ROWS)
+    error = fault(tmp_path / "faq.jsnl")
+    assert error.findings[0].code == "D101"
+    assert "Did you mean" in str(error)
+    assert "faq.jsonl (3 rows)?" in str(error)
+    assert error.findings[0].fix == str(tmp_path / "faq.jsonl")
+
+
+def test_missing_file_without_a_near_name_lists_the_folder(write, tmp_path):
+    write("faq.jsonl", ROWS)
+    assert "in that folder: faq.jsonl" in str(fault(tmp_path / "zebra.csv"))
+    assert "there is no folder" in str(fault(tmp_path / "nowhere" / "faq.jsonl"))
+
+
+def test_a_folder_is_no_file(write, tmp_path):
+    write("train.jsonl", ROWS)
+    error = fault(tmp_path)
+    assert error.findings[0].code == "D102"
+    assert error.findings[0].fix == str(tmp_path / "train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", ""), ("a.csv", "  \n"), ("a.csv", "text,label\n"), ("a.json", "[]"), ("a.txt", "\n")],
+)
+def test_nothing_in_it(write, name, content):
+    assert fault(write(name, content)).findings[0].code == "D104"
+
+
+def test_unknown_ending_and_unknown_format(write):
+    error = fault(write("a.dat", ROWS))
+    assert (error.findings[0].code, error.findings[0].fix) == ("D103", "--set data.format=jsonl")
+    assert read_rows(write("a.dat", ROWS), format="jsonl").rows == ROWS
+    assert fault(write("a.dat", ROWS), format="jsonll").findings[0].fix == "--set data.format=jsonl"
+
+
+@pytest.mark.parametrize(("head", "said"), [(b"\x1f\x8b\x08", "gzip"), (b"PK\x03\x04", "Excel"), (b"PAR1", "Parquet")])
+def test_another_kind_of_file_under_a_wrong_name(write, head, said):
+    error = fault(write("a.csv", head + b"rest"))
+    assert error.findings[0].code == "D103"
+    assert said in str(error)
+
+
+def test_a_damaged_parquet_file(write):
+    assert fault(write("a.parquet", b"PAR1 and nothing more")).findings[0].code == "D113"
+
+
+def test_broken_json_has_a_place_a_caret_and_a_count(write):
+    lines = [json.dumps(row) for row in ROWS]
+    lines[1] = '{"question": "q1", "answer": "never closed}'
+    error = fault(write("faq.jsonl", "\n".join(lines)))
+    (finding,) = error.findings
+    assert str(error).startswith("faq.jsonl:2:30 unterminated string (1 of 3 lines) [D105]")
+    line, caret = finding.detail
+    assert line == lines[1]
+    assert line[caret.index("^")] == '"'
+    assert caret.index("^") == 29
+
+
+def test_a_long_broken_line_is_clipped_around_the_caret(write):
+    line = '{"text": "' + "x" * 500 + '" "label": 1}'
+    (finding,) = fault(write("a.jsonl", line)).findings
+    shown, caret = finding.detail
+    assert len(shown) < 80
+    assert shown[caret.index("^") :].startswith('"label"')
+
+
+def test_every_broken_line_is_told_at_once(write):
+    content = "\n".join(['{"a": 1}', "{", '{"a": 2}', "[1, 2]", "null", '{"a" 1}'])
+    error = fault(write("a.jsonl", content))
+    assert [finding.place for finding in error.findings] == ["a.jsonl:2:2", "a.jsonl:4", "a.jsonl:5", "a.jsonl:6:6"]
+    assert [finding.code for finding in error.findings] == ["D105", "D109", "D109", "D105"]
+    assert all("4 of 6 lines" in finding.message for finding in error.findings)
+    error = fault(write("many.jsonl", "{\n" * 40))
+    assert len(error.findings) == 40
+    assert re.search(r"and \d+ more", str(error))
+
+
+def test_broken_lines_are_left_out_when_asked(write):
+    table = read_rows(write("a.jsonl", '{"a": 1}\n{\n{"a": 2}\n'), drop_bad_rows=True)
+    assert table.places == ["a.jsonl:1", "a.jsonl:3"]
+    assert [(r.place, r.raw) for r in table.rejected] == [("a.jsonl:2:2", "{")]
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ('[{"a": 1},\n {"a" 2}]', "a.json:2:7"),
+        ('[{"a": 1}\n {"a": 2}]', "a.json:2:2"),
+        ('[{"a": 1}', "a.json:1:10"),
+        ('[{"a": 1}] x', "a.json:1:12"),
+    ],
+)
+def test_a_broken_array(write, content, place):
+    error = fault(write("a.json", content))
+    assert (error.findings[0].code, error.findings[0].place) == ("D105", place)
+
+
+def test_an_object_is_no_array(write):
+    error = fault(write("a.json", json.dumps({"version": 1, "data": ROWS}, indent=1)))
+    assert error.findings[0].code == "D109"
+    assert "'data'" in str(error)
+
+
+def test_not_utf8_tells_the_byte(write):
+    error = fault(write("a.csv", "text,label\nok,1\ncafé,2\n".encode("latin-1")))
+    assert error.findings[0].code == "D106"
+    assert str(error).startswith("a.csv:3 not UTF-8: byte 0xe9 at offset 19")
+    assert error.findings[0].fix.startswith("iconv -f WINDOWS-1252 -t UTF-8")
+    assert "UTF-16" in str(fault(write("b.csv", "text,label\n".encode("utf-16"))))
+
+
+def test_ragged_rows_are_all_listed(write):
+    error = fault(write("a.csv", "text,label\na,b,1\nc,2\nd\n"))
+    assert [(f.code, f.place) for f in error.findings] == [("D107", "a.csv:2"), ("D107", "a.csv:4")]
+    assert "found 3 fields, wanted 2 (text, label)" in str(error)
+    assert len(read_rows(write("a.csv", "text,label\na,b,1\nc,2\n"), drop_bad_rows=True)) == 1
+
+
+def test_a_quote_that_is_never_closed(write):
+    error = fault(write("a.csv", 'text,label\nfine,1\n"open,2\nmore,3\n'))
+    assert (error.findings[0].code, error.findings[0].place) == ("D105", "a.csv:3")
+
+
+def test_headers_without_a_name_or_with_one_twice(write):
+    error = fault(write("a.csv", ",text,text\n0,a,b\n"))
+    assert [f.code for f in error.findings] == ["D108", "D108"]
+    assert "index=False" in str(error)
+    assert "'text'" in str(error)
+
+
+def test_a_row_with_a_key_more_does_not_lose_it(write):
+    assert read_rows(write("a.jsonl", [{"a": 1}, {"b": 2}])).columns == ("a", "b")
+
+
+def test_every_format_has_an_ending():
+    assert set(FORMATS.values()) == {"csv", "json", "jsonl", "parquet", "text", "tsv"}
+
+
+def test_torch_is_not_imported_before_batches_are_made():
+    modules = "reading, recognise, checking, splitting, labels, templates, tokenising, prepare"
+    code = f"import sys; from graftlm.data import {modules}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,157 @@
+"""Columns are understood, and what has two meanings or none is an error with a fix that works when pasted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from graftlm.data.reading import Table
+from graftlm.data.recognise import recognise
+from graftlm.errors import DataError
+
+
+def table(*columns, **values):
+    row = {name: values.get(name, f"some {name}") for name in columns}
+    return Table(Path("faq.jsonl"), "jsonl", "", tuple(columns), [row], ["faq.jsonl:1"])
+
+
+def fault(*args, **options):
+    with pytest.raises(DataError) as caught:
+        recognise(*args, **options)
+    (finding,) = caught.value.findings
+    assert len(str(caught.value).splitlines()) <= 12
+    return finding
+
+
+def pasted(fix):
+    """The arguments that a pasted fix stands for."""
+    words = fix.split()
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    mapping = dict(pair.split("=") for pair in options.get("--map", "").split(",") if pair)
+    return {"task": options.get("--task", "auto"), "mapping": mapping}
+
+
+@pytest.mark.parametrize(
+    ("columns", "task", "kind", "roles"),
+    [
+        (("prompt", "completion"), "sft", "pairs", {"prompt": "prompt", "completion": "completion"}),
+        (("question", "answer"), "sft", "pairs", {"prompt": "question", "completion": "answer"}),
+        (("Question", "Answer"), "sft", "pairs", {"prompt": "Question", "completion": "Answer"}),
+        (("input", "output"), "sft", "pairs", {"prompt": "input", "completion": "output"}),
+        (("instruction", "response"), "sft", "pairs", {"prompt": "instruction", "completion": "response"}),
+        (("query", "response"), "sft", "pairs", {"prompt": "query", "completion": "response"}),
+        (
+            ("instruction", "input", "output", "text"),
+            "sft",
+            "pairs",
+            {"prompt": "instruction+input", "completion": "output"},
+        ),
+        (
+            ("system", "prompt", "completion"),
+            "sft",
+            "pairs",
+            {"system": "system", "prompt": "prompt", "completion": "completion"},
+        ),
+        (("messages",), "sft", "chat", {"messages": "messages"}),
+        (("id", "conversations"), "sft", "chat", {"messages": "conversations"}),
+        (("prompt", "messages"), "sft", "chat", {"messages": "messages"}),
+        (("text", "label"), "classify", "labelled", {"text": "text", "label": "label"}),
+        (
+            ("premise", "hypothesis", "label"),
+            "classify",
+            "labelled",
+            {"text": "premise", "text2": "hypothesis", "label": "label"},
+        ),
+        (("title", "text"), "lm", "documents", {"text": "text"}),
+    ],
+)
+def test_known_columns(columns, task, kind, roles):
+    reading = recognise(table(*columns))
+    assert (reading.task, reading.kind, reading.columns) == (task, kind, roles)
+
+
+def test_the_line_for_the_terminal():
+    line = recognise(table("question", "answer", "source")).line
+    assert line == "faq.jsonl  1 row  prompt=question completion=answer  (not used: source)"
+
+
+def test_a_mapping_overrides_and_what_it_leaves_out_is_found():
+    both = table("question", "answer", "better")
+    assert recognise(both, mapping={"completion": "better"}).columns == {"prompt": "question", "completion": "better"}
+    joined = recognise(table("a", "b", "c"), mapping={"prompt": "a+b", "completion": "c"})
+    assert joined.sources("prompt") == ("a", "b")
+    assert recognise(table("a+b", "c"), mapping={"prompt": "a+b", "completion": "c"}).sources("prompt") == ("a+b",)
+
+
+def test_wrong_columns_have_a_fix_that_works():
+    for columns in [("question_text", "best_answer", "source"), ("promt", "completion"), ("prompt", "story")]:
+        finding = fault(table(*columns), task="sft")
+        assert finding.code == "D110"
+        assert finding.message.startswith(f"need prompt and completion, found {', '.join(columns)}. Looks like prompt=")
+        assert recognise(table(*columns), **pasted(finding.fix)).columns == pasted(finding.fix)["mapping"]
+    assert fault(table("question_text", "best_answer", "source")).fix == (
+        "--map prompt=question_text,completion=best_answer"
+    )
+
+
+def test_no_idea_is_no_suggestion():
+    finding = fault(table("en", "de"))
+    assert "Looks like" not in finding.message
+    assert finding.fix == "--map prompt=...,completion=..."
+
+
+def test_preference_rows_are_named():
+    finding = fault(table("prompt", "chosen", "rejected"))
+    assert "preferences" in finding.message
+    assert recognise(table("prompt", "chosen", "rejected"), **pasted(finding.fix)).task == "sft"
+
+
+@pytest.mark.parametrize(
+    ("columns", "ways"),
+    [
+        (("question", "answer", "response"), 2),
+        (("prompt", "question", "answer"), 2),
+        (("question", "context", "answer"), 2),
+        (("question", "answer", "text", "label"), 2),
+        (("messages", "prompt", "completion"), 2),
+        (("text", "category"), 2),
+        (("text", "content"), 2),
+    ],
+)
+def test_two_meanings_are_an_error_and_each_choice_works(columns, ways):
+    finding = fault(table(*columns))
+    assert finding.code == "D111"
+    assert len(finding.detail) == ways
+    for choice in finding.detail:
+        assert recognise(table(*columns), **pasted(choice)).columns == pasted(choice)["mapping"]
+
+
+def test_label_columns_that_say_the_same_are_one():
+    rows = [{"text": "a", "label": 0, "label_text": "no"}, {"text": "b", "label": 1, "label_text": "yes"}]
+    twins = Table(Path("a.jsonl"), "jsonl", "", ("text", "label", "label_text"), rows, ["", ""])
+    assert recognise(twins).columns["label"] == "label_text"
+    more = [{**row, "intent": "same"} for row in rows]
+    third = Table(Path("a.jsonl"), "jsonl", "", ("text", "label", "label_text", "intent"), more, ["", ""])
+    assert len(fault(third).detail) == 3
+    rows = [*rows, {"text": "c", "label": 1, "label_text": "no"}]
+    differ = Table(Path("a.jsonl"), "jsonl", "", ("text", "label", "label_text"), rows, ["", "", ""])
+    assert fault(differ).code == "D111"
+
+
+def test_mappings_that_do_not_fit():
+    finding = fault(table("question", "answer"), mapping={"promt": "question"})
+    assert (finding.code, finding.fix) == ("D112", "--map prompt=question")
+    finding = fault(table("question", "answer"), mapping={"prompt": "quesion"})
+    assert (finding.code, finding.fix) == ("D112", "--map prompt=question")
+    finding = fault(table("question", "answer"), mapping={"completion": "reply"})
+    assert (finding.code, finding.fix) == ("D112", "--map completion=answer")
+    finding = fault(table("question", "answer"), mapping={"question": "prompt"})
+    assert finding.fix == "--map prompt=question"
+
+
+def test_a_task_restricts_and_must_fit():
+    assert recognise(table("text", "label"), task="lm").task == "lm"
+    finding = fault(table("text", "label"), task="sft")
+    assert finding.message.startswith("need prompt and completion, found text, label")
+    assert fault(table("text"), task="clasify").fix == "--task classify"

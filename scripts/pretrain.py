@@ -372,9 +372,9 @@ def model_card(
         "## Training", "",
         f"{trainer.step:,} steps of {options.batch} windows of {options.context} tokens: {n_tokens:,} tokens "
         f"({n_tokens / n_text_tokens['main']:.2f} times the main text) in {trainer.elapsed_s:,.0f} seconds "
-        f"on {machine()} with {options.threads} threads, {n_tokens / trainer.elapsed_s:,.0f} tokens a second. "
-        f"{optimizer}, peak rate {options.learning_rate:g}, warm-up over {WARM_UP:.0%} and linear decay to 0 "
-        f"over the last {DECAY:.0%} of the run{late}. Seed {options.seed}. "
+        f"on {machine()} with {options.threads} threads, {n_tokens / trainer.elapsed_s:,.0f} tokens a "
+        f"second. {optimizer}, peak rate {options.learning_rate:g}, warm-up over {WARM_UP:.0%} and linear "
+        f"decay to 0 over the last {DECAY:.0%} of the run{late}. Seed {options.seed}. "
         f"Mean training loss at the end: {train_loss:.3f} nats a token.", "",
         "```", options.command, "```", "",
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conformance.cases import CASES, EXAMPLES, REFUSALS, Breaking, Scale, grid, only
+from conformance.cases import CASES, EXAMPLES, REFUSALS, Breaking, Scale, cross, grid, only
 from graftlm.core import Delta, Method, adapters, attach, use
 from graftlm.errors import GraftError
 from graftlm.methods import METHODS, LoRA
@@ -30,7 +30,7 @@ def test_starts_as_the_identity_and_then_acts(case, model_name):
         assert torch.equal(logits_of(model), before)
 
 
-@grid()
+@cross()
 def test_base_keeps_its_face_and_comes_back(case, model_name):
     model = tiny(model_name)
     odd = next(reversed(list(model.parameters())))

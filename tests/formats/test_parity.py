@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
-from .conftest import inputs, logits, shake, tiny
 
 from graftlm.core import attach
 from graftlm.formats import load_adapter, save_adapter
 from graftlm.methods import BitFit, Head, LoRA, Modules
+
+from .conftest import inputs, logits, shake, tiny
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -56,37 +57,68 @@ def test_lora_has_pefts_logits_and_gradients(family, tmp_path):
 
 
 PEFTS = {
-    "plain": ("llama", dict(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")),
-    "all-linear": ("llama", dict(r=4, target_modules="all-linear", use_rslora=True, task_type="CAUSAL_LM")),
-    "all-linear classifier": ("bert", dict(r=4, target_modules="all-linear", task_type="SEQ_CLS")),
-    "regex": ("llama", dict(r=4, target_modules=r".*\.[01]\.mlp\.(up|down)_proj", task_type="CAUSAL_LM")),
-    "patterns": ("llama", dict(
-        r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2, r".*\.1\..*v_proj": 3},
-        alpha_pattern={r".*\.0\..*v_proj": 5.5}, task_type="CAUSAL_LM")),
-    "layers": ("llama", dict(r=4, target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")),
-    "layers of t5": ("t5", dict(r=4, target_modules=["q", "wi"], layers_to_transform=0, task_type="SEQ_2_SEQ_LM")),
-    "excluded": ("llama", dict(r=4, target_modules=["q_proj", "v_proj"], exclude_modules=["0.self_attn.v_proj"])),
-    "lora_bias": ("llama-biases", dict(r=4, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")),
-    "bias all": ("llama-biases", dict(r=4, target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM")),
-    "bias lora_only": ("llama-biases", dict(r=4, target_modules=["q_proj"], bias="lora_only", task_type="CAUSAL_LM")),
-    "bias all gpt2": ("gpt2", dict(r=4, target_modules=["c_attn"], bias="all", task_type="CAUSAL_LM")),
-    "bias all classifier": ("bert", dict(r=4, target_modules=["query"], bias="all", task_type="SEQ_CLS")),
-    "bias lora_only classifier": ("bert", dict(r=4, target_modules=["query"], bias="lora_only", task_type="SEQ_CLS")),
-    "head llama": ("llama-cls", dict(r=4, target_modules=["q_proj"], task_type="SEQ_CLS")),
-    "head roberta": ("roberta", dict(r=4, target_modules=["query"], task_type="SEQ_CLS")),
-    "head distilbert": ("distilbert", dict(r=4, target_modules=["q_lin"], task_type="SEQ_CLS")),
-    "head by name": ("bert", dict(r=4, target_modules=["query"], modules_to_save=["classifier"])),
-    "modules": ("llama", dict(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"],
-                              task_type="CAUSAL_LM")),
-    "modules by a piece of a name": ("llama", dict(r=4, target_modules=["q_proj"], modules_to_save=["norm"])),
-    "modules tied": ("llama-tied", dict(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"],
-                                        task_type="CAUSAL_LM")),
-    "embedding": ("llama", dict(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")),
-    "embedding tied": ("llama-tied", dict(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")),
-    "lm_head tied": ("llama-tied", dict(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")),
-    "gpt2 default": ("gpt2", dict(r=4, task_type="CAUSAL_LM")),
-    "eva start": ("llama", dict(r=4, target_modules=["q_proj"], init_lora_weights="gaussian")),
-}  # fmt: skip
+    "plain": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}),
+    "all-linear": ("llama", {"r": 4, "target_modules": "all-linear", "use_rslora": True, "task_type": "CAUSAL_LM"}),
+    "all-linear classifier": ("bert", {"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "regex": ("llama", {"r": 4, "target_modules": r".*\.[01]\.mlp\.(up|down)_proj", "task_type": "CAUSAL_LM"}),
+    "patterns": (
+        "llama",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {"q_proj": 2, r".*\.1\..*v_proj": 3},
+            "alpha_pattern": {r".*\.0\..*v_proj": 5.5},
+            "task_type": "CAUSAL_LM",
+        },
+    ),
+    "layers": ("llama", {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    "layers of t5": (
+        "t5",
+        {"r": 4, "target_modules": ["q", "wi"], "layers_to_transform": 0, "task_type": "SEQ_2_SEQ_LM"},
+    ),
+    "excluded": ("llama", {"r": 4, "target_modules": ["q_proj", "v_proj"], "exclude_modules": ["0.self_attn.v_proj"]}),
+    "lora_bias": ("llama-biases", {"r": 4, "target_modules": ["q_proj"], "lora_bias": True, "task_type": "CAUSAL_LM"}),
+    "bias all": ("llama-biases", {"r": 4, "target_modules": ["q_proj"], "bias": "all", "task_type": "CAUSAL_LM"}),
+    "bias lora_only": (
+        "llama-biases",
+        {"r": 4, "target_modules": ["q_proj"], "bias": "lora_only", "task_type": "CAUSAL_LM"},
+    ),
+    "bias all gpt2": ("gpt2", {"r": 4, "target_modules": ["c_attn"], "bias": "all", "task_type": "CAUSAL_LM"}),
+    "bias all classifier": ("bert", {"r": 4, "target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
+    "bias lora_only classifier": (
+        "bert",
+        {"r": 4, "target_modules": ["query"], "bias": "lora_only", "task_type": "SEQ_CLS"},
+    ),
+    "head llama": ("llama-cls", {"r": 4, "target_modules": ["q_proj"], "task_type": "SEQ_CLS"}),
+    "head roberta": ("roberta", {"r": 4, "target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    "head distilbert": ("distilbert", {"r": 4, "target_modules": ["q_lin"], "task_type": "SEQ_CLS"}),
+    "head by name": ("bert", {"r": 4, "target_modules": ["query"], "modules_to_save": ["classifier"]}),
+    "modules": (
+        "llama",
+        {
+            "r": 4,
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["lm_head", "embed_tokens"],
+            "task_type": "CAUSAL_LM",
+        },
+    ),
+    "modules by a piece of a name": ("llama", {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    "modules tied": (
+        "llama-tied",
+        {
+            "r": 4,
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["lm_head", "embed_tokens"],
+            "task_type": "CAUSAL_LM",
+        },
+    ),
+    "embedding": ("llama", {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "task_type": "CAUSAL_LM"}),
+    "embedding tied": ("llama-tied", {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "task_type": "CAUSAL_LM"}),
+    "lm_head tied": ("llama-tied", {"r": 4, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}),
+    "gpt2 default": ("gpt2", {"r": 4, "task_type": "CAUSAL_LM"}),
+    "gaussian start": ("llama", {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
+}
 
 
 @pytest.mark.parametrize("case", PEFTS)
@@ -159,7 +191,10 @@ OURS = {
     "conv1d": ("gpt2", LoRA(rank=4, targets="attention,down")),
     "t5 stacks": ("t5", LoRA(rank=4, targets=["encoder/query", "cross/key", "decoder/down"])),
     "layers": ("llama", LoRA(rank=4, targets="ffn", layers="-1:")),
-    "ranks": ("llama", LoRA(rank=4, targets="query,value", rank_pattern={r".*\.0\..*": 2}, alpha_pattern={"v_proj": 3.5})),
+    "ranks": (
+        "llama",
+        LoRA(rank=4, targets="query,value", rank_pattern={r".*\.0\..*": 2}, alpha_pattern={"v_proj": 3.5}),
+    ),
     "two ranks": ("llama", LoRA(rank=4, targets="query") + LoRA(rank=2, alpha=3, targets="value")),
     "order of patterns": ("llama", LoRA(rank=4, targets="query", rank_pattern={"q_proj": 2, "0.self_attn.q_proj": 3})),
     "lora_bias": ("llama", LoRA(rank=4, targets="query", bias=True)),

@@ -107,7 +107,7 @@ def test_no_weights_and_no_configuration(folder):
     (folder / WEIGHTS).unlink()
     assert refused(folder).keys() == {"A207"}
     (folder / CONFIG).write_text("{")
-    assert refused(folder).keys() == {"A202"} or refused(folder).keys() == {"A204", "A207"}
+    assert refused(folder).keys() == {"A204", "A207"}
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"a": ' * 3])
@@ -220,9 +220,7 @@ def test_another_class_on_the_same_backbone(folder):
     assert load_adapter(model, folder, check_base=False).attached
 
 
-def test_another_architecture_is_refused_even_unchecked(folder, pefts=None):
-    found = refused(folder, tiny("gpt2_key"[:4]), check_base=True) if False else None
-    assert found is None
+def test_another_architecture_is_refused_even_unchecked(folder):
     model = tiny("gpt2")
     with pytest.raises(AdapterError) as caught:
         load_adapter(model, folder)
@@ -245,26 +243,29 @@ def test_a_head_of_other_labels(tmp_path):
     from transformers import BertForSequenceClassification
 
     attach(tiny("bert"), LoRA() + Head()).save(tmp_path / "a")
-    model = BertForSequenceClassification(type(tiny("bert").config)(**{**tiny("bert").config.to_dict(), "num_labels": 5}))
+    model = BertForSequenceClassification(
+        type(tiny("bert").config)(**{**tiny("bert").config.to_dict(), "num_labels": 5})
+    )
     model.bert.load_state_dict(tiny("bert").bert.state_dict())
     with pytest.raises(AdapterError) as caught:
         load_adapter(model, tmp_path / "a")
     assert {finding.code for finding in caught.value.findings} == {"A210"}
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_the_base_embedding_that_peft_stores_tells_the_base(pefts):
     """A targeted embedding lies in PEFT's file; another base shows by it even without a fingerprint."""
     peft = pytest.importorskip("peft")
     theirs = peft.get_peft_model(tiny("llama-tied"), peft.LoraConfig(r=4, target_modules=["embed_tokens"]))
     shake(p for p in theirs.parameters() if p.requires_grad)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
         theirs.eval().save_pretrained(pefts / "b")
     model = tiny("llama-tied")
     shake(model.parameters())
     (finding,) = refused(pefts / "b", model)["A213"]
     assert "embed_tokens" in finding.message
     load_adapter(model, pefts / "b", check_base=False)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
         again = peft.PeftModel.from_pretrained(_shaken(tiny("llama-tied")), pefts / "b").eval()
     torch.testing.assert_close(logits(model), logits(again), rtol=0, atol=1e-5)
 

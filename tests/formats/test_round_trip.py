@@ -1,4 +1,4 @@
-"""What is saved comes back exactly: every method, its settings, its numbers, the caller's facts; the same bytes twice."""
+"""What is saved comes back exactly: every method, its settings, its numbers, the caller's facts, in the same bytes."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from graftlm.cli.output import harmless, say
-from graftlm.cli.speaking import Speaker, open_speaker, writing_flags
+from graftlm.cli.speaking import Speaker, open_speaker, refusals_told, writing_flags
 from graftlm.cli.usage import Verb
 from graftlm.errors import nearest
 
@@ -110,15 +110,13 @@ class _Talk:
             print(f"{who}: ", end="", flush=True)
         said = ""
         try:
-            with (
-                self.speaker.speaking(who),
-                closing(
-                    stream_text(self.speaker.model, self.speaker.tokenizer, self.speaker.template, asked, **self.options)
-                ) as pieces,
-            ):
-                for piece in pieces:
-                    said += piece
-                    print(harmless(piece), end="", flush=True)
+            with refusals_told(), self.speaker.speaking(who):
+                speaker = self.speaker
+                pieces: Any = stream_text(speaker.model, speaker.tokenizer, speaker.template, asked, **self.options)
+                with closing(pieces):
+                    for piece in pieces:
+                        said += piece
+                        print(harmless(piece), end="", flush=True)
         except KeyboardInterrupt:
             say(" (stopped)")
         print(flush=True)

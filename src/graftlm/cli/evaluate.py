@@ -11,6 +11,7 @@ from graftlm.cli.inputs import read_mapping
 from graftlm.cli.output import print_json, print_table
 from graftlm.cli.place import must_be_adapter
 from graftlm.cli.usage import Verb
+from graftlm.data.wording import counted
 
 __all__ = ["verb"]
 
@@ -50,7 +51,7 @@ def verb(
 
 def _show(results: dict[str, Any], data: str, folder: Path) -> None:
     scores = results["scores"]
-    click.echo(f"{folder} on {data}: {results['eval_rows']:,} rows".replace(",", " "))
+    click.echo(f"{folder} on {data}: {counted(results['eval_rows'], 'row')}")
     if "accuracy" in scores[0]:
         rows = [[s["title"], _percent(s["accuracy"]), *_with_interval(s, "macro_f1")] for s in scores]
         print_table(["", "accuracy", "macro-F1", "95 %"], rows, right=(1, 2))

@@ -17,7 +17,7 @@ import click
 
 import graftlm.errors as errors
 from graftlm.cli.output import print_json, print_table
-from graftlm.cli.usage import CODES, UsageFault, Verb
+from graftlm.cli.usage import UsageFault, Verb
 from graftlm.errors import Finding, GraftError, nearest
 
 __all__ = ["Code", "known_codes", "verb"]
@@ -77,20 +77,20 @@ def verb(code: str | None, as_json: bool) -> None:
 @cache
 def known_codes() -> dict[str, Code]:
     """Every code, in order."""
-    from graftlm.data.codes import CODES as DATA_CODES
-    from graftlm.settings import CODES as SETTINGS_CODES
-
-    meanings = {**SETTINGS_CODES, **DATA_CODES, **CODES}
     families = dict(_families())
+    meanings: dict[str, str] = {}
     messages: dict[str, list[str]] = {}
-    for code, message in _said():
-        messages.setdefault(code, [])
-        if message and message not in messages[code]:
-            messages[code].append(message)
-    return {
-        code: Code(code, meanings.get(code, ""), families.get(code[:2], ""), tuple(messages.get(code, ())))
-        for code in sorted(meanings.keys() | messages.keys())
-    }
+    for tree in _sources():
+        meanings.update(_listed(tree))
+        for code, message in _said(tree):
+            messages.setdefault(code, [])
+            if message and message not in messages[code]:
+                messages[code].append(message)
+    found = {}
+    for code in sorted(meanings.keys() | messages.keys()):
+        kind = families.get(code[:2], families.get(code[0], ""))
+        found[code] = Code(code, meanings.get(code, ""), kind, tuple(messages.get(code, ())))
+    return found
 
 
 def _families() -> Iterator[tuple[str, str]]:
@@ -99,21 +99,39 @@ def _families() -> Iterator[tuple[str, str]]:
         if isinstance(kind, type) and issubclass(kind, GraftError) and kind is not GraftError:
             text = " ".join((kind.__doc__ or "").split())
             for family in _FAMILY.findall(text):
-                yield family, _FAMILY.sub("", text).strip(" .")
+                meaning = _FAMILY.sub("", text).strip(" .")
+                yield family, meaning
+                yield family[0], meaning
 
 
-def _said() -> Iterator[tuple[str, str]]:
-    """Every call in the package that gives a code first, with its message; what is filled in is shown as `...`."""
-    root = Path(errors.__file__).parent
-    for file in sorted(root.rglob("*.py")):
+def _sources() -> Iterator[ast.Module]:
+    """The package's modules that speak of codes; read, not imported, so that nothing heavy is."""
+    for file in sorted(Path(errors.__file__).parent.rglob("*.py")):
         text = file.read_text(encoding="utf-8")
-        if not _CODE.search(text):
-            continue
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-                code = node.args[0].value
-                if isinstance(code, str) and _CODE.fullmatch(code):
-                    yield code, _message(node.args[1]) if len(node.args) > 1 else ""
+        if _CODE.search(text):
+            yield ast.parse(text)
+
+
+def _listed(tree: ast.Module) -> dict[str, str]:
+    """The `CODES` of one module."""
+    for node in tree.body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        if any(isinstance(name, ast.Name) and name.id == "CODES" for name in targets):
+            assert isinstance(node, (ast.Assign, ast.AnnAssign))
+            if isinstance(node.value, ast.Dict):
+                return dict(ast.literal_eval(node.value))
+    return {}
+
+
+def _said(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Every call that gives a code first, with its message; what is filled in is shown as `...`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            code = node.args[0].value
+            if isinstance(code, str) and _CODE.fullmatch(code):
+                yield code, _message(node.args[1]) if len(node.args) > 1 else ""
 
 
 def _message(node: ast.expr) -> str:

@@ -9,7 +9,7 @@ import click
 
 from graftlm.cli.inputs import prompts_of
 from graftlm.cli.output import console, harmless, json_line, say
-from graftlm.cli.speaking import open_speaker, writing_flags
+from graftlm.cli.speaking import open_speaker, refusals_told, writing_flags
 from graftlm.cli.usage import Verb
 
 __all__ = ["verb"]
@@ -58,7 +58,7 @@ def verb(
 
     written: dict[str, list[str]] = {}
     for who in ("base", "tuned") if vs else ("answer",):
-        with speaker.speaking(who):
+        with speaker.speaking(who), refusals_told():
             written[who] = generate_texts(
                 speaker.model,
                 speaker.tokenizer,

@@ -9,7 +9,7 @@ import click
 from graftlm.cli.output import print_json
 from graftlm.cli.place import BUNDLED_DATA, kind_of
 from graftlm.cli.usage import UsageFault, Verb
-from graftlm.errors import Finding
+from graftlm.errors import Finding, GraftError
 
 __all__ = ["verb"]
 
@@ -50,6 +50,7 @@ def verb(
     kind = kind_of(what, data=True)
     _refuse(kind, {"--method": (method, "model"), "--model": (model, "data"), "--map": (mapping, "data"),
                    "--max-length": (max_length, "data"), "--task": (task, "model data")})  # fmt: skip
+    fault: GraftError | None = None
     if kind == "model":
         from graftlm.cli.inspect_model import describe_model, show_model
 
@@ -58,7 +59,7 @@ def verb(
     elif kind == "adapter":
         from graftlm.cli.inspect_adapter import describe_adapter, show_adapter
 
-        found = describe_adapter(Path(what).expanduser())
+        found, fault = describe_adapter(Path(what).expanduser())
         print_json(found) if as_json else show_adapter(found)
     else:
         from graftlm.cli.inputs import read_mapping
@@ -70,8 +71,8 @@ def verb(
             max_length=max_length,
         )  # fmt: skip
         print_json(found) if as_json else show_data(found)
-        if fault is not None:
-            raise fault
+    if fault is not None:
+        raise fault
 
 
 def _refuse(kind: str, flags: dict[str, tuple[object, str]]) -> None:

@@ -1,8 +1,10 @@
-"""What an adapter on disk is: its method, its base, its tensors with their norms, and whether its files are whole."""
+"""What an adapter on disk is: its method, its base, its tensors with their norms, and whether they are as written."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,106 +12,126 @@ from typing import Any
 import click
 
 from graftlm.cli.output import harmless, print_table
-from graftlm.errors import AdapterError, Finding, GraftError
+from graftlm.data.wording import number
+from graftlm.errors import AdapterError, Finding
 
 __all__ = ["describe_adapter", "show_adapter"]
 
-_SHOWN = 60  # tensors in the table; JSON has all
+_NUMBER = re.compile(r"\.\d+\.")
 
 
-def describe_adapter(path: Path) -> dict[str, Any]:
-    """What there is to say of the adapter in `path` (a run's folder or its own), as plain JSON.
+def describe_adapter(path: Path) -> tuple[dict[str, Any], AdapterError | None]:
+    """What there is to say of the adapter in `path` (a run's folder or its own) as plain JSON, and what is damaged.
 
     Raises AdapterError where its files cannot be read.
     """
-    folder = path if (path / "adapter_config.json").is_file() else path / "adapter"
-    from graftlm.formats import check_manifest, read_facts
+    from graftlm.formats import read_facts
 
-    facts = dict(read_facts(folder))
+    folder = path if (path / "adapter_config.json").is_file() else path / "adapter"
+    facts = read_facts(folder)  # refuses what a newer graftlm wrote
     config = _read_json(folder / "adapter_config.json")
-    faults = [str(finding) for finding in check_manifest(folder)] if (folder / "manifest.json").is_file() else None
+    ours = _read_json(folder / "graftlm.json") if (folder / "graftlm.json").is_file() else {}
+    base, method = ours.get("base", {}), ours.get("method", {})
     tensors = _tensors(folder)
-    return {
+    faults = _changed(folder, tensors, ours["tensors"]) if ours else []
+    found = {
         "kind": "adapter",
         "folder": str(folder),
-        "method": facts.get("method") or config.get("peft_type"),
-        "base": facts.get("base") or config.get("base_model_name_or_path"),
-        "fingerprint": facts.get("fingerprint"),
+        "method": method.get("text") or config.get("peft_type"),
+        "base": facts.get("base") or base.get("name") or config.get("base_model_name_or_path"),
+        "base_class": base.get("class"),
+        "fingerprint": base.get("fingerprint"),
         "task": facts.get("task") or config.get("task_type"),
         "labels": (facts.get("labels") or {}).get("names"),
+        "max_length": facts.get("max_length"),
         "parameters": sum(tensor["size"] for tensor in tensors),
         "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
-        "checksums": None if faults is None else not faults,
-        "faults": faults or [],
+        "checksums_ok": not faults if ours else None,
         "tensors": tensors,
-        "facts": facts,
     }
+    return found, AdapterError(faults) if faults else None
 
 
 def show_adapter(found: Mapping[str, Any]) -> None:
-    """Print what `describe_adapter` gave."""
-    checksums = {True: "ok", False: "DAMAGED", None: "none kept"}[found["checksums"]]
+    """Print what `describe_adapter` gave; tensors that differ by their layer only share a line."""
+    checksums = {True: "ok", False: "wrong", None: "none kept: not written by graftlm"}[found["checksums_ok"]]
+    base = " ".join(str(word) for word in (found["base"], found["base_class"]) if word)
     said = {
         "adapter": found["folder"],
         "method": found["method"],
-        "base": found["base"],
-        "fingerprint": found["fingerprint"],
+        "base": base + (f"  fingerprint {found['fingerprint']}" if found["fingerprint"] else ""),
         "task": found["task"],
         "labels": ", ".join(found["labels"]) if found["labels"] else None,
-        "holds": f"{found['parameters']:,} numbers in {len(found['tensors'])} tensors".replace(",", " "),
+        "holds": f"{number(found['parameters'])} numbers in {len(found['tensors'])} tensors, "
+        f"{number(found['bytes'])} bytes",
         "checksums": checksums,
     }
     for name, value in said.items():
         if value is not None:
-            click.echo(harmless(f"{name:12}{_text(value)}"))
-    for fault in found["faults"]:
-        click.echo(harmless(f"  {fault}"))
+            click.echo(harmless(f"{name:10} {value}"))
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for tensor in found["tensors"]:
+        shape = " x ".join(map(str, tensor["shape"])) or "one number"
+        groups.setdefault((_NUMBER.sub(".*.", tensor["name"], 1), shape, tensor["dtype"]), []).append(tensor)
+    rows = []
+    for (name, shape, kind), tensors in groups.items():
+        norms = sorted(
+            {f"{tensor['norm']:.4g}" for tensor in (min(tensors, key=_norm), max(tensors, key=_norm))}, key=float
+        )
+        alone = len(tensors) == 1
+        rows.append(
+            (tensors[0]["name"] if alone else name, "" if alone else len(tensors), shape, kind, " to ".join(norms))
+        )
     click.echo()
-    rows = [
-        (t["name"], " x ".join(map(str, t["shape"])) or "one number", t["dtype"], f"{t['norm']:.4g}")
-        for t in found["tensors"][:_SHOWN]
-    ]
-    print_table(["tensor", "shape", "type", "norm"], rows, right=(3,))
-    if (more := len(found["tensors"]) - _SHOWN) > 0:
-        click.echo(f"and {more} more (--json has all)")
+    print_table(["tensor", "times", "shape", "type", "norm"], rows, right=(1,))
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _norm(tensor: Mapping[str, Any]) -> float:
+    return float(tensor["norm"])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise AdapterError(Finding("A211", f"cannot be read ({type(error).__name__})", place=str(path))) from None
+        raise AdapterError(Finding("A204", f"cannot be read ({type(error).__name__})", place=str(path))) from None
     if not isinstance(found, dict):
-        raise AdapterError(Finding("A211", "is not a JSON object", place=str(path)))
+        raise AdapterError(Finding("A204", "is not a JSON object", place=str(path)))
     return found
 
 
 def _tensors(folder: Path) -> list[dict[str, Any]]:
-    """Every tensor of the adapter's safetensors files with shape, type and Euclidean norm."""
+    """Every tensor of the adapter's file with shape, type, Euclidean norm and checksum."""
+    import torch
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(file.name for file in folder.glob("*.bin"))
-        why = f"; {pickled[0]} is pickled, and graftlm unpickles nothing" if pickled else ""
-        raise AdapterError(Finding("A212", f"there is no .safetensors file in {folder}{why}"))
+    file = folder / "adapter_model.safetensors"
     found: list[dict[str, Any]] = []
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # not a mapping
-                    tensor = opened.get_tensor(name)
-                    found.append({
-                        "name": name,
-                        "shape": list(tensor.shape),
-                        "dtype": str(tensor.dtype).removeprefix("torch."),
-                        "size": tensor.numel(),
-                        "norm": float(tensor.float().norm()),
-                    })  # fmt: skip
-        except (SafetensorError, OSError, GraftError) as error:
-            raise AdapterError(Finding("A213", f"cannot be read: {error}", place=str(file))) from None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # not a mapping
+                tensor = opened.get_tensor(name)
+                found.append({
+                    "name": name,
+                    "shape": list(tensor.shape),
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                    "size": tensor.numel(),
+                    "norm": float(tensor.float().norm()),
+                    "sha256": hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest(),
+                })  # fmt: skip
+    except FileNotFoundError:
+        pickled = "; its .bin file is pickled, and graftlm unpickles nothing" if any(folder.glob("*.bin")) else ""
+        raise AdapterError(Finding("A207", f"is missing{pickled}", place=str(file))) from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(Finding("A207", f"is damaged or cut short: {error}", place=str(file))) from None
     return found
+
+
+def _changed(folder: Path, tensors: list[dict[str, Any]], kept: Mapping[str, str]) -> list[Finding]:
+    """Tensors that are not those that were written."""
+    now = {tensor["name"]: tensor["sha256"] for tensor in tensors}
+    place = str(folder)
+    faults = [Finding("A208", f"{name} is missing", place) for name in kept if name not in now]
+    faults += [Finding("A209", f"{name} was not written by graftlm", place) for name in now if name not in kept]
+    changed = [name for name in now if name in kept and now[name] != kept[name]]
+    return faults + [Finding("A212", f"{name} was changed (its checksum differs)", place) for name in changed]

@@ -1,4 +1,4 @@
-"""What a data file is to a run: the task and columns, lengths, labels, duplicates, and two rows with what is trained."""
+"""What a data file is to a run: task, columns, lengths, labels, duplicates, and two rows with what is trained."""
 
 from __future__ import annotations
 

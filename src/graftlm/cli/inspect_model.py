@@ -20,7 +20,8 @@ from torch import nn
 from graftlm.cli.output import harmless
 from graftlm.cli.usage import UsageFault
 from graftlm.core import Site, Survey, attach, survey
-from graftlm.errors import Finding, ModelError, nearest
+from graftlm.data.wording import number
+from graftlm.errors import Finding, GraftError, ModelError, nearest
 from graftlm.methods import read_method
 from graftlm.models import bundled_base
 
@@ -57,6 +58,8 @@ class _Node:
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {"name": self.name, "parameters": self.size}
+        if self.times > 1:
+            found["times"] = self.times
         if self.site is not None:
             found |= {"role": self.site.role, "kind": self.site.kind}
             if self.site.stack:
@@ -77,7 +80,9 @@ def describe_model(what: str, task: str = "auto", method: str | None = None) -> 
     """
     if task not in _TASKS:
         close = nearest(task, _TASKS, most=1)
-        raise UsageFault(Finding("L103", f"no task {task!r}; there are {', '.join(_TASKS)}", fix="--task " + (close or ["lm"])[0]))
+        raise UsageFault(
+            Finding("L103", f"no task {task!r}; there are {', '.join(_TASKS)}", fix="--task " + (close or ["lm"])[0])
+        )
     chosen = read_method(method) if method is not None else None
     model = _on_meta(what, task)
     found = survey(model)
@@ -105,7 +110,7 @@ def describe_model(what: str, task: str = "auto", method: str | None = None) -> 
 def show_model(found: Mapping[str, Any]) -> None:
     """Print what `describe_model` gave."""
     click.echo(
-        f"{found['name']}  {found['class']}  {_grouped(found['parameters'])} parameters  {found['layers']} layers  "
+        f"{found['name']}  {found['class']}  {number(found['parameters'])} parameters  {found['layers']} layers  "
         f"(roles by {found['roles_by']})"
     )
     lines = [line for node in found["tree"] for line in _lines(node, 1)]
@@ -115,18 +120,19 @@ def show_model(found: Mapping[str, Any]) -> None:
         click.echo(harmless(f"{name:{wide}}  {role:{roles}}  {shape}{tied}".rstrip()))
     if method := found.get("method"):
         click.echo(
-            f"\n{method['text']}  trains {_grouped(method['parameters'])} numbers ({method['percent']:.3g} % of the "
+            f"\n{method['text']}  trains {number(method['parameters'])} numbers ({method['percent']:.3g} % of the "
             f"model), {_size(method['bytes'])} on disk"
         )
         for role, part in method["by_role"].items():
-            click.echo(f"  {role}  {part['sites']} sites  {_grouped(part['parameters'])}")
+            click.echo(f"  {role}  {part['sites']} sites  {number(part['parameters'])}")
 
 
 def _would_train(model: nn.Module, method: Any, whole: int) -> dict[str, Any]:
+    roles = {site.path: site.role for site in survey(model)}
     adapter = attach(model, method)
     by_role: dict[str, dict[str, int]] = {}
     for part in adapter.parts:
-        role = part.site.role or part.site.path.rpartition(".")[2]
+        role = roles.get(part.site.path) or part.site.path.rpartition(".")[2]
         entry = by_role.setdefault(role, {"sites": 0, "parameters": 0})
         entry["sites"] += 1
         entry["parameters"] += sum(parameter.numel() for parameter in part.delta.parameters())
@@ -159,7 +165,9 @@ def _on_meta(what: str, task: str) -> nn.Module:
             raise ModelError(Finding("M116", f"cannot read {what}: {_first_line(error)}")) from error
         message = f"{what!r} is no folder here, and the hub did not give it: {_first_line(error)}"
         raise ModelError(Finding("M117", message, fix="graftlm inspect FOLDER")) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # faults of a configuration
+    except GraftError:
+        raise
+    except Exception as error:  # a faulty configuration surfaces as many kinds of error
         raise ModelError(Finding("M116", f"cannot read the configuration of {what}: {_first_line(error)}")) from error
     finally:
         transformers_logging.set_verbosity(before)
@@ -240,7 +248,9 @@ def _lines(node: Mapping[str, Any], depth: int, prefix: str = "") -> Iterator[tu
     role = node.get("role") or ""
     role = f"{node['stack']}/{role}" if role and node.get("stack") else role
     tied = "".join(f"  (is {owner})" for owner in node.get("tied", {}).values())
-    shape = _shape(node) if "shapes" in node else f"{_grouped(node['parameters'])} parameters"
+    times = node.get("times", 1)
+    each = f"{times} x " if times > 1 else ""
+    shape = _shape(node) if "shapes" in node else f"{each}{number(node['parameters'] // times)} parameters"
     yield "  " * depth + name, role, shape, tied
     for inner in inside:
         yield from _lines(inner, depth + 1)
@@ -270,10 +280,6 @@ def _product(shape: tuple[int, ...]) -> int:
     for width in shape:
         size *= width
     return size
-
-
-def _grouped(count: int) -> str:
-    return f"{count:,}".replace(",", " ")
 
 
 def _size(count_bytes: float) -> str:

@@ -22,7 +22,7 @@ __all__ = ["colourful", "console", "harmless", "json_line", "print_json", "print
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
 # Control characters in a user's data or a model's answer could steer the terminal; line ends and tabs may stay.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_WIDE = 200  # columns that a table may take where there is no terminal to fit into
+_WIDE = 1000  # columns that a table may take where there is no terminal to fit into
 
 
 def colourful(stream: TextIO) -> bool:
@@ -89,4 +89,10 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, rig
         table.add_column(header, justify="right" if at in set(right) else "left")
     for row in rows:
         table.add_row(*(Text(harmless(str(cell))) for cell in row))
-    console().print(table)
+    screen = console()
+    if sys.stdout.isatty():
+        screen.print(table)
+        return
+    with screen.capture() as lines:
+        screen.print(table)
+    print("\n".join(line.rstrip() for line in lines.get().splitlines()))

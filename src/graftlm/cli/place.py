@@ -59,15 +59,16 @@ def kind_of(what: str, *, data: bool = False) -> Kind:
         if is_model(path):
             return "model"
         raise UsageFault(_empty_folder(what, path, wanted))
-    if what.lower().endswith(_DATA_ENDINGS):
+    names = ["bundled", *(BUNDLED_DATA if data else ())]
+    if what.startswith("bund") and (close := nearest(what, names, most=1)):
+        raise UsageFault(Finding("L104", f"there is no {what!r}. Did you mean {close[0]}?", fix=close[0]))
+    if nearest(path.suffix, _DATA_ENDINGS):
         if data:
             return "data"  # reading it will name the file that was meant
         raise UsageFault(Finding("L104", f"{what} is a data file; wanted {wanted}"))
     looks_local = what.startswith((".", "/", "~", "runs/")) or not _HUB_ID.fullmatch(what)
     if looks_local or (path.parent != Path() and path.parent.is_dir()):
         raise UsageFault(_nothing_there(what, path, lambda folder: is_adapter(folder) or is_model(folder)))
-    if close := nearest(what, ["bundled", *(BUNDLED_DATA if data else ())], most=1):
-        raise UsageFault(Finding("L104", f"there is no {what!r}. Did you mean {close[0]}?", fix=close[0]))
     return "model"
 
 

@@ -48,7 +48,7 @@ def verb(
     from graftlm.training import open_adapter
 
     opened = open_adapter(folder, base=base)
-    if opened.task != "classify":
+    if opened.task != "classify" or opened.labels is None:
         message = f"{run} was trained for {opened.task}, not to label texts"
         raise UsageFault(Finding("L105", message, fix=f"graftlm generate {run}"))
     found = classify_texts(opened.model, opened.tokenizer, opened.labels, texts, max_length=opened.max_length)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 
+import graftlm
 from graftlm.cli.output import show_error
 from graftlm.cli.usage import HELP, UsageFault, as_usage_fault
 from graftlm.errors import Finding, GraftError, nearest
@@ -98,7 +99,9 @@ def _no_such_verb(word: str, rest: Sequence[str]) -> Finding:
     close = [_VERB_OF[word.lower()]] if word.lower() in _VERB_OF else nearest(word, VERBS, most=1)
     if not close:
         return Finding("L101", f"no such verb {word!r}. There are: {', '.join(VERBS)}", fix="graftlm --help")
-    return Finding("L101", f"no such verb {word!r}. Did you mean {close[0]}?", fix=f"graftlm {close[0]} {tail}".rstrip())
+    return Finding(
+        "L101", f"no such verb {word!r}. Did you mean {close[0]}?", fix=f"graftlm {close[0]} {tail}".rstrip()
+    )
 
 
 @click.group(
@@ -108,7 +111,9 @@ def _no_such_verb(word: str, rest: Sequence[str]) -> Finding:
     subcommand_metavar="VERB ...",
     options_metavar="",
 )
-@click.version_option(package_name="graftlm", message="%(prog)s %(version)s", help="Print the version.")
+@click.version_option(
+    graftlm.__version__, prog_name="graftlm", message="%(prog)s %(version)s", help="Print the version."
+)
 @click.pass_context
 def program(ctx: click.Context) -> None:
     """Adapt a language model to your data by training a small addition to it.

@@ -12,9 +12,9 @@ import click
 
 from graftlm.cli.place import kind_of
 from graftlm.cli.usage import UsageFault
-from graftlm.errors import Finding
+from graftlm.errors import DataError, Finding
 
-__all__ = ["Speaker", "open_speaker", "writing_flags"]
+__all__ = ["Speaker", "open_speaker", "refusals_told", "writing_flags"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,18 @@ class Speaker:
 
         with use(self.model, None):
             yield
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """A conversation that the model's chat template refuses is a user's error, not a defect."""
+    from graftlm.data.templates import TemplateFault
+
+    try:
+        yield
+    except TemplateFault as fault:
+        message = f"the model's chat template refuses this conversation: {fault}"
+        raise DataError(Finding("D141", message)) from None
 
 
 def writing_flags(function: Callable[..., Any]) -> Callable[..., Any]:

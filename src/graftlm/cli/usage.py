@@ -41,8 +41,7 @@ class Verb(click.Command):
     def __init__(
         self, *args: Any, arguments: Sequence[tuple[str, str]] = (), examples: Sequence[str] = (), **rest: Any
     ) -> None:
-        rest.setdefault("context_settings", HELP)
-        super().__init__(*args, options_metavar="[FLAGS]", **rest)
+        super().__init__(*args, **{"context_settings": HELP, "options_metavar": "[FLAGS]", **rest})
         self.arguments, self.examples = arguments, examples
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

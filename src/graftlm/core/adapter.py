@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from graftlm.core.delta import Delta, LinearDelta, ParameterDelta, acts
-from graftlm.core.junction import Junction, Switch, junction_of
+from graftlm.core.junction import Junction, Replay, Switch, junction_of
 from graftlm.core.method import Method
 from graftlm.core.routing import Routing, Spec, read_spec
 from graftlm.core.sites import Site, Survey, linear_kind
@@ -32,6 +32,9 @@ from graftlm.errors import AdapterError, Finding, GraftError, MethodError, NotMe
 __all__ = ["Adapter", "Using", "adapters", "attach", "trainable", "use"]
 
 _KEY = "_graftlm"
+_ENTRY = "_graftlm_entry"
+#: The attribute under which transformers keeps a block's checkpointing function.
+_CHECKPOINTING = "_gradient_checkpointing_func"
 #: The room that reads and writes adapters, found by name because it lies above this one.
 _FORMATS = "graftlm.formats"
 
@@ -51,11 +54,10 @@ class _Graft:
 
     switch: Switch = field(default_factory=Switch)
     adapters: dict[str, Adapter] = field(default_factory=dict)
-    merged: list[str] = field(default_factory=list)
-    originals: dict[tuple[str, str], nn.Parameter | None] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)  # parameters that required a gradient before
     tied: bool | None = None  # config.tie_word_embeddings before a merge untied the weights
-    handle: RemovableHandle | None = None
+    handles: list[RemovableHandle] = field(default_factory=list)
+    blocks: list[nn.Module] = field(default_factory=list)  # what transformers may checkpoint
 
 
 class Adapter:
@@ -111,7 +113,7 @@ class Adapter:
             for key, tensor in state.items():
                 own[key].copy_(tensor)
         if self.merged:
-            _refold(self.model)
+            _refold(self.model, _require_graft(self.model).switch.merged)
 
     @property
     def parameter_count(self) -> int:
@@ -128,7 +130,7 @@ class Adapter:
     def merged(self) -> bool:
         """True between `merge` and `unmerge`."""
         graft = _graft_of(self.model)
-        return graft is not None and self.name in graft.merged
+        return graft is not None and self.name in graft.switch.merged
 
     def requires_grad_(self, wanted: bool = True) -> Adapter:
         """Make the adapter's parameters trainable, or freeze them."""
@@ -157,25 +159,19 @@ class Adapter:
                 raise NotMergeable(
                     Finding("R201", f"{part.method.name} at {part.site.path} cannot be folded into a weight")
                 )
-        graft.merged.append(self.name)
+        merged = graft.switch.merged
         try:
-            _refold(self.model)
+            _refold(self.model, (*merged, self.name))
         except BaseException:
-            graft.merged.remove(self.name)
-            _refold(self.model)
+            _refold(self.model, merged)
             raise
-        graft.switch.routing = _without_merged(graft, graft.switch.routing)
         return self
 
     def unmerge(self) -> Adapter:
-        """Put the original weights back, bit for bit; the adapter acts on all rows as before the merge."""
+        """Put the original weights back, bit for bit; the routing is again what was asked for."""
         graft = self._at_home()
         if self.merged:
-            graft.merged.remove(self.name)
-            _refold(self.model)
-            routing = graft.switch.routing
-            if routing.rows is None:
-                graft.switch.routing = Routing(whole=(*routing.whole, self.name))
+            _refold(self.model, tuple(name for name in graft.switch.merged if name != self.name))
         return self
 
     def detach(self) -> Adapter:
@@ -187,10 +183,15 @@ class Adapter:
             if junction := junction_of(modules[path]):
                 junction.take(self.name, modules[path])
         del graft.adapters[self.name]
-        graft.switch.routing = _without(graft.switch.routing, {self.name})
+        graft.switch.route(graft.switch.asked.without({self.name}))
         if not graft.adapters:
-            if graft.handle is not None:
-                graft.handle.remove()
+            for handle in graft.handles:
+                handle.remove()
+            for entry in _entries(self.model):
+                entry.__dict__.pop(_ENTRY, None)
+            for block in graft.blocks:
+                if isinstance(replay := block.__dict__.get(_CHECKPOINTING), Replay):
+                    block.__dict__[_CHECKPOINTING] = replay.checkpoint
             own = dict(self.model.named_parameters())
             for name in graft.frozen:
                 own[name].requires_grad_(True)
@@ -207,8 +208,8 @@ class Adapter:
 class Using:
     """The result of `use`: as a context manager it puts the previous routing back at its end."""
 
-    def __init__(self, switch: Switch, before: Routing) -> None:
-        self._switch, self._before = switch, before
+    def __init__(self, graft: _Graft, before: Routing) -> None:
+        self._graft, self._before = graft, before
 
     def __enter__(self) -> Using:
         return self
@@ -216,7 +217,8 @@ class Using:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._switch.routing = self._before
+        detached = self._before.names - self._graft.adapters.keys()
+        self._graft.switch.route(self._before.without(detached))
 
 
 def attach(model: nn.Module, method: Method, *, name: str = "default", trainable: bool = True) -> Adapter:
@@ -234,7 +236,7 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", trainable
         raise MethodError(Finding("T103", f"attach wants a method such as LoRA(rank=16), got {method!r}"))
     graft = _graft_of(model)
     taken = graft.adapters if graft else {}
-    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
         raise AdapterError(Finding("A105", f"{name!r} cannot name an adapter: use letters, digits, - and _"))
     if name in taken:
         free = next(f"{name}-{n}" for n in range(2, len(taken) + 3) if f"{name}-{n}" not in taken)
@@ -250,7 +252,10 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", trainable
     if graft is None:
         graft = _Graft()
         model.__dict__[_KEY] = graft
-        graft.handle = model.register_forward_pre_hook(_at_entry, with_kwargs=True)
+        for entry in _entries(model):
+            entry.__dict__[_ENTRY] = graft.switch
+            graft.handles.append(entry.register_forward_pre_hook(_at_entry, with_kwargs=True))
+        graft.blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         for path, parameter in model.named_parameters():
             if parameter.requires_grad:
                 graft.frozen.append(path)
@@ -264,8 +269,20 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", trainable
     adapter = Adapter(model, name, method, parts)
     adapter.requires_grad_(trainable)
     graft.adapters[name] = adapter
-    graft.switch.routing = Routing(whole=(name,))
+    graft.switch.route(Routing(whole=(name,)))
     return adapter
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """Where batches enter: the model, its backbone, and the stacks of an encoder-decoder, each callable by itself."""
+    found = [model]
+    backbone = getattr(model, "base_model", None)
+    config = getattr(model, "config", None)
+    stacks = ("get_encoder", "get_decoder") if getattr(config, "is_encoder_decoder", False) else ()
+    for module in (backbone, *(getattr(model, name)() for name in stacks if hasattr(model, name))):
+        if isinstance(module, nn.Module) and all(module is not other for other in found):
+            found.append(module)
+    return found
 
 
 def _foreign(junction: Junction | None, graft: _Graft | None) -> bool:
@@ -363,7 +380,7 @@ def use(model: nn.Module, spec: Spec) -> Using:
             ]
         )
     for choice in routing.rows if routing.rows is not None else (routing.whole,):
-        if missing := [name for name in graft.merged if name not in choice]:
+        if missing := [name for name in graft.switch.merged if name not in choice]:
             raise RoutingError(
                 Finding(
                     "R111",
@@ -371,38 +388,26 @@ def use(model: nn.Module, spec: Spec) -> Using:
                     fix="adapter.unmerge()",
                 )
             )
-    before = graft.switch.routing
-    graft.switch.routing = _without_merged(graft, routing)
-    graft.switch.batch.copies, graft.switch.batch.prompt_tokens = 1, 0
-    return Using(graft.switch, before)
-
-
-def _without_merged(graft: _Graft, routing: Routing) -> Routing:
-    return _without(routing, set(graft.merged))
-
-
-def _without(routing: Routing, names: set[str]) -> Routing:
-    if not names & routing.names:
-        return routing
-    whole = tuple(name for name in routing.whole if name not in names)
-    rows = (
-        None if routing.rows is None else tuple(tuple(n for n in choice if n not in names) for choice in routing.rows)
-    )
-    return Routing(whole=whole, rows=rows)
+    before = graft.switch.asked
+    graft.switch.route(routing)
+    return Using(graft, before)
 
 
 def _at_entry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The hook at the model's own entry: check the batch against the routing, and remember it for recomputation."""
-    graft = _graft_of(module)
-    assert graft is not None
-    switch = graft.switch
+    """The hook where batches enter: check the batch against the routing, and remember that for recomputation."""
+    switch: Switch = module.__dict__[_ENTRY]
     names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
     given = next((kwargs[name] for name in names if isinstance(kwargs.get(name), Tensor)), None)
     if given is None:
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    switch.batch.admit(switch.routing, given)
-    if module.training:
+    switch.batch.admit(switch.current(), given, cached=kwargs.get("past_key_values") is not None)
+    graft = _graft_of(module)
+    if module.training and graft is not None:
         switch.remember()
+        for block in graft.blocks:
+            checkpointing = block.__dict__.get(_CHECKPOINTING)
+            if checkpointing is not None and not isinstance(checkpointing, Replay):
+                block.__dict__[_CHECKPOINTING] = Replay(checkpointing, switch)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -427,37 +432,57 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 # --- merging --------------------------------------------------------------------------------------------------------
 
 
-def _refold(model: nn.Module) -> None:
-    """Put the original parameters back, then fold the merged adapters into them, in the order they were merged."""
+def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:
+    """Put the original parameters back, then fold the adapters `merged` into them, as they would act together."""
     graft = _require_graft(model)
+    switch, originals = graft.switch, graft.switch.originals
     modules = dict(model.named_modules())
     config = getattr(model, "config", None)
-    for (path, name), original in graft.originals.items():
+    for module in modules.values():
+        if junction := junction_of(module):
+            junction.settle(module)
+    for (path, name), original in originals.items():
+        now = modules[path]._parameters.get(name)
+        if original is not None and now is not None and (original.dtype, original.device) != (now.dtype, now.device):
+            original.data = original.data.to(now)  # the model was moved or cast meanwhile
         modules[path]._parameters[name] = original
-    graft.originals.clear()
+    originals.clear()
     if graft.tied is not None and config is not None:
         config.tie_word_embeddings, graft.tied = graft.tied, None
-    shared = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
+    switch.merged = merged
+    switch.route(switch.asked)
+    holders: dict[int, list[tuple[str, str]]] = {}
+    for path, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((path, name))
+
+    def place(path: str, name: str, value: nn.Parameter) -> None:
+        originals.setdefault((path, name), modules[path]._parameters.get(name))
+        modules[path]._parameters[name] = value
 
     def put(places: Iterable[tuple[str, str]], value: Tensor, like: Tensor) -> None:
         places = list(places)
-        if shared[id(like)] > len(places) and getattr(config, "tie_word_embeddings", False):
-            # Only some of the places that shared this weight change: a saved copy needs them apart.
+        others = [other for other in holders.get(id(like), ()) if other not in places]
+        if others and getattr(config, "tie_word_embeddings", False):
+            # Only some of the places that shared this weight change. A saved copy needs every one of them: transformers
+            # ties all of a model's embeddings or none, and writes shared storage once.
             graft.tied, config.tie_word_embeddings = True, False  # type: ignore[union-attr]
+            for path, name in others[1:]:
+                place(path, name, nn.Parameter(like.detach().clone(), requires_grad=False))
         fresh = nn.Parameter(value.to(like.dtype).contiguous(), requires_grad=False)
         for path, name in places:
-            graft.originals.setdefault((path, name), modules[path]._parameters.get(name))
-            modules[path]._parameters[name] = fresh
+            place(path, name, fresh)
 
     with torch.no_grad():
-        for part in (part for name in graft.merged for part in _in_folding_order(graft.adapters[name].parts)):
+        for part in _in_folding_order([part for name in merged for part in graft.adapters[name].parts]):
             module, delta = modules[part.site.path], part.delta
             if isinstance(delta, ParameterDelta):
                 name = part.site.parameter or ""
                 now = module._parameters[name]
-                start = graft.originals.get((part.site.path, name)) or now
                 assert now is not None
-                assert start is not None
+                original = originals.get((part.site.path, name))
+                start = now if original is None else original
                 value = delta.parameter(start)
                 # Where an adapter merged before stands already, the changes add up, as at a junction.
                 put(part.site.places, value.clone() if now is start else now + (value - start), now)
@@ -473,6 +498,6 @@ def _refold(model: nn.Module) -> None:
                     put([(part.site.path, "bias")], shift, weight if bias is None else bias)
 
 
-def _in_folding_order(parts: tuple[Part, ...]) -> list[Part]:
+def _in_folding_order(parts: list[Part]) -> list[Part]:
     """Parameters first, since maps fold over them; then additions, then scalings, as at a junction."""
     return sorted(parts, key=lambda part: 0 if isinstance(part.delta, ParameterDelta) else 2 - acts(part.delta, "add"))

@@ -8,6 +8,7 @@ after it, the parameters are put back and the additions made. With one choice a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,23 +20,41 @@ from graftlm.core.delta import Delta, LinearDelta, ParameterDelta, acts
 from graftlm.core.routing import Batch, Choice, Routing, entries
 from graftlm.errors import Finding, RoutingError
 
-__all__ = ["Junction", "Switch", "junction_of"]
+__all__ = ["Junction", "Replay", "Switch", "junction_of"]
 
 _KEY = "_graftlm_junction"
 
 
 @dataclass
 class Switch:
-    """What every junction of one model reads at each call: the routing in force and the current batch."""
+    """What every junction of one model reads at each call: the routing in force and the current batch.
 
+    `asked` is the routing that was asked for; `routing` is what is left to do of it once merged adapters, which act
+    through the weights, are left out.
+    """
+
+    asked: Routing = field(default_factory=Routing)
     routing: Routing = field(default_factory=Routing)
+    merged: tuple[str, ...] = ()
+    #: The base's own parameters where a merge put others in place, by (module path, name).
+    originals: dict[tuple[str, str], nn.Parameter | None] = field(default_factory=dict)
     batch: Batch = field(default_factory=Batch)
-    #: Routings of forwards with gradients that may still be recomputed in a backward pass.
+    #: The routing of the forward that is being recomputed, while it is.
+    recomputing: Routing | None = None
+    #: Routings of training forwards that checkpointing not by transformers may still recompute.
     awaiting: list[Routing] = field(default_factory=list)
     recomputed: bool = False
 
+    def route(self, asked: Routing) -> None:
+        """Put `asked` in force."""
+        self.asked = asked
+        self.routing = asked.without(self.merged)
+        self.batch.forget()
+
     def current(self) -> Routing:
         """The routing for this call: in a backward pass (recomputation) that of the forward it repeats."""
+        if self.recomputing is not None:
+            return self.recomputing
         if not self.awaiting or torch._C._current_graph_task_id() == -1:
             return self.routing
         self.recomputed = True
@@ -44,8 +63,8 @@ class Switch:
                 Finding(
                     "R105",
                     f"forwards with different adapters ({'; '.join(str(r) for r in self.awaiting)}) wait for one "
-                    "backward under gradient checkpointing",
-                    fix="run backward after each forward, or switch gradient checkpointing off",
+                    "backward under a checkpointing that does not say which is recomputed",
+                    fix="run backward after each forward, or use the model's own gradient checkpointing",
                 )
             )
         return self.awaiting[0]
@@ -59,6 +78,26 @@ class Switch:
         if self.routing not in self.awaiting:
             # Without checkpointing nothing ever asks for these: keep the list short.
             self.awaiting = [*self.awaiting[-31:], self.routing]
+
+
+class Replay:
+    """Stands for a block's checkpointing function: what it recomputes meets the routing of its own forward."""
+
+    def __init__(self, checkpoint: Callable[..., Any], switch: Switch) -> None:
+        self.checkpoint, self.switch = checkpoint, switch
+
+    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint `block` as before; its recomputation is routed like this call."""
+        routing, switch = self.switch.current(), self.switch
+
+        def replayed(*inputs: Any, **options: Any) -> Any:
+            before, switch.recomputing = switch.recomputing, routing
+            try:
+                return block(*inputs, **options)
+            finally:
+                switch.recomputing = before
+
+        return self.checkpoint(replayed, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -100,6 +139,7 @@ class Junction:
 
     def take(self, adapter: str, module: nn.Module) -> None:
         """Remove what `adapter` put here; the last one out removes the junction itself."""
+        self.settle(module)
         self.deltas.pop(adapter, None)
         self._planned = None
         if not self.deltas:
@@ -143,6 +183,7 @@ class Junction:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the module runs: put parameters in place, change inputs."""
+        self.settle(module)
         groups = self.plan()
         if not groups:
             return None
@@ -189,7 +230,7 @@ class Junction:
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After the module ran, even in vain: put parameters back, then change the output."""
-        self._restore(module)
+        self.settle(module)
         if output is None:
             return None
         groups = self.plan()
@@ -202,7 +243,7 @@ class Junction:
         for delta in group.adds:
             added = delta.add(x)
             if added is not None:
-                output = output + added
+                output = output + added.to(output.dtype)
         for delta in group.afters:
             output = delta.after(output)
         return output
@@ -228,14 +269,14 @@ class Junction:
                     part_args, part_kwargs = _split(args, kwargs, count, index)
                     part = module.forward(*part_args, **part_kwargs)
                 finally:
-                    self._restore(module)
+                    self.settle(module)
             else:
                 part = output.index_select(0, index)
             part_x = x.index_select(0, index)
             for delta in group.adds:
                 added = delta.add(part_x)
                 if added is not None:
-                    part = part + added
+                    part = part + added.to(part.dtype)
             for delta in group.afters:
                 part = delta.after(part)
             output = self._put_rows(output, index, part, count)
@@ -254,17 +295,22 @@ class Junction:
 
     def _replace(self, module: nn.Module, group: _Group) -> None:
         for name, deltas in group.parameters:
-            base = module._parameters[name]
-            assert base is not None
-            self._taken[name] = base
+            now = module._parameters[name]
+            assert now is not None
+            self._taken[name] = now
+            original = self.switch.originals.get((self.path, name))
+            base = now if original is None else original
             value = deltas[0].parameter(base)
+            if now is not base:  # an adapter is merged into it: the changes add up
+                value = now + (value - base)
             for delta in deltas[1:]:
                 value = value + (delta.parameter(base) - base)
             module._parameters[name] = value  # type: ignore[assignment]
 
-    def _restore(self, module: nn.Module) -> None:
-        for name, base in self._taken.items():
-            module._parameters[name] = base  # type: ignore[assignment]
+    def settle(self, module: nn.Module) -> None:
+        """Put the module's own parameters back, also after a call that was interrupted."""
+        for name, own in self._taken.items():
+            module._parameters[name] = own  # type: ignore[assignment]
         self._taken.clear()
 
 

@@ -12,6 +12,7 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,6 +24,9 @@ from graftlm.core.sites import Site, Survey
 from graftlm.errors import Finding, MethodError
 
 __all__ = ["Method", "Sum"]
+
+#: Texts that need no quotes in a method's text: they cannot be read as anything else.
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(-[A-Za-z_][A-Za-z0-9_]*)*")
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def _text(value: Any) -> str:
         return "{" + ",".join(f"{key!r}:{_text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(_text(item) for item in value) + "]"
-    if isinstance(value, str) and not value.replace("-", "").replace("_", "").isalnum():
+    if isinstance(value, str) and (not _WORD.fullmatch(value) or value.lower() in ("true", "false", "none")):
         return repr(value)
     return str(value)
 

@@ -9,7 +9,7 @@ tokens); or an error. A row is never skipped in silence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +41,15 @@ class Routing:
     def names(self) -> frozenset[str]:
         """Every adapter that acts on at least one row."""
         return frozenset(name for choice in (self.whole, *(self.rows or ())) for name in choice)
+
+    def without(self, names: Collection[str]) -> Routing:
+        """This routing with `names` left out of every choice; itself where it has none of them."""
+        if not self.names.intersection(names):
+            return self
+        whole, *rows = (
+            tuple(name for name in choice if name not in names) for choice in (self.whole, *(self.rows or ()))
+        )
+        return Routing(whole=whole, rows=None if self.rows is None else tuple(rows))
 
     def __str__(self) -> str:
         if self.rows is None:
@@ -86,8 +95,16 @@ class Batch:
     copies: int = 1
     prompt_tokens: int = 0
 
-    def admit(self, routing: Routing, tensor: Tensor | None) -> None:
-        """Take `tensor` [rows, tokens(, width)] as the batch; raise RoutingError where rows cannot be mapped."""
+    def forget(self) -> None:
+        """A new routing starts with no beams or samples in progress."""
+        self.copies, self.prompt_tokens = 1, 0
+
+    def admit(self, routing: Routing, tensor: Tensor | None, *, cached: bool = False) -> None:
+        """Take `tensor` [rows, tokens(, width)] as the batch; raise RoutingError where rows cannot be mapped.
+
+        `cached` says that the call goes on from cached keys and values: only then does one token stand for a row that
+        was seen before.
+        """
         if tensor is None or tensor.dim() == 0:
             return
         self.rows = int(tensor.shape[0])
@@ -95,14 +112,16 @@ class Batch:
             return
         wanted, tokens = len(routing.rows), int(tensor.shape[1]) if tensor.dim() > 1 else 1
         if self.rows == wanted:
-            self.copies = 1
+            self.forget()
             return
         copies, rest = divmod(self.rows, wanted)
         if not rest and copies:
             # Beams and samples: every row stands for consecutive copies that share their prompt.
-            going_on = copies == self.copies and (tokens == 1 or tokens > self.prompt_tokens > 0)
-            head = tensor[:, : self.prompt_tokens] if going_on else tensor
-            if (going_on and tokens == 1) or _alike(head, wanted, copies):
+            known = copies == self.copies and self.prompt_tokens > 0
+            if known and cached and tokens == 1:
+                return
+            going_on = known and tokens > self.prompt_tokens
+            if _alike(tensor[:, : self.prompt_tokens] if going_on else tensor, wanted, copies):
                 if not going_on:
                     self.copies, self.prompt_tokens = copies, tokens
                 return

@@ -230,7 +230,14 @@ def _words(targets: Targets) -> list[str]:
         words = [targets] if _REGEX.search(targets) else targets.split(",")
     else:
         words = list(targets)
-    return [word.strip() for word in words if word.strip()]
+    words = [word.strip() for word in words if word.strip()]
+    for word in words:
+        if _REGEX.search(word):
+            try:
+                re.compile(word.rpartition("/")[2])
+            except re.error as error:
+                raise SiteError(Finding("C106", f"{word!r} is not a regular expression: {error}")) from None
+    return words
 
 
 def _text(targets: Targets) -> str:

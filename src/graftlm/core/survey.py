@@ -208,7 +208,8 @@ def _flow_of(model: nn.Module) -> _Flow | None:
     key = (type(model), model.config.to_json_string(use_diff=False))
     if key not in _cache:
         try:
-            _cache[key] = _watch(_twin(model))
+            with torch.inference_mode(False), torch.enable_grad():
+                _cache[key] = _watch(_twin(model))
         except Exception:  # any model code may refuse to run without values: names are the fallback
             _cache[key] = None
         while len(_cache) > 32:
@@ -278,8 +279,7 @@ def _watch(twin: Any) -> _Flow:
         inputs["decoder_input_ids"] = torch.zeros(_ROWS, _DECODER_TOKENS, dtype=torch.long, device="meta")
     if hasattr(twin, "generate"):
         inputs["use_cache"] = False
-    with torch.enable_grad():
-        result = twin(**inputs)
+    result = twin(**inputs)
     for module, path in paths.items():
         attentions += [(path, *call) for call in module.__dict__["_graftlm_calls"]]
     if attentions:  # else the model has attention code of its own: names tell the roles

@@ -187,7 +187,9 @@ def _fault(error: OSError, target: Path) -> EnvironmentFault:
     near = next((parent for parent in (target, *target.parents) if parent.exists()), Path("/"))
     free_bytes = shutil.disk_usage(near).free
     if error.errno in _FULL:
-        found = Finding("E111", f"the disk is full: {free_bytes:,} bytes are free", place=str(target), fix="free some space")
+        found = Finding(
+            "E111", f"the disk is full: {free_bytes:,} bytes are free", place=str(target), fix="free some space"
+        )
     else:
         found = Finding(
             "E112", f"cannot be written: {_why(error)} ({free_bytes:,} bytes are free)", place=str(target),

@@ -8,20 +8,23 @@ all codecs alike.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from graftlm.core import Method, Part, Site, Survey, linear_kind, survey
 from graftlm.errors import AdapterError, Finding, GraftError, nearest
 from graftlm.formats.matching import exactly, kept, pattern_of, shortest_suffixes, targeted
 from graftlm.methods import BitFit, Head, LoRA, Modules
 
-__all__ = ["CODECS", "PREFIX", "Codec", "StoredParameters", "beside", "codec_of", "lacks", "methods_beside"]
+__all__ = [
+    "CODECS", "PREFIX", "Codec", "Planned", "StoredParameters", "beside", "codec_of", "lacks", "understood",
+]  # fmt: skip
 
 #: What PEFT puts before the path of a module.
 PREFIX = "base_model.model."
@@ -37,8 +40,27 @@ _COMMON: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Planned:
+    """One delta as a file sees it: where it acts, its tensors, and the numbers that steer it (scales)."""
+
+    method: Method
+    site: Site
+    is_parameter: bool
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    numbers: tuple[tuple[str, float], ...]
+
+    def state_key(self, name: str) -> str:
+        """The name of the delta's tensor `name` in `Adapter.state()`."""
+        return self.site.key if self.is_parameter else f"{self.site.path}.{name}"
+
+
 class Codec(ABC):
-    """How one of PEFT's methods is written and read. To add one, subclass this and add it to `CODECS`."""
+    """How one of PEFT's methods is written and read. To add one, subclass this and add it to `CODECS`.
+
+    Most methods need `key`, `describe` and `understand`. Those whose tensors lie otherwise in PEFT's file (stacked over
+    layers, one for all) replace `shapes`, `pack` and `unpack` too.
+    """
 
     #: PEFT's name of the method, as in `adapter_config.json`.
     peft_type: ClassVar[str]
@@ -50,18 +72,46 @@ class Codec(ABC):
     reads: ClassVar[Mapping[str, tuple[type, ...]]]
     #: Fields without a meaning after training, whatever their value.
     inert: ClassVar[frozenset[str]] = frozenset()
+    #: The word for "the biases of the targeted modules" in `bias`.
+    own_biases: ClassVar[str] = "lora_only"
+    #: What stands before module paths in the file; prompt methods have "base_model." alone.
+    prefix: ClassVar[str] = PREFIX
 
     def key(self, path: str, name: str) -> str:
-        """The key in the file of parameter `name` of the delta at module `path`."""
-        return f"{PREFIX}{path}.{name}"
+        """The key in the file of tensor `name` (a parameter's own name, for trained parameters) at module `path`."""
+        return f"{self.prefix}{path}.{name}"
+
+    def keys(self, parts: Sequence[Planned]) -> dict[str, str]:
+        """The key in the file for each name in the adapter's state."""
+        return {
+            part.state_key(name): self.key(part.site.path, part.site.parameter or name)
+            for part in parts
+            for name, _ in part.shapes
+        }
+
+    def shapes(self, parts: Sequence[Planned]) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of the file."""
+        keys = self.keys(parts)
+        return {keys[part.state_key(name)]: shape for part in parts for name, shape in part.shapes}
+
+    def pack(self, parts: Sequence[Planned], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The file's tensors out of the adapter's state."""
+        return {key: state[name] for name, key in self.keys(parts).items()}
+
+    def unpack(self, parts: Sequence[Planned], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's state out of the file's tensors; the reverse of `pack`."""
+        return {name: tensors[key] for name, key in self.keys(parts).items()}
 
     @abstractmethod
     def describe(self, parts: Sequence[Part], model: nn.Module) -> dict[str, Any] | None:
-        """The fields of the configuration that differ from the defaults; None where PEFT has no words for `parts`."""
+        """The fields of the configuration that differ from the defaults; None where PEFT has no words for `parts`.
+
+        What is written is read again and compared, so this need not foresee everything.
+        """
 
     @abstractmethod
     def understand(self, config: Mapping[str, Any], model: nn.Module) -> Method:
-        """The method that a PEFT configuration says.
+        """The method that a PEFT configuration says, without what stands beside it.
 
         Raises AdapterError with everything that does not fit; TypeError, ValueError or re.error for values that cannot
         be read, which the caller reports.
@@ -80,7 +130,9 @@ def lacks(codec: Codec, config: Mapping[str, Any], place: str) -> list[Finding]:
         if field in _COMMON or field in codec.inert or field in ("peft_type", "runtime_config"):
             continue
         if field in codec.reads:
-            if not isinstance(value, codec.reads[field]) or (isinstance(value, bool) and bool not in codec.reads[field]):
+            if not isinstance(value, codec.reads[field]) or (
+                isinstance(value, bool) and bool not in codec.reads[field]
+            ):
                 faults.append(Finding("A216", f"{field} cannot be {value!r}", place=place))
         elif value != codec.defaults.get(field) and value not in (None, False, [], {}):
             faults.append(
@@ -117,7 +169,7 @@ class StoredParameters(Modules):
         return found
 
 
-def beside(parts: Sequence[Part], targets: Iterable[str], model: nn.Module) -> dict[str, Any] | None:
+def beside(codec: Codec, parts: Sequence[Part], targets: Iterable[str], model: nn.Module) -> dict[str, Any] | None:
     """`bias`, `modules_to_save` and `task_type` for the parameters that `parts` train; None where PEFT has no words."""
     if not all(isinstance(part.method, (Head, Modules, BitFit)) and not part.site.aliases for part in parts):
         return None
@@ -137,13 +189,16 @@ def beside(parts: Sequence[Part], targets: Iterable[str], model: nn.Module) -> d
         if rest == {name for name in names if name.endswith(".bias") and not _under(whole, name)}:
             bias = "all"
         elif rest == {f"{path}.bias" for path in targets} & names.keys():
-            bias = "lora_only"
+            bias = codec.own_biases
         else:
             return None
     words = _words_for(whole, model)
     if words is None:
         return None
-    fields = {"bias": bias, "modules_to_save": words or None}
+    fields: dict[str, Any] = {"bias": bias, "modules_to_save": words or None}
+    if any(field not in codec.defaults and value not in ("none", None) for field, value in fields.items()):
+        return None
+    fields = {field: value for field, value in fields.items() if field in codec.defaults}
     task = _task_of(model)
     # PEFT keeps the head of these tasks by itself, and then wants it in the file.
     if any(path not in whole for path in kept(_HEADS.get(task or "", ()), model)):
@@ -154,11 +209,30 @@ def beside(parts: Sequence[Part], targets: Iterable[str], model: nn.Module) -> d
     return {**fields, "task_type": task}
 
 
-def methods_beside(config: Mapping[str, Any], targets: Sequence[str], model: nn.Module) -> list[Method]:
-    """The methods that `bias` and `modules_to_save` say, for a configuration that targets the modules `targets`."""
+def understood(codec: Codec, config: Mapping[str, Any], model: nn.Module) -> Method:
+    """The whole method that `config` says: the codec's own, and what `bias` and `modules_to_save` put beside it.
+
+    Raises as `Codec.understand` does.
+    """
+    faults = []
+    if (bias := config.get("bias", "none")) not in ("none", "all", codec.own_biases):
+        faults.append(Finding("A216", f"bias cannot be {bias!r}", fix='"bias": "none"'))
+    try:
+        method = codec.understand(config, model)
+    except GraftError as error:
+        raise AdapterError([*faults, *error.findings]) from None
+    if faults:
+        raise AdapterError(faults)
+    here = survey(model)
+    targets = [site.path for site in method.sites(here)]
+    for other in _methods_beside(config, targets, model, here):
+        method = method + other
+    return method
+
+
+def _methods_beside(config: Mapping[str, Any], targets: Sequence[str], model: nn.Module, here: Survey) -> list[Method]:
     found: list[Method] = []
     names = _parameter_names(model)
-    here = survey(model)
     words = config.get("modules_to_save") or []
     whole = [path for path in kept(words, model) if any(name.startswith(path + ".") for name in names)]
     if whole:
@@ -169,10 +243,8 @@ def methods_beside(config: Mapping[str, Any], targets: Sequence[str], model: nn.
         else:
             keys = [f"{path}.bias" for path in targets if f"{path}.bias" in names]
         everywhere: set[str] = set()
-        try:
+        with contextlib.suppress(GraftError):  # a model without biases: `bias` then says nothing
             everywhere = {site.key for site in BitFit().sites(here)}
-        except GraftError:
-            pass  # a model without biases: `bias` then says nothing
         if keys:
             found.append(BitFit() if everywhere == set(keys) else StoredParameters(keys))
     return found
@@ -297,7 +369,7 @@ class LoRACodec(Codec):
         {"corda_config", "eva_config", "fan_in_fan_out", "loftq_config", "lora_ga_config", "megatron_core",
          "qalora_group_size"}
     )  # fmt: skip
-    #: Starts that leave the base's weights as they are; all others (pissa, olora, ...) move a part of them into A and B.
+    #: Starts that leave the base as it is; all others (pissa, olora, ...) move a part of its weights into A and B.
     _starts: ClassVar[tuple[Any, ...]] = (None, True, False, "gaussian", "orthogonal", "eva")
     _names: ClassVar[Mapping[str, str]] = {
         "lora_A": "lora_A.weight",
@@ -306,7 +378,7 @@ class LoRACodec(Codec):
     }
 
     def key(self, path: str, name: str) -> str:
-        """The key in the file of parameter `name` of the delta at module `path`."""
+        """The key in the file of tensor `name` of the delta at module `path`."""
         return super().key(path, self._names.get(name, name))
 
     def describe(self, parts: Sequence[Part], model: nn.Module) -> dict[str, Any] | None:
@@ -330,7 +402,7 @@ class LoRACodec(Codec):
         }
 
     def understand(self, config: Mapping[str, Any], model: nn.Module) -> Method:
-        """LoRA with what stands beside it, as PEFT would build it from `config`."""
+        """LoRA at the modules that PEFT would choose by `config`."""
         faults = []
         if (start := config.get("init_lora_weights")) not in self._starts:
             faults.append(
@@ -340,8 +412,6 @@ class LoRACodec(Codec):
                     fix='save it with peft\'s save_pretrained(..., path_initial_model_for_weight_conversion="...")',
                 )
             )
-        if config.get("bias", "none") not in ("none", "all", "lora_only"):
-            faults.append(Finding("A216", f"bias cannot be {config['bias']!r}", fix='"bias": "none"'))
         if "target_modules" not in config:
             faults.append(Finding("A216", "target_modules is not set"))
             raise AdapterError(faults)
@@ -365,7 +435,7 @@ class LoRACodec(Codec):
         ]
         if faults:
             raise AdapterError(faults)
-        method: Method = LoRA(
+        return LoRA(
             rank=config.get("r", 8),
             alpha=float(config.get("lora_alpha", 8)),
             dropout=float(config.get("lora_dropout", 0.0)),
@@ -375,9 +445,6 @@ class LoRACodec(Codec):
             rank_pattern=ranks,
             alpha_pattern={key: float(value) for key, value in alphas.items()},
         )
-        for other in methods_beside(config, paths, model):
-            method = method + other
-        return method
 
 
 def _is_used(pattern: str, paths: Sequence[str]) -> bool:

@@ -61,21 +61,21 @@ def pattern_of(patterns: Iterable[str], path: str) -> str | None:
 def shortest_suffixes(wanted: Iterable[str], model: nn.Module) -> list[str] | str:
     """The shortest dotted suffixes that select exactly the paths `wanted`; a regular expression where none do."""
     chosen = set(wanted)
-    others = [path for path, _ in model.named_modules() if path and path not in chosen]
-    found: set[str] = set()
-    for path in sorted(chosen):
-        words = path.split(".")
-        suffixes = (".".join(words[start:]) for start in range(len(words) - 1, -1, -1))
-        suffix = next((suffix for suffix in suffixes if not any(_ends([suffix], other) for other in others)), None)
-        if suffix is None:
-            return "|".join(re.escape(each) for each in sorted(chosen))
-        found.add(suffix)
-    return sorted(found)
+    taken = {suffix for path, _ in model.named_modules() if path not in chosen for suffix in _suffixes(path)}
+    found = {next((suffix for suffix in _suffixes(path) if suffix not in taken), None) for path in chosen}
+    if None in found:
+        return "|".join(re.escape(path) for path in sorted(chosen))
+    return sorted(suffix for suffix in found if suffix is not None)
 
 
 def exactly(path: str) -> str:
     """A selector of ours that means the module at `path` and no other, even where its name is also a role."""
     return path if "." in path else f"({re.escape(path)})"
+
+
+def _suffixes(path: str) -> list[str]:
+    words = path.split(".")
+    return [".".join(words[start:]) for start in range(len(words) - 1, -1, -1)]
 
 
 def _ends(words: Sequence[str], path: str) -> bool:
@@ -99,7 +99,8 @@ def _in_layers(config: Mapping[str, Any], path: str) -> bool:
 
 
 def _all_linear(model: nn.Module, task: str | None) -> list[str]:
-    output = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    output = find() if callable(find) else None
     if output is None and task == "SEQ_CLS":
         output = next((getattr(model, name) for name in _CLASSIFIERS if hasattr(model, name)), None)
     return [

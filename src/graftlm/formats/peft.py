@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graftlm import __version__
-from graftlm.core import Adapter, Method, ParameterDelta, Part, Site, attach, survey
+from graftlm.core import Adapter, Method, ParameterDelta, Part, attach, survey
 from graftlm.errors import AdapterError, Finding, GraftError, nearest
 from graftlm.formats.atomic import atomic_folder, recover, write_json
-from graftlm.formats.codecs import CODECS, PREFIX, StoredParameters, beside, codec_of, lacks
+from graftlm.formats.codecs import CODECS, PREFIX, Codec, Planned, StoredParameters, beside, codec_of, lacks, understood
 from graftlm.formats.matching import exactly
 from graftlm.methods import METHODS, Modules
 from graftlm.models.fingerprint import fingerprint, original_parameters
@@ -38,7 +38,6 @@ _CONFIG, _WEIGHTS, _PICKLE, _OURS = (
 )  # fmt: skip
 _FORMAT = 1
 _OWN_TYPE = "GRAFTLM"
-_METHODS: dict[str, type[Method]] = {**METHODS, StoredParameters.name: StoredParameters}
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -60,8 +59,8 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, facts: Mapping[str, An
         raise AdapterError(Finding("A219", f"facts cannot be written as JSON: {error}")) from None
     model = adapter.model
     config = _describe(adapter)
-    state = adapter.state()
-    tensors = {key: state[own].cpu().contiguous() for key, own in _keys([_seen(p) for p in adapter.parts]).items()}
+    layout = _Layout([_seen(part) for part in adapter.parts], CODECS.get(config["peft_type"]))
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in layout.pack(adapter.state()).items()}
     ours = {
         "base": {
             "class": type(model).__name__,
@@ -92,7 +91,7 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
     if config is not None:
         codec = CODECS[config["peft_type"]]
         try:
-            back = _plan(model, codec.understand(json.loads(json.dumps(config)), model))
+            back = _plan(model, understood(codec, json.loads(json.dumps(config)), model))
         except (GraftError, re.error):
             back = []
         if _as_set(back) == _as_set([_seen(part) for part in adapter.parts]):
@@ -106,14 +105,14 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
 
 
 def _in_peft_words(adapter: Adapter) -> dict[str, Any] | None:
-    parameters = [part for part in adapter.parts if isinstance(part.delta, ParameterDelta)]
-    others = [part for part in adapter.parts if not isinstance(part.delta, ParameterDelta)]
-    codecs = {codec_of(part.method) for part in others}
+    owned = [part for part in adapter.parts if codec_of(part.method)]
+    others = [part for part in adapter.parts if not codec_of(part.method)]
+    codecs = {codec_of(part.method) for part in owned}
     codec = codecs.pop() if len(codecs) == 1 else None
     if codec is None:
         return None
-    fields = codec.describe(others, adapter.model)
-    extra = beside(parameters, [part.site.path for part in others], adapter.model)
+    fields = codec.describe(owned, adapter.model)
+    extra = beside(codec, others, [part.site.path for part in owned], adapter.model)
     if fields is None or extra is None:
         return None
     return codec.configuration(adapter.model, **fields, **extra)
@@ -149,21 +148,10 @@ def _as_os_error(error: SafetensorError) -> OSError:
 # --- what an adapter holds, before there is one ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """One delta as the file sees it: where it acts, its tensors, and the numbers that steer it (scales)."""
-
-    method: Method
-    site: Site
-    is_parameter: bool
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    numbers: tuple[tuple[str, float], ...]
-
-
-def _seen(part: Part) -> _Planned:
+def _seen(part: Part) -> Planned:
     tensors = [*part.delta.named_parameters(), *part.delta.named_buffers()]
     numbers = {k: v for k, v in vars(part.delta).items() if isinstance(v, (int, float)) and k != "training"}
-    return _Planned(
+    return Planned(
         part.method,
         part.site,
         isinstance(part.delta, ParameterDelta),
@@ -172,12 +160,12 @@ def _seen(part: Part) -> _Planned:
     )
 
 
-def _plan(model: nn.Module, method: Method) -> list[_Planned]:
+def _plan(model: nn.Module, method: Method) -> list[Planned]:
     """What `attach` would build for `method`, without its values. Raises SiteError and MethodError as `attach` does."""
     here = survey(model)
     modules = dict(model.named_modules())
     faults: list[Finding] = []
-    found: list[_Planned] = []
+    found: list[Planned] = []
     whole: set[str] = set()
     for part in method.parts:
         try:
@@ -196,24 +184,39 @@ def _plan(model: nn.Module, method: Method) -> list[_Planned]:
     return found
 
 
-def _keys(parts: Sequence[_Planned]) -> dict[str, str]:
-    """The key in the file for each name in the adapter's state."""
-    wrapped = {part.site.path for part in parts if not part.is_parameter}
-    found: dict[str, str] = {}
-    for part in parts:
-        path = part.site.path
-        if part.is_parameter:
-            # PEFT wraps the module that it targets, whose own parameters then lie one level deeper.
-            inner = ".base_layer" if path in wrapped else ""
-            found[f"{PREFIX}{path}{inner}.{part.site.parameter}"] = part.site.key
-            continue
-        codec = codec_of(part.method)
-        for name, _ in part.shapes:
-            found[codec.key(path, name) if codec else f"{PREFIX}{path}.{name}"] = f"{path}.{name}"
-    return found
+class _Layout:
+    """Where each tensor of an adapter lies in the file: by the codec's rules, and plainly what it does not cover."""
+
+    def __init__(self, parts: Sequence[Planned], codec: Codec | None) -> None:
+        self.codec = codec
+        self.owned: list[Planned] = []
+        others: list[Planned] = []
+        for part in parts:
+            (self.owned if codec and isinstance(part.method, codec.method) else others).append(part)
+        self.keys: dict[str, str] = {}  # names in the adapter's state -> keys in the file, for the other parts
+        self.shapes: dict[str, tuple[int, ...]] = codec.shapes(self.owned) if codec else {}
+        prefix = codec.prefix if codec else PREFIX
+        wrapped = {part.site.path for part in self.owned}
+        for part in others:
+            # PEFT wraps the modules that it targets: their own parameters lie one level deeper.
+            path = f"{part.site.path}.base_layer" if part.site.path in wrapped else part.site.path
+            for name, shape in part.shapes:
+                key = f"{prefix}{path}.{part.site.parameter or name}"
+                self.keys[part.state_key(name)] = key
+                self.shapes[key] = shape
+
+    def pack(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The file's tensors."""
+        owned = self.codec.pack(self.owned, state) if self.codec else {}
+        return {**owned, **{key: state[name] for name, key in self.keys.items()}}
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's state."""
+        owned = self.codec.unpack(self.owned, tensors) if self.codec else {}
+        return {**owned, **{name: tensors[key] for name, key in self.keys.items()}}
 
 
-def _as_set(parts: Sequence[_Planned]) -> set[tuple[Any, ...]]:
+def _as_set(parts: Sequence[Planned]) -> set[tuple[Any, ...]]:
     return {(part.site.key, part.site.places, part.shapes, part.numbers) for part in parts}
 
 
@@ -229,6 +232,15 @@ class _Stored:
     ours: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     faults: list[Finding] = field(default_factory=list)
+
+    @property
+    def codec(self) -> Codec | None:
+        """None where the file is in our own words."""
+        return CODECS.get(self.config["peft_type"])
+
+    def plain(self, key: str) -> str:
+        """`key` without what PEFT and torch.compile put before it."""
+        return key.replace("_orig_mod.", "").removeprefix(self.codec.prefix if self.codec else PREFIX)
 
 
 def load_adapter(
@@ -251,11 +263,11 @@ def load_adapter(
     try:
         method = _method_of(stored, model)
         method = _with_stored_embeddings(stored, method, model, check_base)
-        parts = _plan(model, method)
+        layout = _Layout(_plan(model, method), stored.codec)
     except GraftError as error:
         faults += [dataclasses.replace(f, place=f.place or str(stored.folder)) for f in error.findings]
     else:
-        state = _state(stored, parts, model)
+        state = _state(stored, layout, model)
     if stored.faults:
         raise AdapterError(stored.faults)
     chosen = name or stored.ours.get("name") or re.sub(r"^[\W_]+|[\W_]+$", "", re.sub(r"[^\w-]+", "-", _ascii(folder)))
@@ -280,7 +292,11 @@ def _find(folder: Path) -> Path:
         recover(folder)
     if not folder.is_dir():
         what = "is a file, wanted a folder" if folder.exists() else "does not exist"
-        close = nearest(folder.name, (p.name for p in folder.parent.iterdir() if p.is_dir())) if folder.parent.is_dir() else []
+        close = (
+            nearest(folder.name, (p.name for p in folder.parent.iterdir() if p.is_dir()))
+            if folder.parent.is_dir()
+            else []
+        )
         raise AdapterError(Finding("A201", what, place=str(folder), fix=str(folder.parent / close[0]) if close else ""))
     if (folder / _CONFIG).is_file() or (folder / _WEIGHTS).is_file():
         return folder
@@ -331,8 +347,11 @@ def _read(folder: Path) -> _Stored:
     if faults:
         raise AdapterError(faults)
     kind = config.get("peft_type")
+    kind = kind if isinstance(kind, str) else str(kind)
     if kind == _OWN_TYPE and not ours:
-        faults.append(Finding("A214", f"is missing, and {_CONFIG} says too little without it", place=str(folder / _OURS)))
+        faults.append(
+            Finding("A214", f"is missing, and {_CONFIG} says too little without it", place=str(folder / _OURS))
+        )
     elif kind != _OWN_TYPE and kind not in CODECS:
         faults.append(
             Finding("A205", f"peft_type {kind!r} is not supported here; there are: {', '.join(CODECS)}",
@@ -404,24 +423,22 @@ def _damage(ours: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str) 
 
 
 def _take(stored: _Stored, tensors: Mapping[str, Tensor]) -> None:
-    """Note `tensors` by plain key: without prefixes and wrappers' names, each once, without copies of the base's own."""
+    """Note `tensors` by plain key: no prefixes, no wrappers' names, each once, none of the base's own heads."""
     from_wrapper: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if ".original_module." in key:
             continue  # the base's own head, which PEFT's bias="all" stores along
-        plain = _plain(key)
+        plain = stored.plain(key)
         if ".modules_to_save." in plain:
             from_wrapper[re.sub(r"\.modules_to_save\.(default\.)?", ".", plain)] = tensor
         elif plain in stored.tensors:
-            stored.faults.append(Finding("A220", f"{plain} is there twice, under two prefixes", place=str(stored.folder)))
+            stored.faults.append(
+                Finding("A220", f"{plain} is there twice, under two prefixes", place=str(stored.folder))
+            )
         else:
             stored.tensors[plain] = tensor
     for plain, tensor in from_wrapper.items():
         stored.tensors.setdefault(plain, tensor)
-
-
-def _plain(key: str) -> str:
-    return key.replace("_orig_mod.", "").removeprefix(PREFIX)
 
 
 def _base_faults(ours: Mapping[str, Any], model: nn.Module) -> list[Finding]:
@@ -444,7 +461,7 @@ def _base_faults(ours: Mapping[str, Any], model: nn.Module) -> list[Finding]:
 def _method_of(stored: _Stored, model: nn.Module) -> Method:
     if not stored.ours:
         try:
-            return CODECS[stored.config["peft_type"]].understand(stored.config, model)
+            return understood(CODECS[stored.config["peft_type"]], stored.config, model)
         except (TypeError, ValueError, re.error) as error:
             if isinstance(error, GraftError):
                 raise
@@ -457,10 +474,12 @@ def _method_of(stored: _Stored, model: nn.Module) -> Method:
     data = stored.ours["method"].get("parts")
     for part in data if isinstance(data, list) and data else [{}]:
         name, settings = (part.get("name"), part.get("settings")) if isinstance(part, dict) else (None, None)
-        kind = _METHODS.get(name) if isinstance(name, str) else None
+        kind = {**METHODS, StoredParameters.name: StoredParameters}.get(str(name))
         if kind is None or not isinstance(settings, dict):
             by = stored.ours.get("graftlm")
-            faults.append(Finding("A215", f"method {name!r} of graftlm {by} is not known to {__version__}", place=place))
+            faults.append(
+                Finding("A215", f"method {name!r} of graftlm {by} is not known to {__version__}", place=place)
+            )
             continue
         try:
             parts.append(kind(**_from_data(settings)))
@@ -484,7 +503,7 @@ def _with_stored_embeddings(stored: _Stored, method: Method, model: nn.Module, c
     """
     if stored.ours:
         return method
-    expected = {_plain(key) for key in _keys(_plan(model, method))}
+    expected = {stored.plain(key) for key in _Layout(_plan(model, method), stored.codec).shapes}
     originals = original_parameters(model)
     places = {
         f"{path}.{name}": (site.places, site)
@@ -528,8 +547,8 @@ def _with_stored_embeddings(stored: _Stored, method: Method, model: nn.Module, c
     if not replaced:
         return method
     method = method + Modules([exactly(path) for path in replaced])
-    keys = {own: _plain(key) for key, own in _keys(_plan(model, method)).items()}
-    found = {keys[f"{path}.weight"]: stored.tensors[key] for path, key in replaced.items()}
+    keys = _Layout(_plan(model, method), stored.codec).keys
+    found = {stored.plain(keys[f"{path}.weight"]): stored.tensors[key] for path, key in replaced.items()}
     for key in replaced.values():
         stored.tensors.pop(key, None)
     stored.tensors.update(found)
@@ -542,27 +561,22 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.to(narrow), other.detach().cpu().to(narrow))
 
 
-def _state(stored: _Stored, parts: Sequence[_Planned], model: nn.Module) -> dict[str, Tensor]:
+def _state(stored: _Stored, layout: _Layout, model: nn.Module) -> dict[str, Tensor]:
     """The adapter's state out of the tensors; every misfit is noted in `stored.faults`."""
     place = str(stored.folder / _WEIGHTS)
-    shapes = {
-        (part.site.key if part.is_parameter else f"{part.site.path}.{name}"): shape
-        for part in parts
-        for name, shape in part.shapes
-    }
-    wanted = {_plain(key): (key, own) for key, own in _keys(parts).items()}
+    wanted = {stored.plain(key): key for key in layout.shapes}
     buffers = dict(model.named_buffers())
-    state: dict[str, Tensor] = {}
-    for plain, (key, own) in sorted(wanted.items()):
+    found: dict[str, Tensor] = {}
+    for plain, key in sorted(wanted.items()):
         tensor = stored.tensors.get(plain)
         if tensor is None:
             stored.faults.append(Finding("A208", f"{key} is missing", place=place))
-        elif tuple(tensor.shape) != shapes[own]:
+        elif tuple(tensor.shape) != layout.shapes[key]:
             stored.faults.append(
-                Finding("A210", f"{key} has shape {tuple(tensor.shape)}, wanted {shapes[own]}", place=place)
+                Finding("A210", f"{key} has shape {tuple(tensor.shape)}, wanted {layout.shapes[key]}", place=place)
             )
         else:
-            state[own] = tensor
+            found[key] = tensor
     for plain in sorted(stored.tensors.keys() - wanted.keys()):
         if plain not in buffers:  # PEFT's bias="all" takes buffers of that name along
             stored.faults.append(Finding("A209", f"{plain} has no place in this adapter", place=place))
@@ -572,4 +586,4 @@ def _state(stored: _Stored, parts: Sequence[_Planned], model: nn.Module) -> dict
             stored.faults.append(
                 Finding("A211", f"{plain} has {count} of {tensor.numel()} values that are NaN or infinite", place=place)
             )
-    return state
+    return {} if stored.faults else layout.unpack(found)

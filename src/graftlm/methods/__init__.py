@@ -79,6 +79,7 @@ def _read_part(node: ast.expr, faults: list[Finding]) -> Method | None:
         )
         return None
     fields = [field.name for field in dataclasses.fields(kind)]
+    before = len(faults)
     given: dict[str, Any] = {}
     for position, argument in enumerate(call.args if call else []):
         if position < len(fields):
@@ -95,7 +96,7 @@ def _read_part(node: ast.expr, faults: list[Finding]) -> Method | None:
             close = nearest(key, fields)
             has = f"it has {', '.join(fields)}" if fields else "it has no settings"
             faults.append(Finding("T112", f"{name} has no {key!r}: {has}", fix=close[0] if close else ""))
-    if faults:
+    if len(faults) > before:
         return None
     faults += [
         Finding("T113", f"{name}: {key}={given[key]!r} is not {wanted}")
@@ -103,7 +104,7 @@ def _read_part(node: ast.expr, faults: list[Finding]) -> Method | None:
         if (wanted := _mistyped(kind, key, given[key]))
     ]
     try:
-        return None if faults else kind(**given)
+        return None if len(faults) > before else kind(**given)
     except GraftError as error:
         faults += error.findings
         return None

@@ -56,7 +56,9 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         ranks = (self.rank, *self.rank_pattern.values())
+        patterns = (*self.rank_pattern, *self.alpha_pattern)
         self.require(
+            (all(map(_is_regex, patterns)), f"a pattern of {', '.join(patterns)} is not a regular expression", ""),
             (all(isinstance(r, int) and r >= 1 for r in ranks), f"rank {self.rank} is below 1", "rank=8"),
             (self.alpha > 0, f"alpha {self.alpha} is not above 0", "alpha=16"),
             (0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)", "dropout=0.05"),
@@ -104,6 +106,14 @@ class LoRA(Method):
 def _named(pattern: str, path: str) -> bool:
     # PEFT's rule (tuners_utils.get_pattern_key): the pattern ends the path, at a dot or as a whole.
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _output_scale(module: nn.Module) -> float:

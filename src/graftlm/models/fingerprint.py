@@ -65,7 +65,7 @@ def fingerprint(model: nn.Module) -> str:
 def original_parameters(model: nn.Module) -> dict[tuple[str, str], nn.Parameter | None]:
     """What merged adapters replaced, by (module path, parameter name); None where the base has no such parameter."""
     graft = model.__dict__.get("_graftlm")
-    return dict(graft.originals) if graft is not None else {}
+    return dict(graft.switch.originals) if graft is not None else {}
 
 
 def _backbone(model: nn.Module) -> tuple[nn.Module, str]:
@@ -77,15 +77,18 @@ def _backbone(model: nn.Module) -> tuple[nn.Module, str]:
 def _outside(model: nn.Module, backbone: nn.Module) -> list[str]:
     """Paths in the backbone that belong to a task: its pooler, and the output embedding of a model without a base."""
     paths = [name for name, _ in backbone.named_children() if name == "pooler"]
-    if backbone is model and callable(getattr(model, "get_output_embeddings", None)):
-        head = model.get_output_embeddings()
+    find: Any = getattr(model, "get_output_embeddings", None)
+    if backbone is model and callable(find):
+        head = find()
         paths += [path for path, module in model.named_modules() if module is head]
     return paths
 
 
 def _lasting(config: Any) -> Any:
     if isinstance(config, dict):
-        return {str(key): _lasting(value) for key, value in config.items() if not _VOLATILE.search(str(key))}
+        # What is switched off is left out: a later transformers may bring new settings, and they start switched off.
+        lasting = {str(key): _lasting(value) for key, value in config.items() if not _VOLATILE.search(str(key))}
+        return {key: value for key, value in lasting.items() if value not in (None, False, [], {})}
     return _lasting(config.to_dict()) if hasattr(config, "to_dict") else config
 
 

@@ -7,6 +7,7 @@ Example:
 """
 
 from .card import write_card
+from .folder import CODES
 from .page import write_report
 
-__all__ = ["write_card", "write_report"]
+__all__ = ["CODES", "write_card", "write_report"]

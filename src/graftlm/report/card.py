@@ -7,7 +7,18 @@ import json
 import re
 from pathlib import Path
 
-from .content import TASKS, base_id, commands, data_lines, data_notes, is_bundled, method_names, python_lines, trained
+from .content import (
+    TASKS,
+    base_id,
+    commands,
+    data_hashes,
+    data_lines,
+    data_notes,
+    is_bundled,
+    method_names,
+    python_lines,
+    trained,
+)
 from .folder import RunFolder, read_run
 from .verdict import judge, scores
 from .wording import as_text, measured
@@ -49,15 +60,14 @@ def write_card(folder: Path) -> Path:
         trained=trained(run),
         data=data_lines(run),
         notes=data_notes(run),
-        hashes=[(name, as_text(value)) for name, value in run.mapping("data.sha256").items()],
+        hashes=data_hashes(run),
         commands="\n".join(f"{command}  # {about}" for command, about in commands(run)),
         command=run.text("command"),
         python=python_lines(run),
         bundled=is_bundled(run),
     )
-    card = card.encode("utf-8", errors="replace").decode()
     path = run.path / "README.md"
-    if path.exists() and not _untouched(path.read_text(encoding="utf-8", errors="replace")):
+    if path.exists() and not _untouched(path.read_bytes().decode("utf-8", errors="replace")):
         path = run.path / "README.new.md"
     path.write_text(f"{card}\n<!-- written by graftlm, {_digest(card)} -->\n", encoding="utf-8", newline="\n")
     return path

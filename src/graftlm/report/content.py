@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from .folder import RunFolder
-from .wording import as_text, counted, duration, share, size, whole
+from .folder import RunFolder, finite
+from .wording import as_text, counted, duration, measured, share, size, whole
 
 __all__ = [
     "TASKS",
     "Row",
     "base_id",
     "commands",
+    "data_hashes",
     "data_lines",
     "data_notes",
     "environment",
@@ -40,7 +40,7 @@ def base_id(run: RunFolder) -> str:
     """The base's name as others know it: a path of this machine is cut to its last part.
 
     Example:
-        >>> base_id(RunFolder(Path("."), {"base": {"name": "/home/me/models/qwen"}}))
+        >>> base_id(RunFolder(None, {"base": {"name": "/home/me/models/qwen"}}))
         'qwen'
     """
     name = run.text("base.name") or "unknown"
@@ -52,7 +52,7 @@ def method_names(run: RunFolder) -> list[str]:
     """The names in the method, without their settings.
 
     Example:
-        >>> method_names(RunFolder(Path("."), {"method": "lora(rank=16,targets=all-linear)+head"}))
+        >>> method_names(RunFolder(None, {"method": "lora(rank=16,targets=all-linear)+head"}))
         ['lora', 'head']
     """
     text = run.text("method")
@@ -65,15 +65,18 @@ def trained(run: RunFolder) -> list[Row]:
     """Method, counts, share and bytes; only what is known."""
     parameters, total = run.number("trainable_parameters"), run.number("base.parameters")
     part = share(parameters, total)
-    base = run.text("base.name")
     about = [run.text("base.class"), counted(total, "parameter") if total is not None else ""]
-    fingerprint = run.text("base.fingerprint")
-    tokens = [value for row in run.metrics if isinstance(value := row.get("tokens_per_s"), int | float) and value > 0]
-    speed = f", {whole(sorted(tokens)[len(tokens) // 2])}\u00a0tokens/s" if tokens else ""
+    speed = ""
+    for unit in ("tokens", "rows"):
+        rates = sorted(rate for row in run.metrics if (rate := finite(row.get(f"{unit}_per_s"))))
+        if rates:
+            median = rates[len(rates) // 2]
+            speed = f", {whole(median) if median >= 10 else measured(median)}\u00a0{unit}/s"
+            break
     facts = {
         "task": TASKS.get(run.text("task"), run.text("task")),
-        "base model": ", ".join(filter(None, [base, *about])),
-        "fingerprint of the base": fingerprint,
+        "base model": ", ".join(filter(None, [run.text("base.name"), *about])),
+        "fingerprint of the base": run.text("base.fingerprint"),
         "method": run.text("method"),
         "trained parameters": whole(parameters) + (f" ({part} of the base's count)" if part else "")
         if parameters is not None
@@ -102,6 +105,12 @@ def data_notes(run: RunFolder) -> list[str]:
     return [as_text(note) for note in notes] if isinstance(notes, list) else []
 
 
+def data_hashes(run: RunFolder) -> list[Row]:
+    """The SHA-256 of each data file, under the file's name alone, without the folders of this machine."""
+    hashes = run.mapping("data.sha256")
+    return [(re.split(r"[/\\\\]", name)[-1], as_text(value)) for name, value in hashes.items()]
+
+
 def environment(run: RunFolder) -> list[Row]:
     """Versions, device and times of the run."""
     facts = {
@@ -117,6 +126,8 @@ def environment(run: RunFolder) -> list[Row]:
 def settings(run: RunFolder) -> list[tuple[str, Any, str]]:
     """Every setting as (dotted name, value, origin); origin is `default`, `decided`, a flag or a place in a file."""
     origin = run.mapping("origin")
+    # What a setting that was left open came to is kept beside the settings, by its short name.
+    decided = {key: value for key, value in run.mapping("decided").items() if value is not None}
 
     def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any, str]]:
         for key, value in tree.items():
@@ -124,6 +135,8 @@ def settings(run: RunFolder) -> list[tuple[str, Any, str]]:
             # A section of settings holds several; a setting that is itself a mapping has an origin of its own.
             if isinstance(value, dict) and name not in origin:
                 yield from walk(value, f"{name}.")
+            elif value is None and key in decided:
+                yield name, decided[key], "decided"
             else:
                 yield name, value, as_text(origin.get(name, ""))
 
@@ -146,16 +159,9 @@ def commands(run: RunFolder) -> list[Row]:
 
 
 def python_lines(run: RunFolder) -> str:
-    """The lines of Python that load the base with the adapter."""
-    base = run.text("base.name") or "bundled"
-    adapter = (Path(run.name) / "adapter").as_posix()
-    if not run.is_classification:
-        return (
-            f"import graftlm\nmodel, tokenizer = graftlm.load_base({base!r})\ngraftlm.load_adapter(model, {adapter!r})"
-        )
+    """Three lines of Python that load the base with the adapter acting."""
     return (
-        "import json, graftlm\n"
-        f'labels = json.load(open({(Path(run.name) / "run.json").as_posix()!r}))["results"]["labels"]\n'
-        f'model, tokenizer = graftlm.load_base({base!r}, task="classify", labels=labels)\n'
-        f"graftlm.load_adapter(model, {adapter!r})"
+        "from graftlm.training import open_adapter\n"
+        f"opened = open_adapter({run.name!r})\n"
+        "model, tokenizer = opened.model, opened.tokenizer"
     )

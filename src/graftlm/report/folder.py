@@ -7,7 +7,7 @@ failed can still be written. Only a folder without a readable `run.json` is an e
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ def finite(value: object) -> float | None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if -1e300 < value < 1e300 else None  # false for NaN, and an int may be too large for a float
 
 
 @dataclass
@@ -94,13 +94,10 @@ def read_run(folder: Path) -> RunFolder:
     folder = Path(folder)
     place = folder / "run.json"
     try:
-        run = json.loads(place.read_text(encoding="utf-8"))
+        run = _fit(json.loads(place.read_text(encoding="utf-8")))
     except OSError:
-        raise RunError(
-            Finding(
-                "U181", "no run here: the folder has no run.json", place=str(folder), fix="graftlm report RUN_FOLDER"
-            )
-        ) from None
+        message = "has no run.json, so it is not the folder of a run: name the one that graftlm train wrote"
+        raise RunError(Finding("U181", message, place=str(folder))) from None
     except ValueError as error:
         raise RunError(Finding("U182", f"not readable as JSON: {error}", place=str(place))) from None
     if not isinstance(run, dict):
@@ -113,6 +110,18 @@ def read_run(folder: Path) -> RunFolder:
     return found
 
 
+# What JSON text can hold and neither HTML nor a drawing can: control characters and halves of a surrogate pair.
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+def _fit(value: Any) -> Any:
+    if isinstance(value, str):
+        return _UNFIT.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_fit(key): _fit(inner) for key, inner in value.items()}
+    return [_fit(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _lines(path: Path, unread: list[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
@@ -123,7 +132,7 @@ def _lines(path: Path, unread: list[str]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _fit(json.loads(line))
         except ValueError:
             row = None
         if isinstance(row, dict):

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from . import charts
-from .content import commands, data_lines, data_notes, environment, is_bundled, python_lines, settings, trained
+from .content import (
+    commands,
+    data_hashes,
+    data_lines,
+    data_notes,
+    environment,
+    is_bundled,
+    python_lines,
+    settings,
+    trained,
+)
 from .examples import commonest_confusions, mistakes, right_ones
 from .folder import RunFolder, finite, read_run
 from .verdict import judge, scores
@@ -41,8 +51,7 @@ def write_report(folder: Path) -> Path:
     environment_.filters |= {"whole": whole, "measured": measured, "setting": setting}
     page = environment_.get_template("page.html.jinja").render(_view(run))
     path = run.path / "report.html"
-    # A lone surrogate, which JSON can hold, has no UTF-8; null characters have no place in HTML.
-    path.write_text(page.replace("\0", "\ufffd"), encoding="utf-8", errors="replace", newline="\n")
+    path.write_text(page, encoding="utf-8", newline="\n")
     return path
 
 
@@ -53,7 +62,6 @@ def _view(run: RunFolder) -> dict[str, Any]:
     rejected = [(as_text(row.get("place")), as_text(row.get("reason"))) for row in run.rejected]
     right_count, right = right_ones(run)
     wrong = mistakes(run)
-    hashes = run.mapping("data.sha256")
     return {
         "run": run,
         "title": run.path.resolve().name,
@@ -78,7 +86,7 @@ def _view(run: RunFolder) -> dict[str, Any]:
         "curve_notes": notes,
         "rejected": rejected[:_REJECTED],
         "rejected_count": len(rejected),
-        "hashes": [(name, as_text(value)) for name, value in hashes.items()],
+        "hashes": data_hashes(run),
         "changed": [row for row in every if row[2] not in ("default", "")],
         "settings": every,
         "environment": environment(run),

@@ -66,7 +66,8 @@ def scores(run: RunFolder) -> list[Score]:
         if low is None or high is None:
             low = high = None
         name = str(row.get("name") or "")
-        found.append(Score(name, str(row.get("title") or name), value, low, high, finite(row.get(second))))
+        title = " ".join(str(row.get("title") or name).split())
+        found.append(Score(name, title, value, low, high, finite(row.get(second))))
     return found
 
 

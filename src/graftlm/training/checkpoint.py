@@ -7,6 +7,7 @@ into it, so a kill at any moment leaves the last complete one. Nothing is pickle
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,9 +35,9 @@ def write(
     """Write everything that resuming needs into `folder`, at once or not at all."""
     moments, settings = _split(optimizer.state_dict())
     with atomic_folder(folder) as inside:
-        save_file({name: tensor.contiguous() for name, tensor in adapter.state().items()}, inside / "adapter.safetensors")
-        save_file(moments, inside / "optimizer.safetensors")
-        save_file(_random_tensors(), inside / "random.safetensors")
+        _save({name: tensor.contiguous() for name, tensor in adapter.state().items()}, inside / "adapter.safetensors")
+        _save(moments, inside / "optimizer.safetensors")
+        _save(_random_tensors(), inside / "random.safetensors")
         write_json(
             inside / "schedule.json",
             {"optimizer": settings, "scheduler": scheduler.state_dict(), "random": _random_numbers()},
@@ -50,13 +52,26 @@ def step_of(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that is complete and undamaged."""
+def latest(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint in `folder` that is whole, and the damaged ones that are newer; None where there is none.
+
+    Raises RunError where there are checkpoints and every one is damaged.
+    """
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    damaged: list[Path] = []
     for path in sorted(found, key=step_of, reverse=True):
         if not check_manifest(path):
-            return path
-    return None
+            return path, damaged
+        damaged.append(path)
+    if damaged:
+        raise RunError(
+            Finding(
+                "U120",
+                f"every checkpoint in {folder} is damaged: {', '.join(path.name for path in damaged)}",
+                fix=f"rm -r {folder}, then --resume starts anew",
+            )
+        )
+    return None, []
 
 
 def load_adapter_state(folder: Path, adapter: Adapter) -> None:
@@ -88,9 +103,15 @@ def load_random_state(folder: Path) -> None:
 
 def _check(folder: Path) -> None:
     if faults := check_manifest(folder):
-        raise RunError(
-            [Finding("U120", f"checkpoint {folder.name} is damaged"), *faults]
-        )
+        raise RunError([Finding("U120", f"checkpoint {folder.name} is damaged"), *faults])
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # it wraps what the system says of a full disk
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

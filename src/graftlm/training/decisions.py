@@ -8,9 +8,10 @@ from typing import Any
 from graftlm.core import Method
 from graftlm.methods import Full, Head, Modules
 
-__all__ = ["context_of", "decide_epochs", "decide_learning_rate", "with_head"]
+__all__ = ["context_of", "decide_epochs", "decide_learning_rate", "decide_length", "with_head"]
 
 _LONGEST_TOKENS = 1024
+_UNBOUNDED = 1 << 30  # bases with relative positions or none
 
 
 def decide_learning_rate(method: Method, width: int) -> float:
@@ -34,15 +35,23 @@ def decide_epochs(rows: int) -> float:
 
 
 def context_of(config: Any) -> int:
-    """The most tokens a row may have where nothing else is said."""
-    context = getattr(config, "max_position_embeddings", None) or _LONGEST_TOKENS
+    """The most tokens that the base can read at once."""
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or _UNBOUNDED
     if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
         context -= 2  # their positions start behind the padding token's
-    return min(int(context), _LONGEST_TOKENS)
+    return int(context)
+
+
+def decide_length(config: Any) -> int:
+    """The most tokens a row may have where nothing else is said: the base's context, at most 1,024."""
+    return min(context_of(config), _LONGEST_TOKENS)
 
 
 def with_head(method: Method) -> Method:
     """`method` with a trained head: a new classifier must be learned, whatever else is."""
-    if any(isinstance(part, (Head, Full)) or (isinstance(part, Modules) and part.targets == "head") for part in method.parts):
+    if any(
+        isinstance(part, (Head, Full)) or (isinstance(part, Modules) and part.targets == "head")
+        for part in method.parts
+    ):
         return method
     return method + Head()

@@ -1,12 +1,12 @@
 """Run folders: one folder tells one run; where it lies, what it holds, and how it is read again.
 
-    run.json          settings with their origin, versions, device, hashes of the data, the base's fingerprint, results
-    adapter/          the adapter in PEFT's format with our facts
-    checkpoints/      what resuming needs
-    metrics.jsonl     losses and rates by step
-    data/rejected.jsonl   rows left out, with the reason
-    eval/             predictions or sample outputs on the held-out rows
-    report.html, README.md, log.txt
+run.json          settings with their origin, versions, device, hashes of the data, the base's fingerprint, results
+adapter/          the adapter in PEFT's format with our facts
+checkpoints/      what resuming needs
+metrics.jsonl     losses and rates by step
+data/rejected.jsonl   rows left out, with the reason
+eval/             predictions or sample outputs on the held-out rows
+report.html, README.md, log.txt
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from graftlm.errors import EnvironmentFault, Finding, RunError
 from graftlm.formats.atomic import write_json
 
-__all__ = ["RunFolder", "free_folder"]
+__all__ = ["RunFolder", "free_folder", "lines_of"]
 
 _NEEDED_BYTES = 64 * 2**20
 
@@ -85,9 +85,13 @@ class RunFolder:
                 raise RunError(Finding("U105", f"the run in {self.path} is done: nothing to resume", fix=f"-o {fresh}"))
         elif resume:
             raise RunError(Finding("U106", f"nothing to resume: {self.path} has no run.json", fix="leave --resume out"))
-        elif self.path.is_dir() and any(inside.name != "data" for inside in self.path.iterdir()):
+        elif self.path.is_file() or any(
+            # Folders alone, the rows of a call and a record cut short are what a kill at the start leaves.
+            inside.is_file() and inside.relative_to(self.path).as_posix() not in ("data/rows.jsonl", "run.tmp")
+            for inside in self.path.rglob("*")
+        ):
             raise RunError(
-                Finding("U107", f"{self.path} is not empty and no run folder", fix=f"-o {_next_free(self.path)}")
+                Finding("U107", f"{self.path} is no run folder and not empty", fix=f"-o {_next_free(self.path)}")
             )
 
     def make(self) -> None:
@@ -97,12 +101,17 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.path).free
         except OSError as error:
-            raise EnvironmentFault(Finding("E102", f"cannot write to {self.path}: {error.strerror}", fix="-o FOLDER")) from error
+            raise EnvironmentFault(
+                Finding("E102", f"cannot write to {self.path}: {error.strerror}", fix="-o FOLDER")
+            ) from error
         if not os.access(self.path, os.W_OK):
             raise EnvironmentFault(Finding("E102", f"cannot write to {self.path}", fix="-o FOLDER"))
         if free < _NEEDED_BYTES:
             raise EnvironmentFault(
-                Finding("E103", f"{free / 2**20:.0f} MB are free for {self.path}, a run needs {_NEEDED_BYTES / 2**20:.0f} MB")
+                Finding(
+                    "E103",
+                    f"{free / 2**20:.0f} MB are free for {self.path}, a run needs {_NEEDED_BYTES / 2**20:.0f} MB",
+                )
             )
 
     def write_record(self, record: Mapping[str, Any]) -> None:
@@ -113,14 +122,20 @@ class RunFolder:
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write `rows` as JSON lines into the file `name`."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (self.path / name).write_text(text, encoding="utf-8")
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(lines_of(rows), encoding="utf-8")
+        os.replace(temporary, self.path / name)
 
     def cut_metrics(self, after_step: int) -> None:
         """Forget the metrics after `after_step`: resuming will write them again."""
         if self.metrics.exists():
             lines = [json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")]
             self.write_lines(self.metrics.name, [line for line in lines if line["step"] <= after_step])
+
+
+def lines_of(rows: Iterable[Mapping[str, Any]]) -> str:
+    """`rows` as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _next_free(path: Path) -> Path:

@@ -32,7 +32,9 @@ class Opened:
     max_length: int | None
 
 
-def open_adapter(path: str | Path, *, base: str | None = None, dtype: str = "auto", device: str | None = None) -> Opened:
+def open_adapter(
+    path: str | Path, *, base: str | None = None, dtype: str = "auto", device: str | None = None
+) -> Opened:
     """The model that `path` means: a run folder, an adapter folder, or a base model (folder, hub id or "bundled").
 
     `base` names the base model where it lies elsewhere than the adapter remembers. Raises RunError, AdapterError or
@@ -58,7 +60,12 @@ def open_adapter(path: str | Path, *, base: str | None = None, dtype: str = "aut
     if task == "classify" and names is None:
         raise AdapterError(Finding("A121", f"{folder} does not name its classes: it was not written by graftlm train"))
     model, tokenizer = load_base(
-        base or str(remembered), task=task, labels=names, dtype=dtype, device=device, revision=facts.get("revision")
+        base or str(remembered),
+        task=task,
+        labels=names,
+        dtype=dtype,
+        device=device,
+        revision=None if base else facts.get("revision"),
     )
     adapter = load_adapter(model, folder)
     stored = facts.get("template")
@@ -73,7 +80,9 @@ def _adapter_folder(path: Path) -> Path | None:
     if (path / "run.json").is_file():
         if not (path / "adapter" / "adapter_config.json").is_file():
             raise RunError(
-                Finding("U108", f"the run in {path} has no finished adapter yet", fix=f"graftlm train --resume -o {path}")
+                Finding(
+                    "U108", f"the run in {path} has no finished adapter yet", fix=f"graftlm train --resume -o {path}"
+                )
             )
         return path / "adapter"
     return path if (path / "adapter_config.json").is_file() else None

@@ -84,7 +84,8 @@ class Progress(TrainerCallback):
         self._began_s = self._said_s = time.monotonic()
         self._first_step = state.global_step
         if self.voice.console.is_terminal and not self.voice.console.quiet:
-            from rich.progress import BarColumn, Progress as Bar, TaskProgressColumn, TextColumn
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+            from rich.progress import Progress as Bar
 
             self._bar = Bar(
                 TextColumn("  {task.completed}/{task.total}"),

@@ -5,7 +5,9 @@ Everything that can be wrong is looked for before anything expensive starts: dat
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import os
 import platform
 import resource
@@ -24,7 +26,7 @@ from transformers import TrainerCallback, TrainingArguments
 import graftlm
 from graftlm.core import Adapter, Method, attach, summary, use
 from graftlm.data import Collator, Prepared, prepare
-from graftlm.errors import EnvironmentFault, Finding, GraftError, SettingsError
+from graftlm.errors import EnvironmentFault, Finding, GraftError, RunError, SettingsError
 from graftlm.evaluation import losses
 from graftlm.formats import load_adapter
 from graftlm.methods import read_method
@@ -33,8 +35,8 @@ from graftlm.objectives import OBJECTIVES, CausalLM, Objective
 from graftlm.report import write_card, write_report
 from graftlm.settings import Resolved, RunSettings, dump, resolve
 from graftlm.training import checkpoint
-from graftlm.training.decisions import context_of, decide_epochs, decide_learning_rate, with_head
-from graftlm.training.folder import RunFolder, free_folder
+from graftlm.training.decisions import context_of, decide_epochs, decide_learning_rate, decide_length, with_head
+from graftlm.training.folder import RunFolder, free_folder, lines_of
 from graftlm.training.opening import Opened
 from graftlm.training.progress import Progress, Voice, clock
 from graftlm.training.scoring import score_classification, score_text, write_samples
@@ -44,6 +46,8 @@ __all__ = ["Run", "data_of", "held_out_of", "train", "train_resolved"]
 
 _BUNDLED_DATA = {"bundled:messages": "messages.csv", "bundled:answers": "answers.jsonl"}
 _EVAL_ROWS_WHILE_TRAINING = 200
+_ROWS = "data/rows.jsonl"
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class Run:
         """The adapter's scores on the held-out rows."""
         scores = self.record["results"].get("scores", [])
         return {k: v for k, v in scores[0].items() if k not in ("name", "title")} if scores else {}
+
+    @property
+    def task(self) -> str:
+        """What was learnt: `lm`, `sft` or `classify`."""
+        return str(self.record["task"])
 
     @property
     def report(self) -> Path:
@@ -138,14 +147,14 @@ def train_resolved(
         record = RunFolder(str(settings.output)).record
         settings = RunSettings(**(record["settings"] | {"output": settings.output}))
     voice = Voice(quiet=quiet)
-    folder = RunFolder(settings.output or free_folder(settings.data.path or "bundled:messages"))
+    name = "rows" if rows is not None else settings.data.path or "bundled:messages"
+    folder = RunFolder(settings.output or free_folder(name))
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
-    if rows is not None:
-        settings = _with_rows(settings, folder, rows)
-    work = _Work(settings, resolved.origin, folder, voice, command, resume)
     try:
-        return work.run()
+        if rows is not None:
+            settings = _with_rows(settings, folder, rows)
+        return _Work(settings, resolved.origin, folder, voice, command, resume).run()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise EnvironmentFault(
             Finding(
@@ -155,14 +164,28 @@ def train_resolved(
                 f"{(settings.train.max_length or 512) // 2}",
             )
         ) from error
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        fix = f"free some space, then --resume -o {folder.path}"
+        raise EnvironmentFault(Finding("E104", f"cannot write to {folder.path}: {error.strerror}", fix=fix)) from error
+    finally:
+        if rows is not None and not folder.record_path.exists():  # no run came of it
+            (folder.path / _ROWS).unlink(missing_ok=True)
+            for empty in (folder.path / "data", folder.path):
+                with contextlib.suppress(OSError):
+                    empty.rmdir()
 
 
 def _with_rows(settings: RunSettings, folder: RunFolder, rows: list[Mapping[str, Any]]) -> RunSettings:
     """The rows given from Python become a file of the run, so that the run can be told and repeated."""
-    place = folder.path / "data" / "rows.jsonl"
-    if not place.exists():
+    place = folder.path / _ROWS
+    if not folder.record_path.exists():
         folder.path.joinpath("data").mkdir(parents=True, exist_ok=True)
-        folder.write_lines("data/rows.jsonl", rows)
+        folder.write_lines(_ROWS, rows)
+    elif not place.exists() or place.read_text(encoding="utf-8") != lines_of(rows):
+        fresh = free_folder(folder.path.name, parent=folder.path.parent)
+        raise RunError(Finding("U103", f"{folder.path} holds a run of other rows", fix=f"output={str(fresh)!r}"))
     data = settings.data.model_copy(update={"path": str(place)})
     return settings.model_copy(update={"data": data, "output": str(folder.path)})
 
@@ -171,7 +194,13 @@ class _Work:
     """The steps of one run, in order, with what they hand to one another."""
 
     def __init__(
-        self, settings: RunSettings, origin: Mapping[str, str], folder: RunFolder, voice: Voice, command: str, resume: bool
+        self,
+        settings: RunSettings,
+        origin: Mapping[str, str],
+        folder: RunFolder,
+        voice: Voice,
+        command: str,
+        resume: bool,
     ) -> None:
         self.settings, self.origin, self.folder, self.voice = settings, origin, folder, voice
         self.resume = resume
@@ -187,18 +216,29 @@ class _Work:
     def run(self) -> Run:
         began_s = time.monotonic()
         self.folder.check(dump(self.settings), resume=self.resume)
+        before = self.folder.record if self.resume else {}
         prepared, method, tokenizer = self._check()
         torch.manual_seed(self.settings.train.seed)
         model, tokenizer = self._load(prepared)
         adapter = attach(model, method, name="default")
         self._describe(prepared, model, adapter)
-        trainer, progress = self._trainer(prepared, model, adapter, tokenizer)
+        if before:
+            self._check_unchanged(before)
+        self.facts = {
+            "task": prepared.task,
+            "base": self.settings.model.name,
+            "revision": self.settings.model.revision,
+            "labels": prepared.labels.to_dict() if prepared.labels else None,
+            "template": prepared.template.to_dict() if prepared.template else None,
+            "max_length": self.settings.train.max_length or decide_length(model.config),
+        }
         self.folder.make()
+        trainer, progress = self._trainer(prepared, model, adapter, tokenizer)
+        self.folder.write_record(self.record)  # first of all files: from here on the run can be resumed
         self.voice.keep_in(self.folder.log)
         self.folder.write_lines(
             "data/rejected.jsonl", [{"place": r.place, "reason": r.reason} for r in prepared.rejected]
         )
-        self.folder.write_record(self.record)
         stopped = self._train(trainer, progress, adapter)
         return self._finish(prepared, model, tokenizer, adapter, trainer, began_s, stopped)
 
@@ -226,7 +266,11 @@ class _Work:
         context = context_of(config)
         if train.max_length and train.max_length > context:
             faults.append(
-                Finding("U132", f"--max-length {train.max_length} is beyond the base's context", fix=f"--max-length {context}")
+                Finding(
+                    "U132",
+                    f"--max-length {train.max_length} is beyond the base's context",
+                    fix=f"--max-length {context}",
+                )
             )
         prepared: Prepared | None = attempt(
             lambda: prepare(
@@ -239,7 +283,7 @@ class _Work:
                 drop_bad_rows=data.drop_bad_rows,
                 task=self.settings.task,
                 tokenizer=tokenizer,
-                max_length=train.max_length or context,
+                max_length=train.max_length or decide_length(config),
                 seed=train.seed,
                 template=data.template,
                 merge_labels=data.merge_labels,
@@ -324,15 +368,34 @@ class _Work:
         }
         self.learning_rate = rate
 
+    def _check_unchanged(self, before: Mapping[str, Any]) -> None:
+        """Raise RunError where the run that is taken up saw other data or another base."""
+        changed = []
+        if list(before["data"]["sha256"].values()) != list(self.record["data"]["sha256"].values()):
+            changed.append(f"the data ({', '.join(before['data']['sha256'])})")
+        if before["base"]["fingerprint"] != self.record["base"]["fingerprint"]:
+            changed.append(f"the base ({before['base']['name']})")
+        if changed:
+            message = (
+                f"{' and '.join(changed)} changed since the run in {self.folder.path} began: --resume is impossible"
+            )
+            raise RunError(Finding("U109", message, fix="put them back, or leave out --resume and give another -o"))
+        self.record |= {"started": before["started"], "resumed": self.record["started"]}
+
     # --- training ---
 
-    def _trainer(self, prepared: Prepared, model: Any, adapter: Adapter, tokenizer: Any) -> tuple[GraftTrainer, Progress]:
+    def _trainer(
+        self, prepared: Prepared, model: Any, adapter: Adapter, tokenizer: Any
+    ) -> tuple[GraftTrainer, Progress]:
         train = self.settings.train
         epochs = train.epochs or decide_epochs(len(prepared.train))
         objective = _objective(prepared.task, model)
         self.collate = Collator(tokenizer.pad_token_id, max_length=context_of(model.config))
         held = prepared.eval[:_EVAL_ROWS_WHILE_TRAINING]
         micro = train.batch // train.accumulate
+        # An epoch in steps: what is due at its end is then done before the checkpoint of that step is written.
+        epoch_steps = -(-len(prepared.train) // (micro * train.accumulate))
+        eval_steps = train.eval_every or epoch_steps
         self.record["decided"] = {"learning_rate": self.learning_rate, "epochs": None if train.steps else epochs}
         args = TrainingArguments(
             output_dir=str(self.folder.checkpoints),
@@ -350,14 +413,14 @@ class _Work:
             logging_strategy="steps",
             logging_steps=1 if (train.steps or 1000) <= 100 else 5,
             logging_nan_inf_filter=False,
-            eval_strategy="steps" if train.eval_every else "epoch",
-            eval_steps=train.eval_every,
-            save_strategy="steps" if train.save_every else ("steps" if train.eval_every else "epoch"),
-            save_steps=train.save_every or train.eval_every or 500,
+            eval_strategy="steps",
+            eval_steps=eval_steps,
+            save_strategy="steps",
+            save_steps=train.save_every or eval_steps,
             save_total_limit=train.keep_checkpoints,
-            load_best_model_at_end=train.early_stopping is not None,
-            metric_for_best_model="eval_loss",
+            metric_for_best_model=None if train.early_stopping is None else "eval_loss",
             greater_is_better=False,
+            restore_callback_states_from_checkpoint=True,
             activation_checkpointing=train.gradient_checkpointing,
             use_cpu=model.device.type == "cpu",
             disable_tqdm=True,
@@ -365,6 +428,8 @@ class _Work:
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
+        # Set afterwards, because the arguments allow it only where every evaluation saves; ours saves each new best.
+        args.load_best_model_at_end = train.early_stopping is not None
         progress = Progress(self.voice, self.folder.metrics, objective.unit)
         callbacks: list[TrainerCallback] = [progress, _Interrupt(self.voice)]
         if train.gradient_checkpointing:
@@ -391,7 +456,9 @@ class _Work:
         return trainer, progress
 
     def _train(self, trainer: GraftTrainer, progress: Progress, adapter: Adapter) -> bool:
-        start = checkpoint.latest(self.folder.checkpoints) if self.resume else None
+        start, damaged = checkpoint.latest(self.folder.checkpoints) if self.resume else (None, [])
+        for path in damaged:
+            self.voice.say("damaged", f"{path.name} is passed over")
         self.folder.cut_metrics(checkpoint.step_of(start) if start else 0)
         if self.resume:
             self.voice.say("resume", f"from {start.name}" if start else "from the start: no checkpoint was written yet")
@@ -399,14 +466,15 @@ class _Work:
         try:
             with interrupt:
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
-        except GraftError:
+        except (GraftError, OSError):
             self.record |= {"status": "failed", "finished": _now()}
-            adapter.save(self.folder.adapter, facts={"base": self.settings.model.name, "task": self.record["task"]})
-            self.folder.write_record(self.record)
+            with contextlib.suppress(GraftError, OSError):  # on a full disk; the first error is the one to tell
+                self.folder.write_record(self.record)
+                adapter.save(self.folder.adapter, facts=self.facts)
             raise
         finally:
             progress.close()
-        return interrupt.asked
+        return interrupt.asked and trainer.state.global_step < trainer.state.max_steps
 
     # --- after training ---
 
@@ -422,15 +490,7 @@ class _Work:
     ) -> Run:
         generate = self.settings.generate
         name = adapter.method.parts[0].name
-        facts = {
-            "task": prepared.task,
-            "base": self.settings.model.name,
-            "revision": self.settings.model.revision,
-            "labels": prepared.labels.to_dict() if prepared.labels else None,
-            "template": prepared.template.to_dict() if prepared.template else None,
-            "max_length": self.settings.train.max_length or context_of(model.config),
-        }
-        adapter.save(self.folder.adapter, facts=facts)
+        adapter.save(self.folder.adapter, facts=self.facts)
         # What is scored is what was written.
         use(model, None)
         adapter.detach()
@@ -492,12 +552,16 @@ class _Work:
 
 
 def held_out_of(path: Path, opened: Opened) -> Prepared:
-    """The rows that the run in `path` held out, read again. Raises RunError where `path` is an adapter without a run."""
+    """The rows that the run in `path` held out, read again.
+
+    Raises RunError where `path` is an adapter without a run, and where the data are no longer those of the run: rows
+    that it was trained on could be among the held-out rows of another file.
+    """
     folder = RunFolder(path if (path / "run.json").is_file() else path.parent)
     record = folder.record
     settings = RunSettings(**record["settings"])
     data = settings.data
-    return prepare(
+    prepared = prepare(
         data_of(data.path),
         eval_path=data.eval_path,
         format=data.format,
@@ -513,6 +577,10 @@ def held_out_of(path: Path, opened: Opened) -> Prepared:
         merge_labels=data.merge_labels,
         waived=_codes(data.waive),
     )
+    if list(prepared.sha256.values()) != list(record["data"]["sha256"].values()):
+        message = f"{', '.join(prepared.sha256)} changed since {folder.path} was trained on it"
+        raise RunError(Finding("U122", message, fix="give a file with rows that the run has not seen"))
+    return prepared
 
 
 def _codes(text: str | None) -> set[str]:

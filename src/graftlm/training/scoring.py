@@ -57,7 +57,8 @@ def score_classification(
         "labels": names,
         "eval_rows": len(held),
         "scores": [
-            {"name": name, "title": title} | classification_scores(truth, guess, len(names)) for name, title, guess in rivals
+            {"name": name, "title": title} | classification_scores(truth, guess, len(names))
+            for name, title, guess in rivals
         ],
         "per_label": [
             {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
@@ -78,7 +79,9 @@ def score_classification(
     return results, lines
 
 
-def score_text(model: Any, objective: CausalLM, held: Sequence[Any], collate: Collator, *, adapter: str) -> dict[str, Any]:
+def score_text(
+    model: Any, objective: CausalLM, held: Sequence[Any], collate: Collator, *, adapter: str
+) -> dict[str, Any]:
     """Results for run.json: loss per token of the adapter and of the untouched base."""
     tuned = losses(model, objective, held, collate)
     with use(model, None):
@@ -104,7 +107,9 @@ def write_samples(
             while messages and messages[-1]["role"] == "assistant":
                 messages.pop()
         pairs = [
-            (turns, str(item["example"].messages[-1]["content"])) for turns, item in zip(asked, chosen, strict=True) if turns
+            (turns, str(item["example"].messages[-1]["content"]))
+            for turns, item in zip(asked, chosen, strict=True)
+            if turns
         ]
     else:
         pairs = [_halves(item["example"].text) for item in chosen]
@@ -139,7 +144,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The scores of a run's (or an adapter's) model on `data`, or on the rows that the run held out.
 
-    Every row of `data` is used. Raises DataError where the rows do not fit the adapter's task.
+    Every row of `data` is used. Raises DataError where the rows do not fit the adapter's task, RunError where the data of
+    the run have changed.
 
     Example:
         >>> evaluate("runs/messages-1", "new.csv")["scores"][0]["macro_f1"]     # doctest: +SKIP
@@ -150,6 +156,8 @@ def evaluate(
     if opened.adapter is None:
         raise DataError(Finding("U121", f"{path} is a base model: give a run or an adapter folder"))
     if data is None:
+        if mapping or max_rows:
+            raise DataError(Finding("U123", "mapping and max_rows are for a file with rows, and none is given"))
         prepared = held_out_of(Path(path), opened)
         held = prepared.eval
     else:

@@ -10,13 +10,14 @@ gets no gradient in the first step stops it too.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -55,6 +56,10 @@ class GraftTrainer(Trainer):
         self.evaluate_with, self.groups = evaluate_with, groups
         #: Losses counted since the start of this process (tokens or rows): the measure of speed.
         self.counted = 0
+        self._rows: list[int] = []
+        # With several devices in sight the Trainer would copy the model to each, and the copies would lose the adapter.
+        if args.n_gpu > 1:
+            args._n_gpu = 1
         if args.world_size > 1:
             raise RunError(Finding("U110", "several processes are not supported in this version: run one"))
         super().__init__(model=adapter.model, args=args, **options)
@@ -70,6 +75,7 @@ class GraftTrainer(Trainer):
         del device
         count = sum(self.objective.count(batch) for batch in batch_samples)
         self.counted += count
+        self._rows = [int(row) for batch in batch_samples for row in batch.get("row", ())]
         return count
 
     def compute_loss(
@@ -84,15 +90,8 @@ class GraftTrainer(Trainer):
         count = self.objective.count(inputs) if num_items_in_batch is None else int(num_items_in_batch)
         loss = self.objective.loss_sum(outputs, inputs) / max(count, 1)
         if not torch.isfinite(loss):
-            rows = ", ".join(str(int(row)) for row in inputs.get("row", torch.tensor([]))) or "unknown"
-            raise RunError(
-                Finding(
-                    "U111",
-                    f"the loss is {float(loss)} at step {self.state.global_step + 1} (rows {rows}); "
-                    "the adapter of the step before is kept",
-                    fix="a smaller --lr, or look at those rows",
-                )
-            )
+            rows = [int(row) for row in inputs["row"]] if "row" in inputs else self._rows
+            raise _no_number("loss", loss, self.state.global_step + 1, rows)
         return (loss, outputs) if return_outputs else loss
 
     # --- optimizer ---
@@ -114,7 +113,10 @@ class GraftTrainer(Trainer):
         del model
         if self.state.global_step == 0:
             self._check_gradients()
-        return torch.nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        if not torch.isfinite(norm):  # before the optimizer puts it into the weights
+            raise _no_number("gradient's norm", norm, self.state.global_step + 1, self._rows)
+        return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         del model
@@ -123,7 +125,9 @@ class GraftTrainer(Trainer):
     def _check_gradients(self) -> None:
         """Every trainable delta must have had a gradient in the first step: a skipped delta is the worst of bugs."""
         without = [
-            name for name, parameter in self.adapter.named_parameters() if parameter.requires_grad and parameter.grad is None
+            name
+            for name, parameter in self.adapter.named_parameters()
+            if parameter.requires_grad and parameter.grad is None
         ]
         if without:
             raise RunError(
@@ -139,11 +143,25 @@ class GraftTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The held-out scores, logged like the Trainer's own."""
         metrics = self.evaluate_with() if self.evaluate_with else {}
+        if not math.isfinite(metrics.get("eval_loss", 0.0)):
+            raise RunError(
+                Finding(
+                    "U114",
+                    f"the held-out loss is {metrics['eval_loss']} at step {self.state.global_step}",
+                    fix="a smaller --lr",
+                )
+            )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # --- checkpoints ---
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best: bool = super()._determine_best_metric(metrics, trial)
+        # The best is loaded at the end, so it must have been written, whenever other checkpoints are.
+        self.control.should_save |= best and self.args.load_best_model_at_end
+        return best
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         del model, trial
@@ -162,6 +180,17 @@ class GraftTrainer(Trainer):
             use_mtime=False,
         )
 
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        done, skipped = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and (
+                callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            ):
+                return epochs, 0  # the checkpoint was written when the training stopped early: it is not to go on
+        return done, skipped
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         del model
         checkpoint.load_adapter_state(Path(resume_from_checkpoint), self.adapter)
@@ -170,6 +199,9 @@ class GraftTrainer(Trainer):
         if resume_checkpoint is not None:
             assert self.optimizer is not None
             checkpoint.load_optimizer(Path(resume_checkpoint), self.optimizer, self.lr_scheduler)
+            # The run folder may have another path than when the state was written.
+            best = Path(resume_checkpoint).with_name(f"checkpoint-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
 
     def _load_rng_state(self, resume_checkpoint: str | None) -> None:
         if resume_checkpoint is not None:
@@ -184,3 +216,15 @@ class GraftTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter, in PEFT's format; the base is never written."""
         self.adapter.save(output_dir or str(self.args.output_dir))
+
+
+def _no_number(what: str, value: Tensor, step: int, rows: list[int]) -> RunError:
+    shown = ", ".join(map(str, rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+    return RunError(
+        Finding(
+            "U111",
+            f"the {what} is {float(value)} at step {step} (rows {shown or 'unknown'}); "
+            "the adapter of the step before is kept",
+            fix="a smaller --lr, or look at those rows",
+        )
+    )

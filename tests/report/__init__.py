@@ -1,0 +1,1 @@
+"""Tests of the report: content, escaping, missing parts, the card."""

@@ -22,16 +22,16 @@ REGION = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOT
 
 
 def help_of(verb: str) -> str:
-    """The help that `graftlm VERB --help` prints, 100 columns wide."""
+    """The help that `graftlm VERB --help` prints, 90 columns wide."""
     import click
 
     from graftlm.cli.program import program
 
-    context = click.Context(program, info_name="graftlm", terminal_width=100, max_content_width=100)
+    context = click.Context(program, info_name="graftlm", terminal_width=90, max_content_width=90)
     command = program if verb == "graftlm" else program.get_command(context, verb)
     assert command is not None
     if verb != "graftlm":
-        context = click.Context(command, parent=context, info_name=verb, terminal_width=100, max_content_width=100)
+        context = click.Context(command, parent=context, info_name=verb, terminal_width=90, max_content_width=90)
     return f"```text\n{command.get_help(context).rstrip()}\n```\n"
 
 
@@ -78,11 +78,12 @@ def run_settings() -> str:
 
     rows = []
     for name, setting in SETTINGS.items():
-        kind = ", ".join(setting.choices) if setting.choices else setting.kind
+        flags = "".join(f"<br>`{flag}`" for flag in setting.flags)
+        said = setting.text + (f": {', '.join(setting.choices)}" if setting.choices else "")
+        said += f" (usually {setting.usual_text})" if isinstance(setting.usual, tuple) else ""
         by_itself = "" if setting.default in (None, {}) else f"`{_yaml(setting.default)}`"
-        flags = " ".join(f"`{flag}`" for flag in setting.flags)
-        rows.append((f"`{name}`", setting.text, kind, by_itself, flags))
-    return table(("setting", "what it says", "kind", "by itself", "flag"), rows)
+        rows.append((f"`{name}`{flags}", said, by_itself))
+    return table(("setting", "what it says", "by itself"), rows)
 
 
 def codes() -> str:
@@ -211,10 +212,10 @@ def _spaced(number: int) -> str:
 # --- figures --------------------------------------------------------------------------------------------------------
 
 _PARTS = ("query", "key", "value", "output", "norm", "up", "down", "norm")
-_WIDTH, _HEIGHT, _GAP, _LEFT, _TOP = 58, 26, 6, 78, 34
+_WIDTH, _HEIGHT, _GAP, _LEFT, _TOP = 58, 26, 6, 96, 34
 # One grey that can be read on white and on black: a file cannot follow the page's switch between them.
 _STYLE = (
-    "text{font:12px system-ui,sans-serif;fill:#7b8490}"
+    "text{font:11.5px system-ui,sans-serif;fill:#7b8490}"
     ".frozen{fill:none;stroke:#9aa3ad;stroke-width:1.2}.trained{fill:#0f9d8a}"
 )
 
@@ -259,12 +260,12 @@ def figure_of(name: str) -> str:
             wide = _WIDTH if len(paths) > 1 else len(_PARTS) * (_WIDTH + _GAP) - _GAP
             body.append(_cell(_LEFT + column * (_WIDTH + _GAP), y, wide, mark(path)))
     bottom = _TOP + len(rows) * (_HEIGHT + _GAP) + 14
-    x = _LEFT
+    x = 20.0
     legend = {"frozen": "frozen", "whole": "trained copy", "bias": "bias trained", "beside": "low-rank change beside it"}
     for state, said in legend.items():
         body.append(_cell(x, bottom, 30, state))
-        body.append(f'<text x="{x + 38}" y="{bottom + _HEIGHT / 2 + 4:g}">{said}</text>')
-        x += 52 + 7 * len(said)
+        body.append(f'<text x="{x + 36:g}" y="{bottom + _HEIGHT / 2 + 4:g}">{said}</text>')
+        x += 50 + 6.6 * len(said)
     width, height = _LEFT + len(_PARTS) * (_WIDTH + _GAP) + 6, bottom + _HEIGHT + 6
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" '

@@ -179,18 +179,6 @@ def test_checkpointing_by_hand_uses_the_routing_of_the_forward(two_by_hand):
         assert_same(gradients(adapter), wanted)
 
 
-def test_two_routings_before_one_backward_under_checkpointing(two_on_llama):
-    model, first, second = two_on_llama
-    wanted = alone(model, first), alone(model, second)
-    checkpointed(model)
-    use(model, "a")
-    loss = loss_of(model)
-    use(model, "b")
-    (loss + loss_of(model)).backward()
-    assert_same(gradients(first), wanted[0])
-    assert_same(gradients(second), wanted[1])
-
-
 def test_two_routings_before_one_backward_work_without_checkpointing(two_on_llama):
     model, first, second = two_on_llama
     wanted = alone(model, first), alone(model, second)

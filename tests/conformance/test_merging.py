@@ -28,7 +28,7 @@ def assert_same_state(model, state):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-@grid()
+@cross()
 def test_merged_computes_what_attached_computes(case, model_name):
     model = tiny(model_name)
     state, plain = frozen_copy(model), logits_of(model)

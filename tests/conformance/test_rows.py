@@ -220,7 +220,7 @@ def test_one_beam_search_after_another_and_then_a_plain_batch():
 
 
 @pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("rows", [1, 2, 4, 6, 7])
+@pytest.mark.parametrize("rows", [1, 6, 7])
 def test_a_wrong_number_of_rows_is_refused(model_name, rows):
     model = with_two(model_name, LoRA(rank=2, targets="all-linear"), LoRA(rank=2))
     use(model, ["a", None, "b"])

@@ -105,7 +105,7 @@ def test_texts(text, method):
         ("lora(rslora=1)", ["T113"], "true or false"),
         ("lora(rank=0, alpha=-1, dropout=1)", ["T102"] * 3, "dropout"),
         ("head(3)", ["T112"], "takes 0 settings"),
-        ("bitfit(rank=3)", ["T112"], "no settings"),
+        ("head(rank=3)", ["T112"], "no settings"),
         ("lorra + lora(rnak=1) + lora(rank=x)", ["T101", "T112", "T113"], "rank"),
         ("lora - head", ["T101"], ""),
         ("lora * 2", ["T101"], ""),

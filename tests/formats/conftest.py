@@ -28,6 +28,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
     "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**WIDTHS, num_labels=3)),
+    "bert-tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**WIDTHS, num_labels=3)),
     "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**WIDTHS, num_labels=3)),
     "distilbert": lambda: hf.DistilBertForSequenceClassification(
         hf.DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=4, vocab_size=64)

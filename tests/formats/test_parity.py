@@ -171,6 +171,20 @@ def test_a_second_adapter_of_peft_lies_in_a_folder_below(tmp_path):
     assert adapter.attached
 
 
+def test_the_head_of_a_task_needs_no_word(tmp_path):
+    """Peft keeps the head of a classifier by its task alone."""
+    theirs = peft.get_peft_model(tiny("bert"), peft.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
+    shake(p for p in theirs.parameters() if p.requires_grad)
+    theirs.eval().save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None}))
+    again = peft.PeftModel.from_pretrained(tiny("bert"), tmp_path / "a").eval()
+    ours = tiny("bert")
+    load_adapter(ours, tmp_path / "a")
+    assert_same(logits(ours), logits(theirs))
+    assert_same(logits(again), logits(theirs))
+
+
 def test_an_embedding_that_peft_stored_after_a_resize(tmp_path):
     """Peft stores both matrices of a resized vocabulary without a word in its configuration."""
     grown = tiny("llama-tied")
@@ -205,6 +219,7 @@ OURS = {
     "no head": ("bert", LoRA(rank=4)),
     "head of llama": ("llama-cls", LoRA(rank=4) + Head()),
     "head in parts": ("roberta", LoRA(rank=4) + Head()),
+    "tokens": ("bert-tokens", LoRA(rank=4) + Head()),
     "two heads": ("distilbert", LoRA(rank=4) + Head()),
     "lm_head tied": ("llama-tied", LoRA(rank=4) + Head()),
     "modules tied": ("llama-tied", LoRA(rank=4) + Modules(["embed_tokens", "lm_head"])),

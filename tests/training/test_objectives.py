@@ -57,11 +57,11 @@ class _Recording(GraftTrainer):
 
     def compute_loss(self, *args: Any, **options: Any) -> Any:
         loss = super().compute_loss(*args, **options)
-        self.losses.append(float(loss))
+        self.losses.append(loss.item())
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
-        self.gradients.append([p.grad.clone() for p in self.trained])
+        self.gradients.append([p.grad.clone() for p in self.trained if p.grad is not None])
         return super()._clip_grad_norm(model)
 
 

@@ -5,6 +5,7 @@ A run on these takes about a second: one or two layers of width 32, the bundled 
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ from safetensors.torch import load_file
 from graftlm.models import bundled_base, load_tokenizer
 from graftlm.training import Run, scoring, train
 from graftlm.training import run as run_module
+
+gc.freeze()  # the Trainer collects garbage once a run: what the imports made need not be looked at each time
 
 WIDTH = 32
 #: Settings that keep a run tiny.

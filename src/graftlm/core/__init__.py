@@ -3,7 +3,17 @@
 Only torch is imported here. See `docs/mechanism.md` for the picture.
 """
 
-from graftlm.core.adapter import Adapter, Part, Using, adapters, attach, trainable, use
+from graftlm.core.adapter import (
+    Adapter,
+    Part,
+    Using,
+    adapters,
+    attach,
+    original_parameters,
+    parts_of,
+    trainable,
+    use,
+)
 from graftlm.core.delta import Delta, LinearDelta, ParameterDelta, Port
 from graftlm.core.method import Method, Sum
 from graftlm.core.routing import Routing
@@ -31,6 +41,8 @@ __all__ = [
     "adapters",
     "attach",
     "linear_kind",
+    "original_parameters",
+    "parts_of",
     "summary",
     "survey",
     "trainable",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from graftlm.core.sites import Site, Survey, linear_kind
 from graftlm.core.survey import survey
 from graftlm.errors import AdapterError, Finding, GraftError, MethodError, NotMergeable, RoutingError, nearest
 
-__all__ = ["Adapter", "Using", "adapters", "attach", "trainable", "use"]
+__all__ = ["Adapter", "Part", "Using", "adapters", "attach", "original_parameters", "parts_of", "trainable", "use"]
 
 _KEY = "_graftlm"
 _ENTRY = "_graftlm_entry"
@@ -221,11 +221,19 @@ class Using:
         self._graft.switch.route(self._before.without(detached))
 
 
-def attach(model: nn.Module, method: Method, *, name: str = "default", trainable: bool = True) -> Adapter:
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    name: str = "default",
+    trainable: bool = True,
+    state: Mapping[str, Tensor] | None = None,
+) -> Adapter:
     """Build `method`'s deltas on `model`, attach them as adapter `name`, and make it the acting adapter.
 
     The base is frozen while adapters are attached. Deltas start as the identity (unless their method says otherwise),
-    on the device of their module, in float32. A failed attach leaves no trace.
+    on the device of their module, in float32; with `state` (as `Adapter.state` gives it) they start from that, and no
+    random number is drawn. A failed attach leaves no trace.
 
     Raises AdapterError for a name that is taken or unusable, SiteError and MethodError where the method does not fit.
 
@@ -247,7 +255,12 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", trainable
         raise AdapterError(Finding("A107", "adapters are attached to a larger model that holds this one: use that"))
 
     found = survey(model)
-    parts = _build(model, method, found)
+    parts = _build(model, method, found, values=state is None)
+    adapter = Adapter(model, name, method, parts)
+    if state is not None:
+        for part in parts:
+            part.delta.to_empty(device=_device(dict(model.named_modules())[part.site.path]))
+        adapter.load_state(dict(state))
     # Nothing fails from here on.
     if graft is None:
         graft = _Graft()
@@ -266,7 +279,6 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", trainable
             module = modules[path]
             junction = junction_of(module) or Junction(module, path, found.rows.get(path, "unknown"), graft.switch)
             junction.put(name, part.delta, parameter_name)
-    adapter = Adapter(model, name, method, parts)
     adapter.requires_grad_(trainable)
     graft.adapters[name] = adapter
     graft.switch.route(Routing(whole=(name,)))
@@ -289,7 +301,22 @@ def _foreign(junction: Junction | None, graft: _Graft | None) -> bool:
     return junction is not None and (graft is None or junction.switch is not graft.switch)
 
 
-def _build(model: nn.Module, method: Method, found: Survey) -> tuple[Part, ...]:
+def parts_of(model: nn.Module, method: Method) -> tuple[Part, ...]:
+    """What `attach` would build for `method` on `model`, without values (meta tensors); the model is only read.
+
+    Raises SiteError and MethodError as `attach` does.
+    """
+    return _build(model, method, survey(model), values=False)
+
+
+def original_parameters(model: nn.Module) -> dict[tuple[str, str], nn.Parameter | None]:
+    """What merged adapters replaced, by (module path, parameter name); None where the base has no such parameter."""
+    graft = _graft_of(model)
+    return dict(graft.switch.originals) if graft else {}
+
+
+def _build(model: nn.Module, method: Method, found: Survey, *, values: bool = True) -> tuple[Part, ...]:
+    """Every delta of `method`, on the device of its module, or on the meta device where no values are wanted."""
     modules = dict(model.named_modules())
     chosen: list[tuple[Method, Site]] = []
     faults: list[Finding] = []
@@ -308,7 +335,7 @@ def _build(model: nn.Module, method: Method, found: Survey) -> tuple[Part, ...]:
         if site.parameter and site.key in whole:
             continue
         module = modules[site.path]
-        with torch.device(_device(module)):
+        with torch.device(_device(module) if values else torch.device("meta")):
             delta = part.build(site, module)
         if not isinstance(delta, (LinearDelta, ParameterDelta)):
             raise NotImplementedError(f"port {delta.port!r} of {part.name} is not there yet")

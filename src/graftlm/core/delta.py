@@ -73,8 +73,8 @@ class ParameterDelta(Delta):
 
     def __init__(self, base: Tensor) -> None:
         super().__init__()
-        # empty_like + copy_ also works on the meta device, where plans are made.
-        self.value = nn.Parameter(torch.empty_like(base, dtype=torch.float32).copy_(base.detach()))
+        # On the current default device: that of the module, or meta where only shapes are wanted.
+        self.value = nn.Parameter(torch.empty(base.shape, dtype=torch.float32).copy_(base.detach()))
 
     def parameter(self, base: Tensor) -> Tensor:
         """The parameter that the module computes with, in the type of `base` and with its shape."""

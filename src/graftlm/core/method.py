@@ -34,6 +34,8 @@ class Method:
     """What to change in a model and how; subclasses choose `sites` and `build` a delta for each."""
 
     name: ClassVar[str]
+    #: How people write it: "LoRA", "full fine-tuning".
+    title: ClassVar[str]
     #: Learning rate used where the run names none, and the usual range around it.
     learning_rate: ClassVar[float] = 1e-3
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 1e-2)
@@ -93,6 +95,7 @@ class Sum(Method):
     """Several methods at once, made by `+`; linear ports sum, parameters add up their changes."""
 
     name: ClassVar[str] = "sum"
+    title: ClassVar[str] = "sum"
     methods: tuple[Method, ...]
 
     @property

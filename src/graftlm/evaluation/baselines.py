@@ -1,4 +1,4 @@
-"""Baselines that a tuned classifier must beat: the commonest label, words alone, the frozen base with a trained head."""
+"""Baselines that a tuned classifier must beat: the commonest label, words alone, the frozen base with a head."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def probe_baseline(
     encoders) beside their mean over the row, standardised: a stronger head than the usual one, hence an honest rival.
     """
     labels = [int(item["labels"]) for item in train]
-    return _logistic(_features(model, train, collate, batch), labels, _features(model, rows, collate, batch), scale=True)
+    known, wanted = (_features(model, part, collate, batch) for part in (train, rows))
+    return _logistic(known, labels, wanted, scale=True)
 
 
 def _features(model: Any, items: Sequence[Mapping[str, Any]], collate: Collate, batch: int) -> np.ndarray:

@@ -30,7 +30,7 @@ def generate_texts(
     batch: int = 8,
 ) -> list[str]:
     """What the model writes after each conversation, under the routing in force; temperature 0 takes the likeliest."""
-    options = _options(model, tokenizer, template, max_new_tokens, temperature, top_p)
+    options = _options(tokenizer, template, max_new_tokens, temperature, top_p)
     collate = Collator(tokenizer.pad_token_id, side="left", pad_to_multiple_of=1)
     encoded = [{"input_ids": _encode(model, tokenizer, template, c, max_new_tokens)} for c in conversations]
     written: list[str] = []
@@ -74,7 +74,7 @@ def stream_text(
                     attention_mask=torch.ones_like(ids),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([stopped]),
-                    **_options(model, tokenizer, template, max_new_tokens, temperature, top_p),
+                    **_options(tokenizer, template, max_new_tokens, temperature, top_p),
                 )
         except BaseException as error:  # handed to the reader below
             failed.append(error)
@@ -92,7 +92,7 @@ def stream_text(
 
 
 def _options(
-    model: Any, tokenizer: Any, template: Template | None, max_new_tokens: int, temperature: float, top_p: float
+    tokenizer: Any, template: Template | None, max_new_tokens: int, temperature: float, top_p: float
 ) -> dict[str, Any]:
     from transformers import GenerationConfig
 

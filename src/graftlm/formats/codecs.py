@@ -12,7 +12,7 @@ import contextlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from graftlm.formats.matching import exactly, kept, pattern_of, shortest_suffixe
 from graftlm.methods import BitFit, Head, LoRA, Modules
 
 __all__ = [
-    "CODECS", "PREFIX", "Codec", "Planned", "StoredParameters", "beside", "codec_of", "lacks", "understood",
+    "CODECS", "PREFIX", "Codec", "Planned", "beside", "codec_of", "lacks", "understood",
 ]  # fmt: skip
 
 #: What PEFT puts before the path of a module.
@@ -144,31 +144,6 @@ def lacks(codec: Codec, config: Mapping[str, Any], place: str) -> list[Finding]:
 # --- what stands beside any method ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class StoredParameters(Modules):
-    """Single parameters of the base by their full names, as a file lists them (PEFT's `bias="lora_only"`).
-
-    Example:
-        >>> StoredParameters(["model.layers.0.self_attn.q_proj.bias"]).name
-        'parameters'
-    """
-
-    name: ClassVar[str] = "parameters"
-
-    def sites(self, survey: Survey) -> list[Site]:
-        """The named parameters, each at its own module alone."""
-        wanted = set(self.targets)
-        found = [
-            replace(site, path=path, parameter=name, aliases=(), rows=survey.rows.get(path, "unknown"))
-            for site in survey.parameters
-            for path, name in site.places
-            if f"{path}.{name}" in wanted
-        ]
-        if missing := sorted(wanted - {site.key for site in found}):
-            raise AdapterError([Finding("A217", f"{survey.model_name} has no parameter {key}") for key in missing])
-        return found
-
-
 def beside(codec: Codec, parts: Sequence[Part], targets: Iterable[str], model: nn.Module) -> dict[str, Any] | None:
     """`bias`, `modules_to_save` and `task_type` for the parameters that `parts` train; None where PEFT has no words."""
     if not all(isinstance(part.method, (Head, Modules, BitFit)) and not part.site.aliases for part in parts):
@@ -217,6 +192,8 @@ def understood(codec: Codec, config: Mapping[str, Any], model: nn.Module) -> Met
     faults = []
     if (bias := config.get("bias", "none")) not in ("none", "all", codec.own_biases):
         faults.append(Finding("A216", f"bias cannot be {bias!r}", fix='"bias": "none"'))
+    heads = _HEADS.get(str(config.get("task_type")), ())
+    config = {**config, "modules_to_save": [*(config.get("modules_to_save") or []), *heads]}
     try:
         method = codec.understand(config, model)
     except GraftError as error:
@@ -224,7 +201,7 @@ def understood(codec: Codec, config: Mapping[str, Any], model: nn.Module) -> Met
     if faults:
         raise AdapterError(faults)
     here = survey(model)
-    targets = [site.path for site in method.sites(here)]
+    targets = [site.path for part in method.parts for site in part.sites(here)]
     for other in _methods_beside(config, targets, model, here):
         method = method + other
     return method
@@ -246,7 +223,9 @@ def _methods_beside(config: Mapping[str, Any], targets: Sequence[str], model: nn
         with contextlib.suppress(GraftError):  # a model without biases: `bias` then says nothing
             everywhere = {site.key for site in BitFit().sites(here)}
         if keys:
-            found.append(BitFit() if everywhere == set(keys) else StoredParameters(keys))
+            found.append(
+                BitFit() if everywhere == set(keys) else BitFit([exactly(key.removesuffix(".bias")) for key in keys])
+            )
     return found
 
 

@@ -23,13 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graftlm import __version__
-from graftlm.core import Adapter, Method, ParameterDelta, Part, attach, survey
+from graftlm.core import Adapter, Method, ParameterDelta, Part, attach, original_parameters, parts_of, survey
 from graftlm.errors import AdapterError, Finding, GraftError, nearest
 from graftlm.formats.atomic import atomic_folder, recover, write_json
-from graftlm.formats.codecs import CODECS, PREFIX, Codec, Planned, StoredParameters, beside, codec_of, lacks, understood
+from graftlm.formats.codecs import CODECS, PREFIX, Codec, Planned, beside, codec_of, lacks, understood
 from graftlm.formats.matching import exactly
 from graftlm.methods import METHODS, Modules
-from graftlm.models.fingerprint import fingerprint, original_parameters
+from graftlm.models.fingerprint import fingerprint
 
 __all__ = ["load_adapter", "read_facts", "save_adapter"]
 
@@ -162,26 +162,7 @@ def _seen(part: Part) -> Planned:
 
 def _plan(model: nn.Module, method: Method) -> list[Planned]:
     """What `attach` would build for `method`, without its values. Raises SiteError and MethodError as `attach` does."""
-    here = survey(model)
-    modules = dict(model.named_modules())
-    faults: list[Finding] = []
-    found: list[Planned] = []
-    whole: set[str] = set()
-    for part in method.parts:
-        try:
-            for site in part.sites(here):
-                if site.parameter and site.key in whole:
-                    continue
-                with torch.device("meta"):
-                    delta = part.build(site, modules[site.path])
-                if site.parameter:
-                    whole.add(site.key)
-                found.append(_seen(Part(part, site, delta)))
-        except GraftError as error:
-            faults += error.findings
-    if faults:
-        raise AdapterError(faults)
-    return found
+    return [_seen(part) for part in parts_of(model, method)]
 
 
 class _Layout:
@@ -271,9 +252,7 @@ def load_adapter(
     if stored.faults:
         raise AdapterError(stored.faults)
     chosen = name or stored.ours.get("name") or re.sub(r"^[\W_]+|[\W_]+$", "", re.sub(r"[^\w-]+", "-", _ascii(folder)))
-    adapter = attach(model, method, name=chosen or "adapter", trainable=trainable)
-    adapter.load_state(state)
-    return adapter
+    return attach(model, method, name=chosen or "adapter", trainable=trainable, state=state)
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
@@ -474,7 +453,7 @@ def _method_of(stored: _Stored, model: nn.Module) -> Method:
     data = stored.ours["method"].get("parts")
     for part in data if isinstance(data, list) and data else [{}]:
         name, settings = (part.get("name"), part.get("settings")) if isinstance(part, dict) else (None, None)
-        kind = {**METHODS, StoredParameters.name: StoredParameters}.get(str(name))
+        kind = METHODS.get(str(name))
         if kind is None or not isinstance(settings, dict):
             by = stored.ours.get("graftlm")
             faults.append(

@@ -40,6 +40,7 @@ class LoRA(Method):
     """
 
     name: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA"
     learning_rate: ClassVar[float] = 5e-4
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 1e-2)
 

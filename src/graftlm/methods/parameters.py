@@ -42,6 +42,7 @@ class BitFit(_Parameters):
 
     A model without biases (Llama, Mistral, T5) is refused: there is nothing to train. Normalisation shifts count as
     biases, as in the authors' code; a classification head does not (`bitfit+head` is what the paper trains).
+    `targets` restricts it to the biases of the named modules, such as the paper's `targets=[query,up]`.
 
     Example:
         >>> print(BitFit())
@@ -49,15 +50,23 @@ class BitFit(_Parameters):
     """
 
     name: ClassVar[str] = "bitfit"
+    title: ClassVar[str] = "BitFit"
     learning_rate: ClassVar[float] = 1e-3
 
+    targets: Targets = ()
+
     def sites(self, survey: Survey) -> list[Site]:
-        """Every parameter that is a bias, outside the head."""
+        """Every parameter that is a bias: those of `targets`, or all outside the head."""
         heads = {site.path for site in survey.with_role("head")}
-        found = [s for s in survey.parameters if (s.parameter or "").endswith("bias") and s.path not in heads]
+        pool = (
+            survey.select_parameters(self.targets)
+            if self.targets
+            else [site for site in survey.parameters if site.path not in heads]
+        )
+        found = [site for site in pool if (site.parameter or "").endswith("bias")]
         if not found:
             raise MethodError(
-                Finding("T109", f"bitfit: {survey.model_name} has no biases to train", fix="--method lora")
+                Finding("T109", f"bitfit: {survey.model_name} has no biases to train there", fix="--method lora")
             )
         return found
 
@@ -74,6 +83,7 @@ class Head(_Parameters):
     """
 
     name: ClassVar[str] = "head"
+    title: ClassVar[str] = "head only"
     learning_rate: ClassVar[float] = 2e-3
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 1e-1)
 
@@ -94,6 +104,7 @@ class Modules(_Parameters):
     """
 
     name: ClassVar[str] = "modules"
+    title: ClassVar[str] = "whole modules"
     learning_rate: ClassVar[float] = 5e-5
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-6, 1e-2)
 
@@ -116,6 +127,7 @@ class Layers(_Parameters):
     """
 
     name: ClassVar[str] = "layers"
+    title: ClassVar[str] = "unfrozen layers"
     learning_rate: ClassVar[float] = 5e-5
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-6, 1e-3)
 
@@ -144,6 +156,7 @@ class Full(_Parameters):
     """
 
     name: ClassVar[str] = "full"
+    title: ClassVar[str] = "full fine-tuning"
     learning_rate: ClassVar[float] = 5e-5
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-6, 1e-3)
 

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fingerprint", "original_parameters"]
+from graftlm.core import original_parameters
+
+__all__ = ["fingerprint"]
 
 _SAMPLES = 16
 #: Configuration that says how a model is loaded, run, trained or labelled, not what it computes.
@@ -60,12 +62,6 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(_sampled([tensors[name] for name in sorted(tensors)]))
     return digest.hexdigest()[:16]
-
-
-def original_parameters(model: nn.Module) -> dict[tuple[str, str], nn.Parameter | None]:
-    """What merged adapters replaced, by (module path, parameter name); None where the base has no such parameter."""
-    graft = model.__dict__.get("_graftlm")
-    return dict(graft.switch.originals) if graft is not None else {}
 
 
 def _backbone(model: nn.Module) -> tuple[nn.Module, str]:

@@ -69,7 +69,9 @@ def _check_folder(path: Path, name: str) -> None:
         except (OSError, ValueError):
             base = None
         raise ModelError(
-            Finding("M105", f"{name} is an adapter, not a base model", fix=f"-m {base}" if base else "-m ITS_BASE_MODEL")
+            Finding(
+                "M105", f"{name} is an adapter, not a base model", fix=f"-m {base}" if base else "-m ITS_BASE_MODEL"
+            )
         )
     raise ModelError(Finding("M106", f"{name} has no config.json: not a transformers model folder"))
 
@@ -96,7 +98,7 @@ def load_base(
         >>> model, tokenizer = load_base("roberta-base", task="classify", labels=["no", "yes"])  # doctest: +SKIP
     """
     if quantize is not None:
-        raise ModelError(Finding("M107", f"quantize={quantize!r}: bases in fewer bits are not supported in this version"))
+        raise ModelError(Finding("M107", f"quantize={quantize!r} is not supported in this version", fix="leave it out"))
     if isinstance(dtype, str) and dtype not in ("auto", *_DTYPES):
         raise ModelError(Finding("M108", f"dtype {dtype!r}: want auto, {', '.join(_DTYPES)}", fix="dtype=auto"))
     if task == "classify" and not labels:
@@ -144,7 +146,9 @@ def load_base(
     model.config.pad_token_id = tokenizer.pad_token_id
     if (vocabulary := len(tokenizer)) > model.get_input_embeddings().weight.shape[0]:
         rows = model.get_input_embeddings().weight.shape[0]
-        raise ModelError(Finding("M111", f"the tokenizer of {name} has {vocabulary} tokens, the model's table {rows} rows"))
+        raise ModelError(
+            Finding("M111", f"the tokenizer of {name} has {vocabulary} tokens, the model's table {rows} rows")
+        )
     return model.to(place).eval(), tokenizer
 
 
@@ -174,7 +178,9 @@ def _no_such_head(name: str, config: Any, task: str) -> Finding:
     if task == "classify":
         return Finding("M113", f"{name} ({kind}) has no classification head in transformers")
     return Finding(
-        "M113", f"{name} ({kind}) cannot generate text: it is not a causal language model", fix="--task classify, or a causal base"
+        "M113",
+        f"{name} ({kind}) cannot generate text: it is not a causal language model",
+        fix="--task classify, or a causal base",
     )
 
 
@@ -200,12 +206,18 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise EnvironmentFault(Finding("E101", f"{name} does not fit in memory", fix="a smaller model, or dtype bfloat16")) from error
+        raise EnvironmentFault(
+            Finding("E101", f"{name} does not fit in memory", fix="a smaller model, or dtype bfloat16")
+        ) from error
     except OSError as error:
         if Path(name).is_dir():
             raise ModelError(Finding("M116", f"cannot load {name}: {_first_line(error)}")) from error
         raise ModelError(
-            Finding("M117", f"{name!r} is no folder here, and the hub did not give it: {_first_line(error)}", fix="-m FOLDER")
+            Finding(
+                "M117",
+                f"{name!r} is no folder here, and the hub did not give it: {_first_line(error)}",
+                fix="-m FOLDER",
+            )
         ) from error
     except Exception as error:  # damaged files surface as many kinds of error
         if type(error).__name__ in ("SafetensorError", "JSONDecodeError", "ValueError", "KeyError", "RuntimeError"):

@@ -103,7 +103,7 @@ class DataSettings(_Section):
         False
     )
     merge_labels: Annotated[bool, _about("Take labels that differ only by case or space for one label")] = False
-    template: Annotated[str | None, _text("Chat template: plain, turns or Jinja text; without one, the base's own")] = None
+    template: Annotated[str | None, _text("Chat template: plain, turns or Jinja; without one, the base's own")] = None
     waive: Annotated[str | None, _text("Codes of findings that are not to stop the run", "D132,D127")] = None
 
 

@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainingArguments
 import graftlm
 from graftlm.core import Adapter, Method, attach, summary, use
 from graftlm.data import Collator, Prepared, prepare
+from graftlm.data.codes import WAIVABLE
 from graftlm.errors import EnvironmentFault, Finding, GraftError, RunError, SettingsError
 from graftlm.evaluation import losses
 from graftlm.formats import load_adapter
@@ -290,6 +291,9 @@ class _Work:
                 waived=_codes(data.waive),
             )
         )
+        if dead := _codes(data.waive) - WAIVABLE:
+            message = f"data.waive: {', '.join(sorted(dead))} cannot be waived; {', '.join(sorted(WAIVABLE))} can"
+            faults.append(Finding("U134", message, fix="--set data.waive=null"))
         if faults or prepared is None or method is None:
             raise SettingsError(faults)
         if not prepared.eval:
@@ -489,7 +493,7 @@ class _Work:
         stopped: bool,
     ) -> Run:
         generate = self.settings.generate
-        name = adapter.method.parts[0].name
+        name = adapter.method.parts[0].title
         adapter.save(self.folder.adapter, facts=self.facts)
         # What is scored is what was written.
         use(model, None)

@@ -24,6 +24,8 @@ from graftlm.evaluation.classes import class_probabilities
 from graftlm.objectives import CausalLM
 from graftlm.training.opening import open_adapter
 
+_BASELINE_ROWS = 2000
+
 __all__ = ["evaluate", "score_classification", "score_text", "write_samples"]
 
 
@@ -40,8 +42,10 @@ def score_classification(
     truth = [int(item["labels"]) for item in held]
     found = class_probabilities(model, held, collate)
     predicted = [int(at) for at in found.argmax(1)]
-    rivals: list[tuple[str, str, list[int]]] = [("tuned", f"tuned ({adapter})", predicted)]
+    rivals: list[tuple[str, str, list[int]]] = [("tuned", f"tuned: {adapter}", predicted)]
     if train:
+        # Baselines are cheap yardsticks: a few thousand rows settle them.
+        train = train[:_BASELINE_ROWS]
         known = [int(item["labels"]) for item in train]
         with use(model, None):
             rivals.append(("probe", "frozen base + trained head", probe_baseline(model, train, held, collate)))
@@ -90,7 +94,7 @@ def score_text(
         "eval_rows": len(held),
         "eval_tokens": int(tuned.counts.sum()),
         "scores": [
-            {"name": "tuned", "title": f"tuned ({adapter})"} | text_scores(tuned),
+            {"name": "tuned", "title": f"tuned: {adapter}"} | text_scores(tuned),
             {"name": "base", "title": "untouched base"} | text_scores(base),
         ],
     }
@@ -174,7 +178,7 @@ def evaluate(
         )
         held = prepared.train
     collate = Collator(opened.tokenizer.pad_token_id, max_length=opened.max_length)
-    name = opened.adapter.method.parts[0].name
+    name = opened.adapter.method.parts[0].title
     if opened.task != "classify":
         return score_text(opened.model, CausalLM(), held, collate, adapter=name)
     assert opened.labels is not None

@@ -1,0 +1,284 @@
+"""No dead setting: each setting of the schema changes what a run does, writes or refuses, or is excused with a reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graftlm.errors import GraftError
+from graftlm.settings import SETTINGS, RunSettings
+from graftlm.training import Run, train
+from graftlm.training.decisions import context_of, decide_length
+from training.tiny_runs import (
+    Tiny,
+    answered_rows,
+    labelled_rows,
+    metrics_of,
+    same,
+    save_llama,
+    weights,
+    write_jsonl,
+)
+
+#: Setting -> a value that must lead to other weights than the default does.
+OTHER_WEIGHTS: dict[str, Any] = {
+    "train.epochs": 3.0,
+    "train.steps": 3,
+    "train.learning_rate": 0.01,
+    "train.batch": 8,
+    "train.max_length": 24,
+    "train.schedule": "cosine",
+    "train.warmup": 0.5,
+    "train.weight_decay": 0.5,
+    "train.max_grad_norm": 0.05,
+    "train.seed": 1,
+    "data.max_rows": 10,
+    "data.eval_share": 0.5,
+    "data.map": {"prompt": "completion", "completion": "prompt"},
+    "data.template": "plain",
+    "method": "lora(rank=3)",
+    "model.dtype": "bfloat16",
+}
+#: Setting -> why no run here can show it.
+EXCUSED = {
+    "model.revision": "names a commit of a hub; there is no network here. It is handed to transformers and written down.",
+    "model.trust_remote_code": "runs code of the model's author; tests/models shows that it is off",
+}
+#: Setting -> the test below that shows what it does.
+SHOWN = {
+    "data.path", "data.eval_path", "data.format", "data.drop_bad_rows", "data.merge_labels", "data.waive", "model.name",
+    "model.quantize", "train.accumulate", "train.eval_every", "train.save_every", "train.keep_checkpoints",
+    "train.early_stopping", "train.gradient_checkpointing", "train.threads", "generate.max_new_tokens",
+    "generate.temperature", "generate.top_p", "generate.samples", "output",
+    "task",
+}  # fmt: skip
+
+
+def test_every_setting_is_accounted_for() -> None:
+    assert set(SETTINGS) == set(OTHER_WEIGHTS) | SHOWN | set(EXCUSED)
+    assert not set(OTHER_WEIGHTS) & SHOWN
+
+
+@pytest.fixture(scope="module")
+def default_weights(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("default")
+    data = write_jsonl(folder / "answered.jsonl", answered_rows())
+    with pytest.MonkeyPatch.context() as patch:
+        return data, weights(_run(data, tiny_base, folder / "run", patch, {}))
+
+
+def _run(data: Path, base: Path, out: Path | str, patch: pytest.MonkeyPatch, settings: dict[str, Any]) -> Run:
+    from training.tiny_runs import LORA, leave_out_the_slow
+
+    leave_out_the_slow(patch.setattr)
+    given: dict[str, Any] = {
+        "train.epochs": 2.0, "train.batch": 4, "train.threads": 1, "generate.samples": 0, "method": LORA, **settings
+    }  # fmt: skip
+    if "train.steps" in settings:
+        del given["train.epochs"]
+    return train(data, base=base, output=out or None, quiet=True, **given)
+
+
+@pytest.mark.parametrize("name", OTHER_WEIGHTS)
+def test_another_value_leads_to_other_weights(
+    name: str, default_weights: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, before = default_weights
+    run = _run(data, tiny_base, tmp_path / "run", monkeypatch, {name: OTHER_WEIGHTS[name]})
+    assert not same(weights(run), before)
+    section, _, key = name.rpartition(".")
+    settings = run.record["settings"]
+    assert (settings[section] if section else settings)[key] == OTHER_WEIGHTS[name]
+
+
+def test_the_same_settings_lead_to_the_same_weights_and_scores(
+    default_weights: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, before = default_weights
+    one = _run(data, tiny_base, tmp_path / "one", monkeypatch, {})
+    torch.rand(3)  # what was drawn before does not matter
+    other = _run(data, tiny_base, tmp_path / "other", monkeypatch, {"train.accumulate": 1})
+    assert same(weights(one), before)
+    assert same(weights(other), before)
+    assert one.record["results"] == other.record["results"]
+
+
+def test_data_path_and_model_name(tiny: Tiny, answered: Path, tmp_path: Path) -> None:
+    one = tiny(answered, out="one")
+    other = tiny(write_jsonl(tmp_path / "other.jsonl", answered_rows(24)), out="other")
+    third = tiny(answered, out="third", base=save_llama(tmp_path / "base", layers=2))
+    assert not same(weights(one), weights(other))
+    assert len(weights(third)) == 2 * len(weights(one))
+
+
+def test_task(tiny: Tiny, labelled: Path) -> None:
+    tasks = [tiny(labelled, task=task, out=task).task for task in ("auto", "classify", "lm")]
+    assert tasks == ["classify", "classify", "lm"]
+
+
+def test_data_eval_path(tiny: Tiny, answered: Path, tmp_path: Path) -> None:
+    held = write_jsonl(tmp_path / "held.jsonl", [{"prompt": f"New {n}", "completion": "Yes"} for n in range(3)])
+    record = tiny(answered, eval_path=str(held)).record["data"]
+    assert (record["train_rows"], record["eval_rows"], len(record["sha256"])) == (20, 3, 2)
+
+
+def test_data_format(tiny: Tiny, answered: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "rows.dat"
+    odd.write_bytes(answered.read_bytes())
+    with pytest.raises(GraftError):
+        tiny(odd)
+    assert tiny(odd, format="jsonl").record["status"] == "done"
+
+
+def test_data_drop_bad_rows(tiny: Tiny, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [*answered_rows(), {"prompt": "x", "completion": None}])
+    with pytest.raises(GraftError, match="D120"):
+        tiny(data)
+    run = tiny(data, drop_bad_rows=True)
+    left_out = [json.loads(line) for line in (run.folder / "data" / "rejected.jsonl").read_text().splitlines()]
+    assert len(left_out) == 1
+    assert "21" in left_out[0]["place"]
+
+
+def test_data_merge_labels_and_waive(tiny: Tiny, tmp_path: Path) -> None:
+    rows = labelled_rows() + [{"text": f"Send {n} back", "label": "Return"} for n in range(4)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(GraftError, match="D126"):
+        tiny(data)
+    assert len(tiny(data, merge_labels=True, out="merged").record["results"]["labels"]) == 2
+    assert len(tiny(data, waive="D126", out="waived").record["results"]["labels"]) == 3
+
+
+@pytest.mark.parametrize("codes", ["D105", "D999", "nonsense"])
+def test_waiving_what_cannot_be_waived_is_refused(codes: str, tiny: Tiny, answered: Path) -> None:
+    with pytest.raises(GraftError, match=codes):
+        tiny(answered, waive=codes)
+
+
+def test_model_quantize_is_refused(tiny: Tiny, answered: Path) -> None:
+    with pytest.raises(GraftError, match="M107"):
+        tiny(answered, quantize="nf4")
+
+
+def test_train_accumulate_divides_the_micro_batch(tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graftlm.training import GraftTrainer
+
+    sizes: list[int] = []
+    real = GraftTrainer.compute_loss
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        return real(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(GraftTrainer, "compute_loss", compute_loss)
+    tiny(answered, steps=2, batch=4, accumulate=2)
+    assert sizes == [2, 2, 2, 2]
+
+
+def test_evaluations_and_checkpoints_come_when_asked_for(tiny: Tiny, answered: Path) -> None:
+    run = tiny(answered, steps=6, eval_every=3, save_every=2, keep_checkpoints=2)
+    assert [row["step"] for row in metrics_of(run.folder) if "eval_loss" in row] == [3, 6]
+    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    run = tiny(answered, out="one", steps=6, save_every=2, keep_checkpoints=1)
+    assert [row["step"] for row in metrics_of(run.folder) if "eval_loss" in row] == [4, 6]  # an epoch has four steps
+    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == ["checkpoint-6"]
+
+
+def test_train_early_stopping_stops(tiny: Tiny, answered: Path) -> None:
+    run = tiny(answered, steps=40, eval_every=2, early_stopping=2, learning_rate=0.3)
+    losses = {row["step"]: row["eval_loss"] for row in metrics_of(run.folder) if "eval_loss" in row}
+    assert run.record["steps"] == max(losses) < 40
+    assert run.record["results"]["scores"][0]["loss"] == pytest.approx(min(losses.values()), rel=1e-5)
+
+
+def test_train_gradient_checkpointing_computes_twice(tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls: list[int] = []
+    real = LlamaMLP.forward
+
+    def forward(self: Any, x: Any) -> Any:
+        if self.training:
+            calls.append(1)
+        return real(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    counts = []
+    for on in (False, True):
+        calls.clear()
+        tiny(answered, out=str(on), steps=2, gradient_checkpointing=on)
+        counts.append(len(calls))
+    assert counts == [2, 4]
+
+
+def test_train_threads(tiny: Tiny, answered: Path) -> None:
+    try:
+        assert tiny(answered, threads=2).record["environment"]["threads"] == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_generate(tiny: Tiny, answered: Path, tmp_path: Path) -> None:
+    def samples(name: str, **settings: Any) -> list[dict[str, str]]:
+        run = tiny(answered, out=name, **{"samples": 2, "max_new_tokens": 8, **settings})
+        return [json.loads(line) for line in (run.folder / "eval" / "samples.jsonl").read_text().splitlines()]
+
+    default = samples("default")
+    assert len(default) == 2
+    assert len(samples("three", samples=3)) == 3
+    assert samples("none", samples=0) == []
+    shorter = samples("shorter", max_new_tokens=2)
+    assert len(shorter[0]["tuned"]) < len(default[0]["tuned"])
+    warm = samples("warm", temperature=1.5)
+    assert warm != default
+    assert warm == samples("warm-again", temperature=1.5)
+    assert samples("narrow", temperature=1.5, top_p=0.05) != warm
+
+
+def test_output(tiny_base: Path, answered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [_run(answered, tiny_base, "", monkeypatch, {}) for _ in range(2)]
+    assert [str(run.folder) for run in runs] == ["runs/answered-1", "runs/answered-2"]
+    rows = _run(answered_rows(), tiny_base, "", monkeypatch, {})
+    assert str(rows.folder) == "runs/rows-1"
+    assert _run(answered, tiny_base, "mine", monkeypatch, {}).folder == Path("mine")
+
+
+# --- what is decided where nothing is said ---
+
+
+def test_a_row_may_be_as_long_as_the_base_can_read(tmp_path: Path, answered: Path, tiny: Tiny) -> None:
+    long = save_llama(tmp_path / "long", max_position_embeddings=4096)
+    run = tiny(answered, base=long, max_length=2048)
+    assert run.record["settings"]["train"]["max_length"] == 2048
+    with pytest.raises(GraftError, match="4097 is beyond the base's context") as caught:
+        tiny(answered, base=long, max_length=4097, out="longer")
+    assert caught.value.findings[0].fix == "--max-length 4096"
+
+
+@pytest.mark.parametrize(
+    ("config", "context", "length"),
+    [
+        ({"max_position_embeddings": 128}, 128, 128),
+        ({"max_position_embeddings": 32768}, 32768, 1024),
+        ({"max_position_embeddings": 514, "model_type": "roberta"}, 512, 512),
+        ({}, 1 << 30, 1024),
+    ],
+)
+def test_lengths(config: dict[str, Any], context: int, length: int) -> None:
+    from types import SimpleNamespace
+
+    assert context_of(SimpleNamespace(**config)) == context
+    assert decide_length(SimpleNamespace(**config)) == length
+
+
+def test_what_was_decided_is_written_down(tiny: Tiny, answered: Path, tmp_path: Path) -> None:
+    run = tiny(answered, epochs=None)
+    assert run.record["decided"] == {"learning_rate": 0.0025, "epochs": 10.0}
+    assert run.record["steps"] == 40
+    assert RunSettings(**run.record["settings"]).train.epochs is None

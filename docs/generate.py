@@ -261,7 +261,12 @@ def figure_of(name: str) -> str:
             body.append(_cell(_LEFT + column * (_WIDTH + _GAP), y, wide, mark(path)))
     bottom = _TOP + len(rows) * (_HEIGHT + _GAP) + 14
     x = 20.0
-    legend = {"frozen": "frozen", "whole": "trained copy", "bias": "bias trained", "beside": "low-rank change beside it"}
+    legend = {
+        "frozen": "frozen",
+        "whole": "trained copy",
+        "bias": "bias trained",
+        "beside": "low-rank change beside it",
+    }
     for state, said in legend.items():
         body.append(_cell(x, bottom, 30, state))
         body.append(f'<text x="{x + 36:g}" y="{bottom + _HEIGHT / 2 + 4:g}">{said}</text>')

@@ -64,7 +64,13 @@ def run_blocks(blocks: list[Block], folder: Path) -> None:
             continue
         how = {"python": [sys.executable, "-c", block.code], "sh": ["bash", "-euo", "pipefail", "-c", block.code]}
         done = subprocess.run(
-            how[block.language], cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS * 4, check=False
+            how[block.language],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS * 4,
+            check=False,
         )
         assert done.returncode == 0, f"{block.code}\n--- ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -59,17 +59,18 @@ def test_no_help_imports_anything_heavy():
 
 
 def test_help_is_quick():
-    """The best of a few: the machine may be busy."""
+    """In processor time, the best of a few: the machine may be busy."""
     best_s = 60.0
-    for _ in range(8):
-        start = time.perf_counter()
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
             [sys.executable, "-m", "graftlm", "train", "--help"],
             capture_output=True, check=True, env={"PYTHONPATH": str(SRC)},
         )  # fmt: skip
-        best_s = min(best_s, time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best_s = min(best_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         if best_s < 0.5:
-            return
+            break
     assert best_s < 0.5
 
 

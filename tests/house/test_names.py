@@ -26,7 +26,7 @@ MODULES = [
 def test_a_module_says_what_it_is(file):
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     first = text.split("\n\n")[0]
-    assert first[:1].isupper() or first.startswith(("`graftlm", "graftlm")), "the docstring begins with a sentence"
+    assert first[:1].isupper() or first.startswith(("`", "graftlm")), "the docstring begins with a sentence"
     assert re.search(r"[.:)]$", first.rstrip()), f"no sentence: {first!r}"
     assert file.stem not in {"utils", "util", "helpers", "helper", "common", "misc"}
 
@@ -42,7 +42,7 @@ def test_all_is_true(name):
 
 
 def test_the_front_door():
-    assert sorted(graftlm.__all__, key=str.lower) == sorted(set(graftlm.__all__), key=str.lower)
+    assert len(graftlm.__all__) == len(set(graftlm.__all__))
     for name in graftlm.__all__:
         assert getattr(graftlm, name) is not None
     assert set(dir(graftlm)) == set(graftlm.__all__)

@@ -50,7 +50,10 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel):
         "graftlm/report/card.md.jinja",
     ):
         assert needed in names
-    assert {name.split("/")[0] for name in names} == {"graftlm", next(n for n in names if "dist-info" in n).split("/")[0]}
+    assert {name.split("/")[0] for name in names} == {
+        "graftlm",
+        next(n for n in names if "dist-info" in n).split("/")[0],
+    }
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -125,4 +128,15 @@ def test_make_help_lists_every_target():
     (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
     targets = set(shlex.split(phony))
     assert targets == set(re.findall(r"^([a-z-]+):.*## ", text, re.MULTILINE))
-    assert targets >= {"install", "test", "test-slow", "test-device", "check", "docs", "bench", "pretrain", "clean", "help"}
+    assert targets >= {
+        "install",
+        "test",
+        "test-slow",
+        "test-device",
+        "check",
+        "docs",
+        "bench",
+        "pretrain",
+        "clean",
+        "help",
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 from graftlm.cli import main
 from graftlm.training import GraftTrainer
-from training.tiny_runs import LORA, Tiny, answered_rows, labelled_rows, texts, write_jsonl
+from training.tiny_runs import Tiny, answered_rows, labelled_rows, write_jsonl
 
 ANSWERED, LABELLED = answered_rows(), labelled_rows()
 
@@ -44,7 +43,7 @@ MISTAKES = {
           + '{"prompt": "a", "completion": "b"}\n' * 9),)),
     "wrong columns": Mistake("data.jsonl --task sft", "D110", ("source", "--map"), [{"q": "a", "a": "b", "source": "c"}] * 9),
     "null content": Mistake("data.jsonl", "D120", ("6", "null"), [*ANSWERED[:5], {"prompt": "x", "completion": None}, *ANSWERED]),
-    "answers cut away": Mistake("data.jsonl --max-length 8", "D143", ("lose their whole answer", "--max-length 24"), ANSWERED),
+    "answers cut away": Mistake("data.jsonl --max-length 8", "D143", ("lose their whole answer", "--max-length 64"), ANSWERED),
     "nothing supervised": Mistake("data.jsonl", "D124", ("assistant",),
         [{"messages": [{"role": "user", "content": f"Hello {n}"}]} for n in range(9)]),
     "wrong targets": Mistake("data.jsonl --method 'lora(targets=query_key_value)'", "C101", ("query_key_value", "q_proj"), ANSWERED),

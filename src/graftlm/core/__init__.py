@@ -14,7 +14,15 @@ from graftlm.core.adapter import (
     trainable,
     use,
 )
-from graftlm.core.delta import Delta, LinearDelta, ParameterDelta, Port
+from graftlm.core.delta import (
+    BranchDelta,
+    Delta,
+    EmbedDelta,
+    KeyValueDelta,
+    LinearDelta,
+    ParameterDelta,
+    Port,
+)
 from graftlm.core.method import Method, Sum
 from graftlm.core.routing import Routing
 from graftlm.core.sites import ROLE_GROUPS, ROLES, Site, Survey, Targets, linear_kind
@@ -25,7 +33,10 @@ __all__ = [
     "ROLES",
     "ROLE_GROUPS",
     "Adapter",
+    "BranchDelta",
     "Delta",
+    "EmbedDelta",
+    "KeyValueDelta",
     "LinearDelta",
     "Method",
     "ParameterDelta",

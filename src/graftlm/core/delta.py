@@ -4,9 +4,9 @@
 |---|---|---|
 | linear | input and output of any linear-like module (also embeddings, whose input is a one-hot row) | here |
 | param | one existing parameter | here |
-| branch | input and output of a sublayer, before its residual add | protocol only |
-| kv | keys and values of an attention call | protocol only |
-| embed | the sequence of input embeddings | protocol only |
+| branch | input and output of a sublayer, before its residual add | protocol; `attach` refuses it so far |
+| kv | keys and values of an attention call | protocol; `attach` refuses it so far |
+| embed | the sequence of input embeddings | protocol; `attach` refuses it so far |
 
 A delta holds only its own parameters (float32 whatever the base's type), never a base weight's storage, and starts as
 the identity unless its paper says otherwise. Precision rule: small tensors are cast down to the activations' type,
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from graftlm.errors import Finding, NotMergeable
 
-__all__ = ["Delta", "LinearDelta", "ParameterDelta", "Port"]
+__all__ = ["BranchDelta", "Delta", "EmbedDelta", "KeyValueDelta", "LinearDelta", "ParameterDelta", "Port"]
 
 Port = Literal["linear", "param", "branch", "kv", "embed"]
 
@@ -79,6 +79,36 @@ class ParameterDelta(Delta):
     def parameter(self, base: Tensor) -> Tensor:
         """The parameter that the module computes with, in the type of `base` and with its shape."""
         return self.value.to(base.dtype)
+
+
+class BranchDelta(Delta):
+    """A delta at a sublayer: it sees the sublayer's input and what the sublayer would add to the residual stream."""
+
+    port: ClassVar[Port] = "branch"
+
+    def branch(self, x: Tensor, y: Tensor) -> Tensor:
+        """What is added instead of `y`, for the sublayer's input `x`; all are [rows, tokens, width]."""
+        return y
+
+
+class KeyValueDelta(Delta):
+    """A delta at an attention call: keys and values that stand before those of the tokens."""
+
+    port: ClassVar[Port] = "kv"
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [key-value heads, length, head width]."""
+        raise NotImplementedError
+
+
+class EmbedDelta(Delta):
+    """A delta on the sequence of input embeddings: virtual tokens that stand next to the row's own."""
+
+    port: ClassVar[Port] = "embed"
+
+    def tokens(self) -> Tensor:
+        """The virtual tokens, [length, width]."""
+        raise NotImplementedError
 
 
 def acts(delta: Delta, step: str) -> bool:

@@ -27,6 +27,7 @@ import graftlm
 from graftlm.core import Adapter, Method, attach, summary, use
 from graftlm.data import Collator, Prepared, prepare
 from graftlm.data.codes import WAIVABLE
+from graftlm.data.reading import read_rows
 from graftlm.errors import EnvironmentFault, Finding, GraftError, RunError, SettingsError
 from graftlm.evaluation import losses
 from graftlm.formats import load_adapter
@@ -262,6 +263,8 @@ class _Work:
         tokenizer = attempt(lambda: self._tokenizer(where)) if where else None
         path = attempt(lambda: data_of(data.path))
         if tokenizer is None or path is None:
+            if path is not None:
+                attempt(lambda: read_rows(path, data.format, data.max_rows))  # faults that need no tokenizer
             raise SettingsError(faults)
         config, tokenizer = tokenizer
         context = context_of(config)

@@ -1,0 +1,7 @@
+"""What the server of the drills imports once, so that its children need not."""
+
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import graftlm.formats
+import graftlm.training
+import training.tiny_runs  # noqa: F401

@@ -105,7 +105,7 @@ def test_every_kind_of_data(kind: str, task: str, tiny: Tiny, tmp_path: Path) ->
 
 
 def test_an_encoder_classifies(tiny: Tiny, tiny_bert: Path, labelled: Path) -> None:
-    run = tiny(labelled, base=tiny_bert, epochs=30.0, learning_rate=0.01, batch=16)
+    run = tiny(labelled, base=tiny_bert, epochs=60.0, learning_rate=0.01, batch=16)
     assert run.record["base"]["class"] == "BertForSequenceClassification"
     assert any("classifier" in name for name in weights(run)), "the new head was not saved"
     assert metrics_of(run.folder)[-2]["loss"] < 0.3

@@ -84,4 +84,4 @@ def _macro_f1(confusion: np.ndarray) -> np.ndarray:
     right = np.einsum("nii->ni", confusion)
     seen = confusion.sum(1) + confusion.sum(2)
     f1 = np.where(seen > 0, 2 * right / np.maximum(seen, 1), 0.0)
-    return f1.sum(1) / np.maximum((seen > 0).sum(1), 1)
+    return np.asarray(f1.sum(1) / np.maximum((seen > 0).sum(1), 1))

@@ -78,7 +78,7 @@ def stream_text(
                 )
         except BaseException as error:  # handed to the reader below
             failed.append(error)
-            streamer.end()
+            streamer.end()  # type: ignore[no-untyped-call]
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
@@ -98,7 +98,7 @@ def _options(
 
     stops = template.stop_ids(tokenizer) if template else [tokenizer.eos_token_id]
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,

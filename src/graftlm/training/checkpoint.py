@@ -137,7 +137,8 @@ def _join(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any
 
 
 def _random_tensors() -> dict[str, Tensor]:
-    found = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.random.get_state()[1].view(np.int32).copy())}
+    numpy_state: Any = np.random.get_state()
+    found = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(numpy_state[1].view(np.int32).copy())}
     found |= {f"cuda.{index}": torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
     return found
 

@@ -25,7 +25,7 @@ def decide_learning_rate(method: Method, width: int) -> float:
         >>> decide_learning_rate(LoRA(), 256), decide_learning_rate(LoRA(), 4096)
         (0.0025, 0.00029)
     """
-    rate = method.parts[0].learning_rate * min(max((2000 / width) ** 0.78, 0.5), 5.0)
+    rate: float = method.parts[0].learning_rate * min(max((2000 / width) ** 0.78, 0.5), 5.0)
     return round(rate, 1 - math.floor(math.log10(rate)))  # two digits: a figure that one can say
 
 

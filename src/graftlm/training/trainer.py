@@ -52,7 +52,8 @@ class GraftTrainer(Trainer):
         groups: list[dict[str, Any]] | None = None,
         **options: Any,
     ) -> None:
-        self.adapter, self.objective = adapter, objective
+        self.adapter: Adapter = adapter
+        self.objective: Objective = objective
         self.evaluate_with, self.groups = evaluate_with, groups
         #: Losses counted since the start of this process (tokens or rows): the measure of speed.
         self.counted = 0
@@ -102,7 +103,7 @@ class GraftTrainer(Trainer):
         if self.optimizer is None:
             if not self.trained:
                 raise RunError(Finding("U112", f"adapter {self.adapter.name!r} has nothing to train"))
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, None)
             groups = self.groups or [{"params": self.trained, "weight_decay": self.args.weight_decay}]
             self.optimizer = kind(groups, **options)
             # The Trainer zeroes the model's own parameters only.
@@ -169,8 +170,9 @@ class GraftTrainer(Trainer):
         best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (best == folder or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
+        kept: Any = self.state.stateful_callbacks
         for keeper in (c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)):
-            self.state.stateful_callbacks[type(keeper).__name__] = keeper.state()
+            kept[type(keeper).__name__] = keeper.state()
         assert self.optimizer is not None
         checkpoint.write(folder, self.adapter, self.optimizer, self.lr_scheduler, dataclasses.asdict(self.state))
         rotate_checkpoints(

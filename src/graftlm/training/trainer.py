@@ -2,9 +2,9 @@
 
 What differs from the Trainer it extends: only the adapter's parameters are optimised, clipped and saved; the loss of a
 step is the summed loss over all its micro-batches divided by their joint count, so that accumulation changes nothing
-(transformers issue 47688 multiplies it for most heads); checkpoints hold the adapter and never the base, are complete or
-absent, and nothing in them is pickled; a step without a finite loss stops the run and names its rows; and a delta that
-gets no gradient in the first step stops it too.
+(transformers issue 47688 multiplies it for most heads); checkpoints hold the adapter and never the base, are complete
+or absent, and nothing in them is pickled; a step without a finite loss stops the run and names its rows; and a delta
+that gets no gradient in the first step stops it too.
 """
 
 from __future__ import annotations

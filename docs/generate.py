@@ -47,7 +47,7 @@ def methods() -> str:
     """A table of all methods."""
     from graftlm.methods import METHODS
 
-    rows = [(f"[{name}](methods/{name}.md)", first_sentence(kind)) for name, kind in METHODS.items()]
+    rows = [(f"[{name}]({name}.md)", first_sentence(kind)) for name, kind in METHODS.items()]
     return table(("method", "what it does"), rows)
 
 

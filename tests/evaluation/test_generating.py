@@ -70,34 +70,32 @@ def test_the_routing_in_force_decides(speaker: Any) -> None:
     assert generate_texts(model, tokenizer, template, prompts, max_new_tokens=8) == tuned
 
 
-class _Says(torch.nn.Module):
-    """Makes one token the likeliest, from the n-th position after the prompt on."""
+def _says(model: Any, token: int, other: int, after: int) -> Any:
+    """Make `other` the likeliest token `after` times, then `token`; gives the hook's handle."""
+    left = [after]
 
-    def __init__(self, head: torch.nn.Module, token: int, other: int, after: int) -> None:
-        super().__init__()
-        self.head, self.token, self.other, self.left = head, token, other, after
-
-    @property
-    def weight(self) -> Any:
-        return self.head.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = self.head(x)
-        self.left -= 1
-        logits[..., self.token if self.left < 0 else self.other] += 1e4
+    def change(module: Any, given: Any, logits: torch.Tensor) -> torch.Tensor:
+        left[0] -= 1
+        logits = logits.clone()
+        logits[..., token if left[0] < 0 else other] += 1e4
         return logits
+
+    return model.lm_head.register_forward_hook(change)
 
 
 @pytest.mark.parametrize("way", ["whole", "stream"])
-def test_writing_stops_at_the_end_of_the_turn(way: str, speaker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writing_stops_at_the_end_of_the_turn(way: str, speaker: Any) -> None:
     model, tokenizer, template = speaker
     (end, *_) = template.stop_ids(tokenizer)
     word = tokenizer("lamp")["input_ids"][-1 if tokenizer("lamp")["input_ids"][-1] != tokenizer.eos_token_id else -2]
-    monkeypatch.setattr(model, "lm_head", _Says(model.lm_head, end, word, 3))
-    if way == "whole":
-        (said,) = generate_texts(model, tokenizer, template, [turns("Hi")], max_new_tokens=20)
-    else:
-        said = "".join(stream_text(model, tokenizer, template, turns("Hi"), max_new_tokens=20)).strip()
+    hook = _says(model, end, word, 3)
+    try:
+        if way == "whole":
+            (said,) = generate_texts(model, tokenizer, template, [turns("Hi")], max_new_tokens=20)
+        else:
+            said = "".join(stream_text(model, tokenizer, template, turns("Hi"), max_new_tokens=20)).strip()
+    finally:
+        hook.remove()
     assert said == tokenizer.decode([word] * 3).strip()
 
 

@@ -136,11 +136,13 @@ class LoRADelta(LinearDelta):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def add(self, x: Tensor) -> Tensor:
-        """s B A drop(x), for x of shape [..., in]; the small matrices take the type of x."""
+        """s B A drop(x), for x of shape [..., in]; the small matrices take the type of x.
+
+        In PEFT's order of operations, so that both give the same bits.
+        """
         if self.dropout is not None:
             x = self.dropout(x)
-        narrow = F.linear(x, self.lora_A.to(x.dtype)) * self.scale
-        change = F.linear(narrow, self.lora_B.to(x.dtype))
+        change = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
         if self.lora_bias is not None:
             change = change + (self.scale * self.lora_bias).to(x.dtype)
         return change

@@ -18,7 +18,7 @@ import torch
 
 from graftlm.errors import EnvironmentFault, Finding, ModelError, nearest
 
-__all__ = ["BUNDLED", "bundled_base", "load_base", "load_tokenizer", "resolve_base"]
+__all__ = ["BUNDLED", "bundled_base", "load_base", "load_config", "load_tokenizer", "resolve_base"]
 
 #: The name of the base that ships with graftlm.
 BUNDLED = "bundled"
@@ -109,10 +109,9 @@ def load_base(
     if Path(where).is_dir():
         options["local_files_only"] = True
 
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    with _quiet(), _explained(str(name)):
-        config = AutoConfig.from_pretrained(where, **options)
+    config = load_config(where, **options)
     tokenizer = load_tokenizer(where, **options)
     kind: Any
     if task == "classify":
@@ -154,6 +153,14 @@ def load_base(
 
 #: Encoders that transformers also lists as causal models; without being trained as such they cannot generate.
 _ENCODERS = ("BertConfig", "RobertaConfig", "XLMRobertaConfig", "ElectraConfig", "CamembertConfig", "ModernBertConfig")
+
+
+def load_config(where: str, **options: Any) -> Any:
+    """The configuration of the model at `where`. Raises ModelError where it cannot be read or its kind is unknown."""
+    from transformers import AutoConfig
+
+    with _quiet(), _explained(where):
+        return AutoConfig.from_pretrained(where, **options)
 
 
 def load_tokenizer(where: str, **options: Any) -> Any:

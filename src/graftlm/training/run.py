@@ -32,7 +32,7 @@ from graftlm.errors import EnvironmentFault, Finding, GraftError, RunError, Sett
 from graftlm.evaluation import losses
 from graftlm.formats import load_adapter
 from graftlm.methods import read_method
-from graftlm.models import fingerprint, load_base, load_tokenizer, resolve_base
+from graftlm.models import fingerprint, load_base, load_config, load_tokenizer, resolve_base
 from graftlm.objectives import OBJECTIVES, CausalLM, Objective
 from graftlm.report import write_card, write_report
 from graftlm.settings import Resolved, RunSettings, dump, resolve
@@ -305,16 +305,14 @@ class _Work:
         return prepared, with_head(method) if prepared.task == "classify" else method, tokenizer
 
     def _tokenizer(self, where: str) -> tuple[Any, Any]:
-        from transformers import AutoConfig
-
         options: dict[str, Any] = {
             "revision": self.settings.model.revision,
             "trust_remote_code": self.settings.model.trust_remote_code,
         }
         if Path(where).is_dir():
             options["local_files_only"] = True
-        tokenizer = load_tokenizer(where, **options)
-        return AutoConfig.from_pretrained(where, **options), tokenizer
+        config = load_config(where, **options)
+        return config, load_tokenizer(where, **options)
 
     def _load(self, prepared: Prepared) -> tuple[Any, Any]:
         wanted = self.settings.model

@@ -322,6 +322,8 @@ def save_model(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, folder: Pat
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     entries = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only"):  # how the tokenizer of a resumed run was loaded
+        entries.pop(key, None)
     entries["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older and newer transformers know
     path.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -372,7 +374,7 @@ def model_card(
         "## Training", "",
         f"{trainer.step:,} steps of {options.batch} windows of {options.context} tokens: {n_tokens:,} tokens "
         f"({n_tokens / n_text_tokens['main']:.2f} times the main text) in {trainer.elapsed_s:,.0f} seconds "
-        f"on {machine()} with {options.threads} threads, {n_tokens / trainer.elapsed_s:,.0f} tokens a "
+        f"on {machine()} (--threads {options.threads}), {n_tokens / trainer.elapsed_s:,.0f} tokens a "
         f"second. {optimizer}, peak rate {options.learning_rate:g}, warm-up over {WARM_UP:.0%} and linear "
         f"decay to 0 over the last {DECAY:.0%} of the run{late}. Seed {options.seed}. "
         f"Mean training loss at the end: {train_loss:.3f} nats a token.", "",

@@ -2,6 +2,4 @@
 
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import graftlm.formats
-import graftlm.training
 import training.tiny_runs  # noqa: F401

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from drills.killing import attempt
-from graftlm.formats.atomic import check_manifest
+from graftlm.training.checkpoint import latest
 from training.tiny_runs import adapter_bytes, answered_rows, metrics_of, record_of, write_jsonl
 
 #: Places within the writing of a checkpoint, an adapter or the record, where a process may die.
@@ -35,30 +35,35 @@ def drill(base: Path, folder: Path, kills: int, steps: int, seed: int) -> None:
     code, whole_s = attempt(settings, folder / "whole")
     assert code == 0
     draw = random.Random(seed)
-    killed, done = 0, False
-    for at in range(8 * kills):
-        if killed == kills:
-            break
-        if at % 2:
-            code, _ = attempt(settings, folder / "run", kill_in=(draw.choice(PLACES), draw.randrange(1, 4)))
+    killed = tries = run = 0
+    while killed < kills:
+        tries += 1
+        assert tries < 10 * kills + 10, "the kills do not meet the run"
+        here = folder / f"run-{run}"
+        if tries % 2:
+            code, _ = attempt(settings, here, kill_after_s=draw.uniform(0.02, 0.98) * whole_s)
         else:
-            code, _ = attempt(settings, folder / "run", kill_after_s=draw.uniform(0.05, 0.9) * whole_s)
-        assert code in (0, -9), f"attempt {at} ended with {code}"
+            code, _ = attempt(settings, here, kill_in=(draw.choice(PLACES), draw.randrange(1, 4)))
+        assert code in (0, -9), f"attempt {tries} ended with {code}"
         killed += code == -9
-        for checkpoint in (folder / "run" / "checkpoints").glob("checkpoint-*"):
-            assert not check_manifest(checkpoint), "a kill left half a checkpoint under its final name"
-        done = (folder / "run" / "run.json").exists() and record_of(folder / "run")["status"] == "done"
-        if done:
-            break
-    assert killed, "no kill met the run"
-    if not done:
-        assert attempt(settings, folder / "run")[0] == 0
-    assert record_of(folder / "run")["status"] == "done"
-    assert adapter_bytes(folder / "run") == adapter_bytes(folder / "whole")
-    assert record_of(folder / "run")["results"] == record_of(folder / "whole")["results"]
-    seen = [[(row["step"], "loss" in row, row.get("eval_loss")) for row in metrics_of(folder / at)] for at in ("run", "whole")]
+        # The newest is whole; an old one may be half removed.
+        assert not latest(here / "checkpoints")[1], "a kill left half a checkpoint under its final name"
+        if code == 0:  # a run came through: the next kills are for another one
+            _check(here, folder / "whole")
+            run += 1
+    here = folder / f"run-{run}"
+    if here.exists():
+        assert attempt(settings, here)[0] == 0
+        _check(here, folder / "whole")
+
+
+def _check(run: Path, whole: Path) -> None:
+    assert record_of(run)["status"] == "done"
+    assert adapter_bytes(run) == adapter_bytes(whole)
+    assert record_of(run)["results"] == record_of(whole)["results"]
+    seen = [[(row["step"], "loss" in row, row.get("eval_loss")) for row in metrics_of(at)] for at in (run, whole)]
     assert seen[0] == seen[1]
-    assert not [left.name for left in (folder / "run").rglob(".*graftlm*")], "a killed writer's folder was left"
+    assert not [left.name for left in run.rglob(".*graftlm*")], "a killed writer's folder was left"
 
 
 def test_three_kills(tiny_base: Path, tmp_path: Path) -> None:

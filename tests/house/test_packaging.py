@@ -71,8 +71,13 @@ def names_of(requirements: list[str]) -> set[str]:
 #: Import name to the name it is installed by, where they differ.
 INSTALLED_AS = {"sklearn": "scikit-learn", "ruamel": "ruamel-yaml"}
 #: Brought by a dependency of ours that would not be itself without it.
-BROUGHT = {"annotated_types": "pydantic", "pydantic_core": "pydantic", "markupsafe": "jinja2", "huggingface_hub": "transformers",
-           "tokenizers": "transformers"}  # fmt: skip
+BROUGHT = {
+    "annotated_types": "pydantic",
+    "huggingface_hub": "transformers",
+    "markupsafe": "jinja2",
+    "pydantic_core": "pydantic",
+    "tokenizers": "transformers",
+}
 
 
 def test_what_is_imported_is_required_and_the_other_way_round():

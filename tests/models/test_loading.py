@@ -179,6 +179,30 @@ def test_an_encoder_cannot_write(tiny_bert: Path) -> None:
         assert code_of(caught) == "M113"
 
 
+def test_a_writer_without_its_head_is_refused(tmp_path: Path) -> None:
+    # transformers would draw a random one and say so in a warning only.
+    from safetensors.torch import load_file, save_file
+
+    base = save_llama(tmp_path / "base", tie_word_embeddings=False)
+    tensors = load_file(base / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lacks lm_head.weight") as caught:
+        load_base(base)
+    assert code_of(caught) == "M114"
+    assert load_base(base, task="classify", labels=["no", "yes"])[0].config.num_labels == 2
+
+
+def test_a_classifier_of_other_classes_gets_a_new_head(tiny_bert: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_base(tiny_bert, task="classify", labels=["a", "b", "c", "d", "e"])
+    model.save_pretrained(tmp_path / "five")
+    tokenizer.save_pretrained(tmp_path / "five")
+    again, _ = load_base(tmp_path / "five", task="classify", labels=["no", "yes"])
+    assert again.classifier.weight.shape == (2, 32)
+    assert float(again.classifier.weight.detach().std()) > 0
+    assert torch.equal(again.bert.embeddings.word_embeddings.weight, model.bert.embeddings.word_embeddings.weight)
+
+
 def test_a_tokenizer_larger_than_the_table_is_refused(tmp_path: Path) -> None:
     base = save_llama(tmp_path / "base", vocab_size=100)
     with pytest.raises(ModelError) as caught:
@@ -189,7 +213,12 @@ def test_a_tokenizer_larger_than_the_table_is_refused(tmp_path: Path) -> None:
 def test_code_of_the_models_author_does_not_run(copy: Path, tmp_path: Path) -> None:
     witness = tmp_path / "witness"
     (copy / "theirs.py").write_text(f"open({str(witness)!r}, 'w')\nclass C: pass\nclass M: pass\n")
-    _edit(copy, "config.json", model_type="theirs", auto_map={"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"})
+    _edit(
+        copy,
+        "config.json",
+        model_type="theirs",
+        auto_map={"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"},
+    )
     with pytest.raises(ModelError):
         load_base(copy)
     _edit(copy, "config.json", model_type="llama")

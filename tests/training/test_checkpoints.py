@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from graftlm.errors import GraftError, RunError
 from graftlm.formats.atomic import check_manifest
 from graftlm.training import GraftTrainer, checkpoint, train
-from graftlm.training import run as run_module
 from training.tiny_runs import (
     FAST,
     LORA,
     Tiny,
     adapter_bytes,
     answered_rows,
-    labelled_rows,
     metrics_of,
     record_of,
     same,
@@ -146,9 +142,7 @@ def test_a_run_without_a_checkpoint_starts_anew(
     assert seen(run.folder) == seen(whole.folder)
 
 
-def test_a_classifier_resumes_with_its_head(
-    tiny: Tiny, labelled: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_classifier_resumes_with_its_head(tiny: Tiny, labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tiny(labelled, out="whole", **LONG)
     stopped(tiny, labelled, 5, monkeypatch, **LONG)
     assert adapter_bytes(tiny(resume_only=True).folder) == adapter_bytes(whole.folder)
@@ -233,8 +227,12 @@ def test_when_every_checkpoint_is_damaged_nothing_is_done(
     checkpoints = tmp_path / "run" / "checkpoints"
     for folder in checkpoints.iterdir():
         damage(folder / "adapter.safetensors", "cut")
-    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file() and file.name != "log.txt"}
-    with pytest.raises(RunError, match="every checkpoint in .* is damaged: checkpoint-6, checkpoint-4, checkpoint-2") as caught:
+    before = {
+        file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file() and file.name != "log.txt"
+    }
+    with pytest.raises(
+        RunError, match="every checkpoint in .* is damaged: checkpoint-6, checkpoint-4, checkpoint-2"
+    ) as caught:
         tiny(resume_only=True)
     assert caught.value.findings[0].code == "U120"
     assert "rm -r" in caught.value.findings[0].fix
@@ -242,9 +240,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_done(
     assert changed in ([], ["run.json"])
 
 
-def test_reading_a_damaged_checkpoint_is_refused(
-    tiny: Tiny, answered: Path, tmp_path: Path
-) -> None:
+def test_reading_a_damaged_checkpoint_is_refused(tiny: Tiny, answered: Path, tmp_path: Path) -> None:
     run = tiny(answered, **LONG)
     folder = run.folder / "checkpoints" / "checkpoint-8"
     damage(folder / "adapter.safetensors", "changed")
@@ -374,7 +370,13 @@ def scripted(patch: pytest.MonkeyPatch, values: dict[int, float]) -> None:
     patch.setattr(GraftTrainer, "evaluate", evaluate)
 
 
-STOPPING: dict[str, Any] = {"steps": 12, "eval_every": 2, "early_stopping": 2, "method": DROPPING, "schedule": "constant"}
+STOPPING: dict[str, Any] = {
+    "steps": 12,
+    "eval_every": 2,
+    "early_stopping": 2,
+    "method": DROPPING,
+    "schedule": "constant",
+}
 LOSSES = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.4, 10: 1.0, 12: 1.0}
 
 

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from graftlm.errors import EnvironmentFault, GraftError
-from graftlm.training import checkpoint
+from graftlm.training import checkpoint, train
 from graftlm.training import folder as folder_module
-from graftlm.training import train
 from graftlm.training.progress import Progress
 from training.test_checkpoints import LONG, seen
 from training.tiny_runs import FAST, Tiny, adapter_bytes, leave_out_the_slow
@@ -96,9 +95,7 @@ def test_a_disk_that_is_really_full(
     assert seen(run.folder) == seen(whole.folder)
 
 
-def test_too_small_a_disk_is_said_before_the_training(
-    small_disk: Path, tiny_base: Path, answered: Path
-) -> None:
+def test_too_small_a_disk_is_said_before_the_training(small_disk: Path, tiny_base: Path, answered: Path) -> None:
     with pytest.raises(EnvironmentFault, match="a run needs 64 MB") as caught:
         train(answered, base=tiny_base, output=small_disk / "run", quiet=True, **FAST)
     assert caught.value.findings[0].code == "E103"

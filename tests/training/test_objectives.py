@@ -38,7 +38,10 @@ def prepared(task: str, base: Path, folder: Path) -> tuple[Any, Adapter, list[Ma
     model, tokenizer = load_base(base, task=task, labels=names)
     rows = prepare(data, tokenizer=tokenizer, task=task, max_length=24, eval_share=0).train[:8]
     if task == "lm":  # blocks have one length but for the last
-        rows = [{**r, "input_ids": r["input_ids"][: 5 + 2 * at], "labels": r["labels"][: 5 + 2 * at]} for at, r in enumerate(rows)]
+        rows = [
+            {**r, "input_ids": r["input_ids"][: 5 + 2 * at], "labels": r["labels"][: 5 + 2 * at]}
+            for at, r in enumerate(rows)
+        ]
     assert len({len(row["input_ids"]) for row in rows}) > 2
     adapter = attach(model, read_method("lora(rank=2,targets=attention)" + ("+head" if task == "classify" else "")))
     with torch.no_grad():
@@ -106,7 +109,7 @@ def test_one_batch_costs_what_transformers_says(task: str, tiny_base: Path, tmp_
     batch.pop("row")
     model(**batch).loss.backward()
     wanted = [p.grad.clone() for p in adapter.parameters()]
-    loss = float(model(**batch).loss)
+    loss = model(**batch).loss.item()
     adapter.requires_grad_()
     for parameter in adapter.parameters():
         parameter.grad = None
@@ -161,7 +164,7 @@ def test_tail_only_at_the_edges(labels: list[list[int]], tiny_base: Path, tmp_pa
     for tail in (False, True):
         objective = CausalLM(tail_only=tail)
         outputs = model(**objective.inputs(batch))
-        sums.append(float(objective.loss_sum(outputs, batch)))
+        sums.append(objective.loss_sum(outputs, batch).item())
         assert objective.row_losses(outputs, batch)[1] == [objective.count(batch)]
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
 

@@ -195,7 +195,9 @@ def test_train_early_stopping_stops(tiny: Tiny, answered: Path) -> None:
     assert run.record["results"]["scores"][0]["loss"] == pytest.approx(min(losses.values()), rel=1e-5)
 
 
-def test_train_gradient_checkpointing_computes_twice(tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_gradient_checkpointing_computes_twice(
+    tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     calls: list[int] = []

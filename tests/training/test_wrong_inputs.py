@@ -126,7 +126,9 @@ def test_an_adapter_is_no_base(
     assert not (tmp_path / "other").exists()
 
 
-def test_faults_of_data_method_and_base_are_told_together(place: Path, tiny_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_faults_of_data_method_and_base_are_told_together(
+    place: Path, tiny_base: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_jsonl(place / "data.jsonl", [{"prompt": "x", "completion": None}] * 4)
     said = refused(["data.jsonl", "-m", str(tiny_base), "--method", "lorra", "--max-length", "999", "-o", "run"], capfd)
     for code in ("T101", "D120", "U132"):
@@ -136,7 +138,9 @@ def test_faults_of_data_method_and_base_are_told_together(place: Path, tiny_base
         assert f"[{code}]" in said
 
 
-def test_an_encoder_that_is_to_write_is_refused(place: Path, tiny_bert: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_encoder_that_is_to_write_is_refused(
+    place: Path, tiny_bert: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_jsonl(place / "data.jsonl", ANSWERED)
     said = refused(["data.jsonl", "-m", str(tiny_bert), "-o", "run"], capfd)
     assert "[M113]" in said

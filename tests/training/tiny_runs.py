@@ -150,7 +150,6 @@ def leave_out_the_slow(put: Callable[[Any, str, Any], None]) -> None:
     put(run_module, "write_card", lambda folder: None)
 
 
-
 @pytest.fixture
 def tiny(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     """`train` with a tiny base and tiny settings; the folder is `tmp_path / out`.

@@ -67,7 +67,7 @@ def stream_text(
 
     def write() -> None:
         try:
-            with evaluating(model):
+            with evaluating(model), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model.generate(
                     input_ids=ids,

@@ -432,7 +432,7 @@ def _base_faults(ours: Mapping[str, Any], model: nn.Module) -> list[Finding]:
             "A213",
             f"the adapter {ours['name']!r} was trained on {was} (fingerprint {base.get('fingerprint')}), "
             f"this is {now} (fingerprint {here['fingerprint']})",
-            fix="load_adapter(..., check_base=False) if it is the right base all the same",
+            fix="its own base: -m MODEL (in Python, check_base=False takes this one all the same)",
         )
     ]
 

@@ -134,9 +134,15 @@ def load_base(
         wanted = _DTYPES[dtype] if isinstance(dtype, str) else dtype
     with _quiet(), _explained(str(name)):
         model, report = kind.from_pretrained(
-            where, config=config, dtype=wanted, use_safetensors=True, output_loading_info=True, **options
+            where,
+            config=config,
+            dtype=wanted,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and judged below
+            **options,
         )
-    _check_loaded(str(name), model, report)
+    _check_loaded(str(name), model, report, task)
     if tokenizer.pad_token_id is None:
         # Padding is masked everywhere; only its embedding row must exist.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -191,15 +197,17 @@ def _no_such_head(name: str, config: Any, task: str) -> Finding:
     )
 
 
-def _check_loaded(name: str, model: Any, report: dict[str, Any]) -> None:
-    """Only a head may be new; anything else missing or misshapen is not this model's checkpoint."""
+def _check_loaded(name: str, model: Any, report: dict[str, Any], task: str) -> None:
+    """Only a classifier's head may be new; anything else missing or misshapen is not this model's checkpoint."""
     prefix = model.base_model_prefix + "."
-    missing = [key for key in report["missing_keys"] if key.startswith(prefix) and "pooler" not in key]
+
+    def needed(key: str) -> bool:
+        return task != "classify" or (key.startswith(prefix) and "pooler" not in key)
+
+    missing = [key for key in report["missing_keys"] if needed(key)]
+    misshapen = [entry[0] if isinstance(entry, tuple) else entry for entry in report.get("mismatched_keys") or []]
     faults = [Finding("M114", f"{name}: the checkpoint lacks {key}") for key in missing[:8]]
-    faults += [
-        Finding("M115", f"{name}: {entry[0] if isinstance(entry, tuple) else entry} has the wrong shape")
-        for entry in list(report.get("mismatched_keys") or [])[:8]
-    ]
+    faults += [Finding("M115", f"{name}: {key} has the wrong shape") for key in misshapen if needed(key)][:8]
     if faults:
         raise ModelError(faults)
 

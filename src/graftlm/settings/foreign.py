@@ -50,6 +50,7 @@ _SAME = {
     "data.eval_share": "val_split_fraction validation_split test_size",
     "data.max_rows": "max_samples max_train_samples",
     "data.format": "dataset_format ds_type",
+    "data.template": "chat_template template_name",
     "generate.max_new_tokens": "max_tokens eval_max_new_tokens generation_max_length max_completion_length",
     "output": "output_dir out_dir save_dir save_path adapter_path run_name logging_dir",
 }
@@ -136,7 +137,7 @@ NO_COUNTERPART: frozenset[str] = frozenset(
     preprocessing_num_workers dataset_num_proc dataset_processes dataset_prepared_path overwrite_cache
     overwrite_output_dir per_device_eval_batch_size eval_batch_size sample_packing packing eval_sample_packing
     pad_to_sequence_len group_by_length train_on_inputs remove_unused_columns ddp_timeout deepspeed fsdp fsdp_config
-    local_rank tf32 plot_loss template chat_template special_tokens template_name fan_in_fan_out inference_mode
+    local_rank tf32 plot_loss special_tokens fan_in_fan_out inference_mode
     ddp_find_unused_parameters label_smoothing_factor strict tokenizer_type model_type resume_from_checkpoint
     auto_resume_from_checkpoints load_best_model_at_end metric_for_best_model greater_is_better
     """.split()  # noqa: SIM905

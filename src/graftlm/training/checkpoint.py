@@ -1,8 +1,8 @@
 """Checkpoints of a run: adapter, optimizer, schedule, random state, position; complete or absent, and never the base.
 
 A checkpoint is a folder: `adapter.safetensors`, `optimizer.safetensors` (moments by parameter number),
-`random.safetensors`, `schedule.json` and `trainer_state.json`, with a manifest of sizes and hashes. It is written beside
-its place and renamed into it, so a kill at any moment leaves the last complete one. Nothing is pickled.
+`random.safetensors`, `schedule.json` and `trainer_state.json`, with a manifest of sizes and hashes. It is written
+beside its place and renamed into it, so a kill at any moment leaves the last complete one. Nothing is pickled.
 """
 
 from __future__ import annotations

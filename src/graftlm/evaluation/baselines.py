@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from graftlm.evaluation.losses import Collate, batches, evaluating
 
@@ -79,7 +80,8 @@ def _logistic(features: Any, labels: Sequence[int], wanted: Any, *, scale: bool)
     model = make_pipeline(*steps, LogisticRegression(max_iter=500))
     folds = min(4, min(Counter(labels).values()))
     grid = [0.001, 0.01, 0.1, 1.0] if scale else [1.0, 10.0, 100.0]
-    with warnings.catch_warnings():
+    # One thread: the problem is small, and threads that wait for one another on a busy machine cost minutes.
+    with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fit cut at max_iter is a fair baseline all the same
         if folds >= 2:
             model = GridSearchCV(model, {"logisticregression__C": grid}, cv=folds)

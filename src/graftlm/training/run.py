@@ -9,10 +9,6 @@ import contextlib
 import datetime
 import errno
 import os
-import platform
-import resource
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import TrainerCallback, TrainingArguments
 
 import graftlm
@@ -32,12 +27,14 @@ from graftlm.errors import EnvironmentFault, Finding, GraftError, RunError, Sett
 from graftlm.evaluation import losses
 from graftlm.formats import load_adapter
 from graftlm.methods import read_method
-from graftlm.models import fingerprint, load_base, load_config, load_tokenizer, resolve_base
+from graftlm.models import BUNDLED, fingerprint, load_base, load_config, load_tokenizer, resolve_base
 from graftlm.objectives import OBJECTIVES, CausalLM, Objective
 from graftlm.report import write_card, write_report
 from graftlm.settings import Resolved, RunSettings, dump, resolve
 from graftlm.training import checkpoint
+from graftlm.training.callbacks import Interrupt, NoInputGradients
 from graftlm.training.decisions import context_of, decide_epochs, decide_learning_rate, decide_length, with_head
+from graftlm.training.environment import environment, peak_memory_bytes
 from graftlm.training.folder import RunFolder, free_folder, lines_of
 from graftlm.training.opening import Opened
 from graftlm.training.progress import Progress, Voice, clock
@@ -129,7 +126,7 @@ def data_of(path: str | None) -> Path:
         raise SettingsError(
             Finding("U130", f"no bundled data {name!r}: there are {', '.join(_BUNDLED_DATA)}", fix="bundled:messages")
         )
-    return Path(name)
+    return Path(name).expanduser()
 
 
 def train_resolved(
@@ -150,7 +147,7 @@ def train_resolved(
         settings = RunSettings(**(record["settings"] | {"output": settings.output}))
     voice = Voice(quiet=quiet)
     name = "rows" if rows is not None else settings.data.path or "bundled:messages"
-    folder = RunFolder(settings.output or free_folder(name))
+    folder = RunFolder(Path(settings.output).expanduser() if settings.output else free_folder(name))
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     try:
@@ -211,6 +208,7 @@ class _Work:
             "status": "running",
             "started": _now(),
             "command": command,
+            "directory": os.getcwd(),
             "settings": dump(settings),
             "origin": dict(origin),
         }
@@ -228,7 +226,7 @@ class _Work:
             self._check_unchanged(before)
         self.facts = {
             "task": prepared.task,
-            "base": self.settings.model.name,
+            "base": _lasting(self.settings.model.name),
             "revision": self.settings.model.revision,
             "labels": prepared.labels.to_dict() if prepared.labels else None,
             "template": prepared.template.to_dict() if prepared.template else None,
@@ -369,7 +367,7 @@ class _Work:
             },
             "method": str(adapter.method),
             "trainable_parameters": counts.trainable_parameters,
-            "environment": _environment(model),
+            "environment": environment(model),
         }
         self.learning_rate = rate
 
@@ -436,9 +434,9 @@ class _Work:
         # Set afterwards, because the arguments allow it only where every evaluation saves; ours saves each new best.
         args.load_best_model_at_end = train.early_stopping is not None
         progress = Progress(self.voice, self.folder.metrics, objective.unit)
-        callbacks: list[TrainerCallback] = [progress, _Interrupt(self.voice)]
+        callbacks: list[TrainerCallback] = [progress, Interrupt(self.voice)]
         if train.gradient_checkpointing:
-            callbacks.append(_NoInputGradients())
+            callbacks.append(NoInputGradients())
         if train.early_stopping is not None:
             from transformers import EarlyStoppingCallback
 
@@ -467,7 +465,7 @@ class _Work:
         self.folder.cut_metrics(checkpoint.step_of(start) if start else 0)
         if self.resume:
             self.voice.say("resume", f"from {start.name}" if start else "from the start: no checkpoint was written yet")
-        interrupt = next(c for c in trainer.callback_handler.callbacks if isinstance(c, _Interrupt))
+        interrupt = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Interrupt))
         try:
             with interrupt:
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -527,7 +525,7 @@ class _Work:
             "finished": _now(),
             "steps": trainer.state.global_step,
             "seconds": round(time.monotonic() - began_s, 2),
-            "peak_memory_bytes": _peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(),
             "adapter_bytes": sum(p.stat().st_size for p in self.folder.adapter.iterdir()),
             "results": results,
         }
@@ -566,9 +564,11 @@ def held_out_of(path: Path, opened: Opened) -> Prepared:
     record = folder.record
     settings = RunSettings(**record["settings"])
     data = settings.data
+    # Paths are as they were given, where they were given.
+    there = Path(record.get("directory", "."))
     prepared = prepare(
-        data_of(data.path),
-        eval_path=data.eval_path,
+        there / data_of(data.path),
+        eval_path=there / data.eval_path if data.eval_path else None,
         format=data.format,
         mapping=data.map,
         eval_share=data.eval_share,
@@ -588,49 +588,13 @@ def held_out_of(path: Path, opened: Opened) -> Prepared:
     return prepared
 
 
+def _lasting(name: str) -> str:
+    """The base's name as it holds from every directory."""
+    return str(Path(name).expanduser().resolve()) if name != BUNDLED and Path(name).expanduser().is_dir() else name
+
+
 def _codes(text: str | None) -> set[str]:
     return {code.strip() for code in (text or "").split(",") if code.strip()}
-
-
-class _Interrupt(TrainerCallback):
-    """Ctrl-C once: stop after this step, save, evaluate and report; twice: stop at once."""
-
-    def __init__(self, voice: Voice) -> None:
-        self.voice, self.asked = voice, False
-        self._before: Any = None
-
-    def __enter__(self) -> _Interrupt:
-        try:
-            self._before = signal.signal(signal.SIGINT, self._on_signal)
-        except ValueError:  # not in the main thread: the caller's own handling stays
-            self._before = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _on_signal(self, *_: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        self.voice.say("stopping", "after this step: the adapter is saved and scored. Ctrl-C again stops at once.")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Tell the trainer to save and stop."""
-        del args, state
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-
-class _NoInputGradients(TrainerCallback):
-    """Undo the input gradients that transformers forces under checkpointing: the backward stops at the lowest delta."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """After the trainer has switched checkpointing on."""
-        del args, state, control
-        if hasattr(model, "disable_input_require_grads"):
-            model.disable_input_require_grads()
 
 
 def _objective(task: str, model: Any) -> Objective:
@@ -645,30 +609,6 @@ def _objective(task: str, model: Any) -> Objective:
 def _width(model: Any) -> int:
     embedding = model.get_input_embeddings()
     return int(embedding.weight.shape[-1])
-
-
-def _environment(model: Any) -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": str(model.device),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _peak_memory_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _now() -> str:

@@ -27,11 +27,12 @@ def help_of(verb: str) -> str:
 
     from graftlm.cli.program import program
 
-    context = click.Context(program, info_name="graftlm", terminal_width=90, max_content_width=90)
+    wide = {"terminal_width": 90, "max_content_width": 90}
+    context = click.Context(program, info_name="graftlm", **{**program.context_settings, **wide})
     command = program if verb == "graftlm" else program.get_command(context, verb)
     assert command is not None
     if verb != "graftlm":
-        context = click.Context(command, parent=context, info_name=verb, terminal_width=90, max_content_width=90)
+        context = click.Context(command, parent=context, info_name=verb, **{**command.context_settings, **wide})
     return f"```text\n{command.get_help(context).rstrip()}\n```\n"
 
 
@@ -99,7 +100,7 @@ def codes() -> str:
                 parts.append(table(("code", "meaning"), rows))
             kind, rows = code.code[:2], []
             parts.append(f"### {kind}xx\n\n{code.kind + '.' if code.kind else 'Others.'}\n")
-        rows.append((f"`{code.code}`", escaped(code.line or "damaged or missing")))
+        rows.append((f"`{code.code}`", escaped(code.meaning)))
     parts.append(table(("code", "meaning"), rows))
     return "\n".join(parts)
 

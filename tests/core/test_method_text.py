@@ -92,8 +92,8 @@ def test_texts(text, method):
     [
         ("lorra", ["T101"], "lora"),
         ("nothing", ["T101"], "bitfit"),
-        ("", ["T101"], "cannot read"),
-        ("lora(", ["T101"], "cannot read"),
+        ("", ["T114"], "cannot read"),
+        ("lora(", ["T114"], "cannot read"),
         ("lora(r=16)", ["T112"], "rank"),
         ("lora(lora_alpha=16)", ["T112"], "alpha"),
         ("lora(target_modules=q_proj)", ["T112"], "targets"),

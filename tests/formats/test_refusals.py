@@ -87,7 +87,7 @@ def test_an_empty_folder_and_several_adapters_below(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "runs" / "one" / "adapter")
     assert load_adapter(tiny("llama"), tmp_path / "runs").attached  # the only one below
     shutil.copytree(folder, tmp_path / "runs" / "two")
-    (finding,) = refused(tmp_path / "runs")["A202"]
+    (finding,) = refused(tmp_path / "runs")["A221"]
     assert finding.detail == (str(tmp_path / "runs" / "two"), str(tmp_path / "runs" / "one" / "adapter"))
 
 
@@ -277,8 +277,8 @@ def _shaken(model):
 
 def test_our_file_of_a_later_format_or_without_its_parts(folder):
     change(folder, OURS, format=2)
-    assert "newer" in refused(folder)["A214"][0].fix
-    with pytest.raises(AdapterError, match="A214"):
+    assert "newer" in refused(folder)["A222"][0].fix
+    with pytest.raises(AdapterError, match="A222"):
         read_facts(folder)
     change(folder, OURS, format=1, method="lora")
     assert "method" in refused(folder)["A214"][0].message

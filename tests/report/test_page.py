@@ -248,7 +248,7 @@ def test_a_constant_rate_and_a_single_step_can_be_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "code"), [(None, "U181"), ("{", "U182"), ("[1]", "U182"), (b"\xff\xfe{}", "U182")], ids=str
+    ("content", "code"), [(None, "U101"), ("{", "U102"), ("[1]", "U102"), (b"\xff\xfe{}", "U102")], ids=str
 )
 def test_a_folder_without_a_readable_run(tmp_path: Path, content: str | bytes | None, code: str) -> None:
     if content is not None:

@@ -1,7 +1,7 @@
 """`graftlm explain`: what the code of an error means, and what is said with it.
 
-The meanings come from the rooms' `CODES`. Where a room keeps no list, the kind of error and the messages themselves
-are read off the package's source, so that every code that can appear is known here.
+The meanings are the rooms' `CODES`; they, the kind of error and the messages are read off the package's source, so
+that nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -28,17 +28,12 @@ _FAMILY = re.compile(r"Codes ([A-Z]\d)xx")
 
 @dataclass(frozen=True)
 class Code:
-    """A code: its meaning in one line (empty where no list has it), its kind of error, the messages it comes with."""
+    """A code: its meaning in one line, its kind of error, the messages it comes with."""
 
     code: str
     meaning: str
     kind: str
     messages: tuple[str, ...]
-
-    @property
-    def line(self) -> str:
-        """The meaning, or the first message in its place."""
-        return self.meaning or next(iter(self.messages), self.kind)
 
 
 @click.command(
@@ -54,9 +49,9 @@ def verb(code: str | None, as_json: bool) -> None:
     known = known_codes()
     if code is None:
         if as_json:
-            print_json({name: found.line for name, found in known.items()})
+            print_json({name: found.meaning for name, found in known.items()})
         else:
-            print_table(["code", "meaning"], [(name, found.line) for name, found in known.items()])
+            print_table(["code", "meaning"], [(name, found.meaning) for name, found in known.items()])
         return
     name = code.strip("[] ").upper()
     if name not in known:
@@ -67,10 +62,10 @@ def verb(code: str | None, as_json: bool) -> None:
     if as_json:
         print_json({"code": name, "meaning": found.meaning, "kind": found.kind, "messages": list(found.messages)})
         return
-    click.echo(f"{name}  {found.line}")
+    click.echo(f"{name}  {found.meaning}")
     if found.kind:
         click.echo(f"  {found.kind}")
-    for message in found.messages[:6] if found.meaning else found.messages[1:6]:
+    for message in found.messages[:6]:
         click.echo(f"  says: {message}")
 
 
@@ -87,9 +82,9 @@ def known_codes() -> dict[str, Code]:
             if message and message not in messages[code]:
                 messages[code].append(message)
     found = {}
-    for code in sorted(meanings.keys() | messages.keys()):
+    for code in sorted(meanings):
         kind = families.get(code[:2], families.get(code[0], ""))
-        found[code] = Code(code, meanings.get(code, ""), kind, tuple(messages.get(code, ())))
+        found[code] = Code(code, meanings[code], kind, tuple(messages.get(code, ())))
     return found
 
 

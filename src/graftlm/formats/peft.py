@@ -289,7 +289,7 @@ def _find(folder: Path) -> Path:
     if below:
         shown = tuple(str(path) for path in below[:6])
         raise AdapterError(
-            Finding("A202", f"holds {len(below)} adapters, wanted one", place=str(folder), fix=shown[0], detail=shown)
+            Finding("A221", f"holds {len(below)} adapters, wanted one", place=str(folder), fix=shown[0], detail=shown)
         )
     raise AdapterError(Finding("A202", f"holds no adapter: no {_CONFIG} there or below", place=str(folder)))
 
@@ -368,7 +368,7 @@ def _read_ours(folder: Path) -> dict[str, Any]:
         raise AdapterError(Finding("A214", "has no format number", place=place))
     if ours["format"] > _FORMAT:
         raise AdapterError(
-            Finding("A214", f"has format {ours['format']}, written by graftlm {ours.get('graftlm')}; this is "
+            Finding("A222", f"has format {ours['format']}, written by graftlm {ours.get('graftlm')}; this is "
                     f"{__version__}, which reads up to {_FORMAT}", place=place, fix="install a newer graftlm")
         )  # fmt: skip
     wanted = {"base": dict, "facts": dict, "method": dict, "name": str, "tensors": dict}

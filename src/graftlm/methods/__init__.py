@@ -46,7 +46,7 @@ def read_method(text: str) -> Method:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
         at = f" at character {error.offset}" if error.offset else ""
-        raise MethodError(Finding("T101", f"cannot read method {text!r}{at}", fix="lora(rank=16)+head")) from None
+        raise MethodError(Finding("T114", f"cannot read method {text!r}{at}", fix="lora(rank=16)+head")) from None
     faults: list[Finding] = []
     parts = [_read_part(node, faults) for node in _summands(tree)]
     if faults:

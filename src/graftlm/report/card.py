@@ -32,7 +32,7 @@ def write_card(folder: Path) -> Path:
     """Writes the model card `README.md` into a run folder, from the folder's files alone, and returns its path.
 
     A README.md that was edited by hand is kept: the new card is then written beside it, as `README.new.md`. Raises
-    RunError (U181, U182) when there is no readable run.json.
+    RunError (U101, U102) when there is no readable run.json.
 
     Example:
         >>> write_card(Path("runs/faq-1"))                                            # doctest: +SKIP

@@ -17,12 +17,11 @@ from ..errors import Finding, RunError
 
 __all__ = ["CODES", "RunFolder", "finite", "read_run"]
 
-CODES = {
-    "U181": "The folder has no run.json. A report is written from the folder of a run; name the folder that "
-    "`graftlm train` printed at its end.",
-    "U182": "run.json cannot be read: it is damaged or not a JSON object. It is written when a run starts and again "
-    "when it ends; a copy that was cut off, or an edit by hand, is the usual cause.",
+CODES: dict[str, str] = {
+    "U101": "the folder is not that of a run: it has no run.json",
+    "U102": "run.json cannot be read: it is damaged, cut short or not a JSON object",
 }
+"""Code to meaning; the training room reports the same two."""
 
 
 def finite(value: object) -> float | None:
@@ -90,18 +89,18 @@ class RunFolder:
 
 
 def read_run(folder: Path) -> RunFolder:
-    """Reads a run folder. Raises RunError (U181, U182) without a readable run.json."""
+    """Reads a run folder. Raises RunError (U101, U102) without a readable run.json."""
     folder = Path(folder)
     place = folder / "run.json"
     try:
         run = _fit(json.loads(place.read_text(encoding="utf-8")))
     except OSError:
         message = "has no run.json, so it is not the folder of a run: name the one that graftlm train wrote"
-        raise RunError(Finding("U181", message, place=str(folder))) from None
+        raise RunError(Finding("U101", message, place=str(folder))) from None
     except ValueError as error:
-        raise RunError(Finding("U182", f"not readable as JSON: {error}", place=str(place))) from None
+        raise RunError(Finding("U102", f"not readable as JSON: {error}", place=str(place))) from None
     if not isinstance(run, dict):
-        raise RunError(Finding("U182", f"found a JSON {type(run).__name__}, wanted an object", place=str(place)))
+        raise RunError(Finding("U102", f"found a JSON {type(run).__name__}, wanted an object", place=str(place)))
     found = RunFolder(folder, run)
     found.metrics = _lines(folder / "metrics.jsonl", found.unread)
     found.predictions = _lines(folder / "eval" / "predictions.jsonl", found.unread)

@@ -35,7 +35,7 @@ _REJECTED = 20
 def write_report(folder: Path) -> Path:
     """Writes `report.html` into a run folder, from the folder's files alone, and returns its path.
 
-    Parts that the folder does not have are left out. The same files give the same page. Raises RunError (U181, U182)
+    Parts that the folder does not have are left out. The same files give the same page. Raises RunError (U101, U102)
     when there is no readable run.json.
 
     Example:

@@ -1,0 +1,19 @@
+"""The stable codes of everything this room reports."""
+
+from __future__ import annotations
+
+__all__ = ["CODES"]
+
+CODES: dict[str, str] = {
+    "T101": "a method that does not exist",
+    "T106": "an entry of rank_pattern or alpha_pattern fits none of the targets",
+    "T107": "bias=True is asked for at an embedding, which has no bias",
+    "T108": "the method trains weights themselves, and these are stored as whole numbers",
+    "T109": "bitfit trains biases, and the model has none there",
+    "T110": "head trains the model's head, and the model has none",
+    "T111": "the method layers is given a choice that holds no layer of the model",
+    "T112": "a setting that the method does not have, or that is called otherwise in another tool",
+    "T113": "a setting of a method has a value of the wrong type",
+    "T114": "the text of a method cannot be read: a bracket, comma or quote is wrong, or it is empty",
+}
+"""Code to meaning."""

@@ -1,0 +1,35 @@
+"""The stable codes of everything this room reports."""
+
+from __future__ import annotations
+
+__all__ = ["CODES"]
+
+CODES: dict[str, str] = {
+    "A120": "the adapter does not say which base it belongs to",
+    "A121": "the adapter is a classifier that does not name its classes",
+    "E102": "the folder of the run cannot be made or written to",
+    "E103": "the disk has too little space left to start a run",
+    "E104": "a file could not be written in the middle of a run: the disk is full or failed",
+    "U103": "the folder holds a run with other settings or other rows",
+    "U104": "the folder holds this run already, and neither --resume nor another folder is given",
+    "U105": "the run is done, so there is nothing to resume",
+    "U106": "the folder has no run that could be resumed",
+    "U107": "the folder for a new run holds other files",
+    "U108": "the run has not finished, so it has no adapter yet",
+    "U109": "the data or the base changed since the run was started, so it cannot be resumed",
+    "U110": "training in several processes is not supported in this version",
+    "U111": "the loss or the gradient of a step is NaN or infinite",
+    "U112": "the adapter has nothing to train",
+    "U113": "a part of the adapter has no influence on the loss, so it would never be trained",
+    "U114": "the held-out loss is NaN or infinite",
+    "U120": "the checkpoints to resume from are damaged",
+    "U121": "a base model is given for evaluation; a run or an adapter is wanted",
+    "U122": "the run's data changed since, so its held-out rows cannot be told any more",
+    "U123": "options for a file with rows are given without such a file",
+    "U130": "bundled data of that name do not exist",
+    "U131": "--resume is given without the folder of the run",
+    "U132": "max_length is more tokens than the base can take",
+    "U133": "no rows are left for evaluation",
+    "U134": "data.waive names a code that cannot be waived",
+}
+"""Code to meaning."""

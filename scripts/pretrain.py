@@ -159,6 +159,7 @@ class Trainer:
     def __init__(self, model: LlamaForCausalLM, options: argparse.Namespace) -> None:
         self.model, self.options = model, options
         self.step, self.elapsed_s = 0, 0.0
+        self.commands: list[list] = []  # the step that each part of the run began at, and its command
         self.working = dict(model.named_parameters())  # bf16, tied weights once
         self.masters = {name: weight.detach().float() for name, weight in self.working.items()}
         matrices, embeddings, norms = [], [], []
@@ -205,13 +206,14 @@ class Trainer:
                     tensors[f"{key}/{names[id(weight)]}"] = value
         save_file(tensors, folder / "new.safetensors")
         os.replace(folder / "new.safetensors", folder / "state.safetensors")
-        state = {"step": self.step, "elapsed_s": self.elapsed_s}
+        state = {"step": self.step, "elapsed_s": self.elapsed_s, "commands": self.commands}
         (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Takes up the checkpoint."""
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.commands = state.get("commands", [])
         by_name: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.masters}
         for name, tensor in load_file(folder / "state.safetensors").items():
             key, _, weight = name.partition("/")
@@ -374,11 +376,11 @@ def model_card(
         "## Training", "",
         f"{trainer.step:,} steps of {options.batch} windows of {options.context} tokens: {n_tokens:,} tokens "
         f"({n_tokens / n_text_tokens['main']:.2f} times the main text) in {trainer.elapsed_s:,.0f} seconds "
-        f"on {machine()} (--threads {options.threads}), {n_tokens / trainer.elapsed_s:,.0f} tokens a "
+        f"on {machine()}, {n_tokens / trainer.elapsed_s:,.0f} tokens a "
         f"second. {optimizer}, peak rate {options.learning_rate:g}, warm-up over {WARM_UP:.0%} and linear "
         f"decay to 0 over the last {DECAY:.0%} of the run{late}. Seed {options.seed}. "
         f"Mean training loss at the end: {train_loss:.3f} nats a token.", "",
-        "```", options.command, "```", "",
+        "```", *(f"{command}  # from step {step}" for step, command in trainer.commands), "```", "",
     ]  # fmt: skip
     if heldout:
         lines += ["## Held-out loss", ""]
@@ -484,6 +486,7 @@ def main() -> None:
     trainer = Trainer(LlamaForCausalLM(config).to(torch.bfloat16), options)
     if options.resume and (checkpoint / "state.json").exists():
         trainer.load(checkpoint)
+    trainer.commands.append([trainer.step, options.command])
     shape = f"{n_parameters(config):,} parameters, {config.num_hidden_layers} layers"
     print(f"{shape}, from step {trainer.step}", flush=True)
     late = token_files["late"] if options.late_text else None

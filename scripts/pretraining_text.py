@@ -177,13 +177,13 @@ def main() -> None:
     lines = [
         f"- **{n_novels} English novels** in the public domain, mostly British and of the 19th "
         "century, from the collection "
-        "github.com/computationalstylistics/100_english_novels (short titles as there): "
+        "GitHub: computationalstylistics/100_english_novels (short titles as there): "
         + "; ".join(f"{name}: {', '.join(titles)}" for name, titles in used.items()) + ".",
         f"- **{len(texts)} passages of public-domain children's books**, from "
-        "github.com/mlschmitt/classic-books-markdown: "
+        "GitHub: mlschmitt/classic-books-markdown: "
         + "; ".join(f"{name}: {', '.join(titles)}" for name, titles in children.items()) + ".",
         f"- **{len(chats)} instructions with answers** of alpaca_libre (CC0), "
-        "github.com/mobarski/alpaca-libre, written as chats.",
+        "GitHub: mobarski/alpaca-libre, written as chats.",
         f"- Held out: {author}, {title} ({year}), and {len(validation)} other passages of the children's "
         "books.",
         f"- Left out: {'; '.join(left_out)}. Those after {options.last_year} may still be in copyright in "

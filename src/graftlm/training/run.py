@@ -503,6 +503,10 @@ class _Work:
                 model, prepared.labels, prepared.eval, self.collate, adapter=name, train=prepared.train
             )
             self.folder.write_lines("eval/predictions.jsonl", lines)
+            for at, line in enumerate(lines[:3]):
+                said = f"{line['predicted']} ({line['probability']:.2f})"
+                wanted = "" if line["predicted"] == line["label"] else f", wanted {line['label']}"
+                self.voice.say("" if at else "sample", f"{_clip(line['text'], 76)}  ->  {said}{wanted}")
         else:
             results = score_text(model, CausalLM(), prepared.eval, self.collate, adapter=name)
             samples = write_samples(

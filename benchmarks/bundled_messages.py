@@ -2,9 +2,9 @@
 
     python benchmarks/bundled_messages.py --seeds 5
 
-Each seed splits the bundled messages anew (480 rows to train on, 120 held out), starts LoRA anew, and scores LoRA, the
-frozen base with a trained head (logistic regression on its hidden states) and TF-IDF on the same held-out rows. Printed:
-macro-F1 by seed, and the mean of the paired differences with its standard error. Results go to
+Each seed splits the bundled messages anew (480 rows to train on, 120 held out) and starts LoRA anew; LoRA, the frozen
+base with a trained head (logistic regression on its hidden states) and TF-IDF are scored on the same held-out rows.
+Printed: macro-F1 by seed, and the mean of the paired differences with its standard error. Results go to
 benchmarks/results/bundled_messages.json.
 """
 

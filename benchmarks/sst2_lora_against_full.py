@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data/sst2"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--choose", action="store_true", help="try learning rates on the validation rows")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sst2.json")

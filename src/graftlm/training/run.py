@@ -275,21 +275,8 @@ class _Work:
                 )
             )
         prepared: Prepared | None = attempt(
-            lambda: prepare(
-                path,
-                eval_path=data.eval_path,
-                format=data.format,
-                mapping=data.map,
-                eval_share=data.eval_share,
-                max_rows=data.max_rows,
-                drop_bad_rows=data.drop_bad_rows,
-                task=self.settings.task,
-                tokenizer=tokenizer,
-                max_length=train.max_length or decide_length(config),
-                seed=train.seed,
-                template=data.template,
-                merge_labels=data.merge_labels,
-                waived=_codes(data.waive),
+            lambda: _read(
+                self.settings, path, tokenizer, train.max_length or decide_length(config), eval_path=data.eval_path
             )
         )
         if dead := _codes(data.waive) - WAIVABLE:
@@ -570,26 +557,42 @@ def held_out_of(path: Path, opened: Opened) -> Prepared:
     data = settings.data
     # Paths are as they were given, where they were given.
     there = Path(record.get("directory", "."))
-    prepared = prepare(
+    prepared = _read(
+        settings,
         there / data_of(data.path),
+        opened.tokenizer,
+        opened.max_length,
         eval_path=there / data.eval_path if data.eval_path else None,
-        format=data.format,
-        mapping=data.map,
-        eval_share=data.eval_share,
-        max_rows=data.max_rows,
-        drop_bad_rows=data.drop_bad_rows,
         task=record["task"],
-        tokenizer=opened.tokenizer,
-        max_length=opened.max_length,
-        seed=settings.train.seed,
         template=opened.template,
-        merge_labels=data.merge_labels,
-        waived=_codes(data.waive),
     )
     if list(prepared.sha256.values()) != list(record["data"]["sha256"].values()):
         message = f"{', '.join(prepared.sha256)} changed since {folder.path} was trained on it"
         raise RunError(Finding("U122", message, fix="give a file with rows that the run has not seen"))
     return prepared
+
+
+def _read(
+    settings: RunSettings, path: Path, tokenizer: Any, max_length: int | None, *, eval_path: Any, **known: Any
+) -> Prepared:
+    """The rows as the settings say; `known` overrides what a finished run has decided."""
+    data = settings.data
+    options = {"task": settings.task, "template": data.template} | known
+    return prepare(
+        path,
+        eval_path=eval_path,
+        format=data.format,
+        mapping=data.map,
+        eval_share=data.eval_share,
+        max_rows=data.max_rows,
+        drop_bad_rows=data.drop_bad_rows,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        seed=settings.train.seed,
+        merge_labels=data.merge_labels,
+        waived=_codes(data.waive),
+        **options,
+    )
 
 
 def _lasting(name: str) -> str:

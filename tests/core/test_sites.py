@@ -263,3 +263,12 @@ def test_any_text_gives_layers_or_a_site_error(text, count):
     except SiteError:
         return
     assert found is None or found <= set(range(count))
+
+
+def test_attach_wants_a_model():
+    from graftlm import LoRA, attach
+    from graftlm.errors import AdapterError
+
+    with pytest.raises(AdapterError) as caught:
+        attach(("model", "tokenizer"), LoRA(rank=4))
+    assert caught.value.findings[0].code == "A108"

@@ -240,6 +240,12 @@ def attach(
     Example:
         >>> adapter = attach(model, LoRA(rank=16, targets="attention"), name="support")   # doctest: +SKIP
     """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(
+            Finding(
+                "A108", f"attach wants a model, got {type(model).__name__}", fix="model, tokenizer = load_base(...)"
+            )
+        )
     if not isinstance(method, Method):
         raise MethodError(Finding("T103", f"attach wants a method such as LoRA(rank=16), got {method!r}"))
     graft = _graft_of(model)

@@ -12,6 +12,7 @@ CODES: dict[str, str] = {
     "A105": "a name for an adapter has other characters than letters, digits, - and _",
     "A106": "the model has an adapter of that name already",
     "A107": "adapters are attached to a part of this model, or to a larger model that holds it",
+    "A108": "something else than a model was given to attach",
     "C101": "targets or exclude name no module of the model",
     "C102": "layers and exclude leave nothing of the targets",
     "C103": "a choice of layers cannot be read",

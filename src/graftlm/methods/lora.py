@@ -60,7 +60,11 @@ class LoRA(Method):
         patterns = (*self.rank_pattern, *self.alpha_pattern)
         self.require(
             (all(map(_is_regex, patterns)), f"a pattern of {', '.join(patterns)} is not a regular expression", ""),
-            (all(isinstance(r, int) and r >= 1 for r in ranks), f"rank {self.rank} is below 1", "rank=8"),
+            (
+                all(isinstance(r, int) and r >= 1 for r in ranks),
+                f"rank {self.rank!r} is not a whole number from 1",
+                "rank=8",
+            ),
             (self.alpha > 0, f"alpha {self.alpha} is not above 0", "alpha=16"),
             (0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)", "dropout=0.05"),
         )

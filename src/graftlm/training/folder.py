@@ -79,7 +79,11 @@ class RunFolder:
             if not resume:
                 state = record.get("status")
                 raise RunError(
-                    Finding("U104", f"{self.path} holds this run already ({state})", fix=f"--resume, or -o {fresh}")
+                    Finding(
+                        "U104",
+                        f"{self.path} holds this run already ({state})",
+                        fix=f"-o {fresh}" if state == "done" else f"--resume, or -o {fresh}",
+                    )
                 )
             if record.get("status") == "done":
                 raise RunError(Finding("U105", f"the run in {self.path} is done: nothing to resume", fix=f"-o {fresh}"))

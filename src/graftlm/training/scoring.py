@@ -182,5 +182,7 @@ def evaluate(
     if opened.task != "classify":
         return score_text(opened.model, CausalLM(), held, collate, adapter=name)
     assert opened.labels is not None
-    results, _ = score_classification(opened.model, opened.labels, held, collate, adapter=name)
+    # The baselines learn from the rows of the run; for other data they are not at hand.
+    known = prepared.train if data is None else ()
+    results, _ = score_classification(opened.model, opened.labels, held, collate, adapter=name, train=known)
     return results

@@ -12,6 +12,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from graftlm.evaluation.losses import Collate, batches, evaluating
+from graftlm.objectives import Classification
 
 __all__ = ["majority_baseline", "probe_baseline", "tfidf_baseline"]
 
@@ -51,11 +52,10 @@ def probe_baseline(
 
 
 def _features(model: Any, items: Sequence[Mapping[str, Any]], collate: Collate, batch: int) -> np.ndarray:
-    names = ("input_ids", "attention_mask", "token_type_ids")
     found = []
     with evaluating(model):
         for part in batches(items, batch):
-            together = {k: v.to(model.device) for k, v in collate(part).items() if k in names}
+            together = Classification().inputs({k: v.to(model.device) for k, v in collate(part).items()})
             hidden = model.base_model(**together)[0].float()
             mask = together["attention_mask"]
             last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)

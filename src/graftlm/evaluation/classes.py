@@ -10,6 +10,7 @@ import numpy as np
 
 from graftlm.data import Collator, Labels
 from graftlm.evaluation.losses import Collate, batches, evaluating
+from graftlm.objectives import Classification
 
 __all__ = ["Prediction", "class_probabilities", "classification_scores", "classify_texts"]
 
@@ -31,11 +32,10 @@ def class_probabilities(
     """Probabilities [rows, classes] of every item under the routing in force."""
     order = sorted(range(len(items)), key=lambda at: len(items[at]["input_ids"]))
     found = np.zeros((len(items), model.config.num_labels))
-    names = ("input_ids", "attention_mask", "token_type_ids")
     with evaluating(model):
         for part in batches(order, batch):
-            together = collate([items[at] for at in part])
-            logits = model(**{k: together[k].to(model.device) for k in names if k in together}).logits
+            together = {k: v.to(model.device) for k, v in collate([items[at] for at in part]).items()}
+            logits = model(**Classification().inputs(together)).logits
             found[list(part)] = logits.float().softmax(-1).cpu().numpy()
     return found
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conformance.cases import CASES, EXAMPLES, REFUSALS, Breaking, Scale, cross, grid, only
-from graftlm.core import Delta, Method, adapters, attach, use
+from graftlm.core import adapters, attach, use
 from graftlm.errors import GraftError
 from graftlm.methods import METHODS, LoRA
 from models_for_tests import MODELS, hooks_and_attributes, logits_of, perturb, tiny
@@ -99,28 +99,6 @@ def test_failed_attach_leaves_no_trace(model_name, others):
     assert hooks_and_attributes(model) == traces
     assert list(adapters(model)) == names
     assert torch.equal(logits_of(model), logits)
-
-
-class _KeyValueDelta(Delta):
-    port = "kv"
-
-
-class _KeyValue(Method):
-    name = "key-value"
-
-    def sites(self, survey):
-        return survey.select("key")
-
-    def build(self, site, module):
-        return _KeyValueDelta()
-
-
-def test_a_port_that_is_not_there_yet_is_refused_without_a_trace():
-    model = tiny("llama")
-    traces = hooks_and_attributes(model)
-    with pytest.raises(NotImplementedError, match="kv"):
-        attach(model, LoRA() + _KeyValue())
-    assert hooks_and_attributes(model) == traces
 
 
 def test_faults_of_all_parts_are_reported_at_once():

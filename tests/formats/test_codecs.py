@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from graftlm.core import LinearDelta, Method, ParameterDelta, attach
+from graftlm.core import LinearDelta, Method, WholeParameterDelta, attach
 from graftlm.formats import CODECS, Codec, load_adapter
 from graftlm.formats.matching import shortest_suffixes, targeted
 from graftlm.methods import METHODS, Head, LoRA
@@ -28,7 +28,7 @@ class Norms(Method):
         return [site for site in survey.parameters if site.role == "norm"]
 
     def build(self, site, module):
-        return ParameterDelta(module._parameters[site.parameter])
+        return WholeParameterDelta(module._parameters[site.parameter])
 
 
 class NormsCodec(Codec):

@@ -5,7 +5,6 @@ Only torch is imported here. See `docs/mechanism.md` for the picture.
 
 from graftlm.core.adapter import (
     Adapter,
-    Part,
     Using,
     adapters,
     attach,
@@ -15,6 +14,7 @@ from graftlm.core.adapter import (
     use,
 )
 from graftlm.core.delta import (
+    Base,
     BranchDelta,
     Delta,
     EmbedDelta,
@@ -22,8 +22,9 @@ from graftlm.core.delta import (
     LinearDelta,
     ParameterDelta,
     Port,
+    WholeParameterDelta,
 )
-from graftlm.core.method import Method, Sum
+from graftlm.core.method import Method, Part, Samples, Sum, device_of, model_loss
 from graftlm.core.routing import Routing
 from graftlm.core.sites import ROLE_GROUPS, ROLES, Site, Survey, Targets, linear_kind
 from graftlm.core.summary import Summary, summary
@@ -33,6 +34,7 @@ __all__ = [
     "ROLES",
     "ROLE_GROUPS",
     "Adapter",
+    "Base",
     "BranchDelta",
     "Delta",
     "EmbedDelta",
@@ -43,15 +45,19 @@ __all__ = [
     "Part",
     "Port",
     "Routing",
+    "Samples",
     "Site",
     "Sum",
     "Summary",
     "Survey",
     "Targets",
     "Using",
+    "WholeParameterDelta",
     "adapters",
     "attach",
+    "device_of",
     "linear_kind",
+    "model_loss",
     "original_parameters",
     "parts_of",
     "summary",

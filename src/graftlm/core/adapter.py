@@ -8,11 +8,12 @@ bit-exact.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,9 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graftlm.core.delta import Delta, LinearDelta, ParameterDelta, acts
-from graftlm.core.junction import Junction, Replay, Switch, junction_of
-from graftlm.core.method import Method
+from graftlm.core.attention import IMPLEMENTATIONS, attention_function, implementation_of
+from graftlm.core.delta import (
+    BranchDelta,
+    Delta,
+    EmbedDelta,
+    KeyValueDelta,
+    LinearDelta,
+    ParameterDelta,
+    WholeParameterDelta,
+    acts,
+)
+from graftlm.core.junction import Junction, Replay, Switch, columns_of, junction_of
+from graftlm.core.method import Method, Part, Samples, device_of
 from graftlm.core.routing import Routing, Spec, read_spec
 from graftlm.core.sites import Site, Survey, linear_kind
 from graftlm.core.survey import survey
@@ -37,15 +48,6 @@ _ENTRY = "_graftlm_entry"
 _CHECKPOINTING = "_gradient_checkpointing_func"
 #: The room that reads and writes adapters, found by name because it lies above this one.
 _FORMATS = "graftlm.formats"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One delta of an adapter: which of the method's parts made it, and where it acts."""
-
-    method: Method
-    site: Site
-    delta: Delta
 
 
 @dataclass
@@ -138,6 +140,46 @@ class Adapter:
             parameter.requires_grad_(wanted)
         return self
 
+    # --- training ---
+
+    def groups(self, learning_rate: float, **options: Any) -> list[dict[str, Any]]:
+        """The trainable parameters as an optimizer takes them, in groups of one learning rate each (LoRA+)."""
+        by_factor: dict[float, list[nn.Parameter]] = {}
+        for part in self.parts:
+            for name, parameter in part.delta.named_parameters():
+                if parameter.requires_grad:
+                    by_factor.setdefault(part.method.learning_rate_factor(name), []).append(parameter)
+        return [
+            {"params": parameters, "lr": learning_rate * factor, **options}
+            for factor, parameters in sorted(by_factor.items())
+        ]
+
+    def penalty(self) -> Tensor | None:
+        """What the method adds to the mean loss of a step (AdaLoRA's orthogonality); None for nothing."""
+        found = [method.penalty(parts) for method, parts in self._by_method()]
+        terms = [term for term in found if term is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    def after_step(self, step: int, total: int) -> None:
+        """Let the method take part in training: to be called after optimizer step `step` (from 1) of `total`.
+
+        Before the gradients are cleared: AdaLoRA reads them.
+        """
+        for method, parts in self._by_method():
+            method.after_step(parts, step, total)
+
+    def _by_method(self) -> list[tuple[Method, list[Part]]]:
+        return [(kind, [part for part in self.parts if part.method is kind]) for kind in self.method.parts]
+
+    def baked(self) -> Adapter:
+        """The adapter as it is stored: without what only training needs (the MLP of a prefix). Not attached."""
+        parts = tuple(part.method.bake(part) for part in self.parts)
+        methods = list({id(part.method): part.method for part in parts}.values())
+        whole, *others = methods
+        for other in others:
+            whole = whole + other
+        return Adapter(self.model, self.name, whole, parts)
+
     # --- what it does ---
 
     def save(self, folder: str | Path, **options: Any) -> Path:
@@ -155,9 +197,9 @@ class Adapter:
         if self.merged:
             return self
         for part in self.parts:
-            if isinstance(part.delta, LinearDelta) and type(part.delta).fold is LinearDelta.fold:
+            if not _folds(part.delta):
                 raise NotMergeable(
-                    Finding("R201", f"{part.method.name} at {part.site.path} cannot be folded into a weight")
+                    Finding("R201", f"{part.method.name} at {part.site.key} cannot be folded into a weight")
                 )
         merged = graft.switch.merged
         try:
@@ -179,9 +221,12 @@ class Adapter:
         graft = self._at_home()
         self.unmerge()
         modules = dict(self.model.named_modules())
-        for path in {place for part in self.parts for place, _ in part.site.places}:
-            if junction := junction_of(modules[path]):
-                junction.take(self.name, modules[path])
+        for module in modules.values():
+            if junction := junction_of(module):
+                junction.take(self.name, module)
+        for module in modules.values():  # decoders whose encoder has lost its virtual tokens
+            if junction := junction_of(module):
+                junction.take(self.name, module)
         del graft.adapters[self.name]
         graft.switch.route(graft.switch.asked.without({self.name}))
         if not graft.adapters:
@@ -228,12 +273,14 @@ def attach(
     name: str = "default",
     trainable: bool = True,
     state: Mapping[str, Tensor] | None = None,
+    samples: Samples | Iterable[Mapping[str, Any]] | None = None,
 ) -> Adapter:
     """Build `method`'s deltas on `model`, attach them as adapter `name`, and make it the acting adapter.
 
     The base is frozen while adapters are attached. Deltas start as the identity (unless their method says otherwise),
     on the device of their module, in float32; with `state` (as `Adapter.state` gives it) they start from that, and no
-    random number is drawn. A failed attach leaves no trace.
+    random number is drawn. A failed attach leaves no trace. `samples` are some batches of the task, for methods that
+    choose by data what to change (scores from gradients, pruning by activations); others do not look at them.
 
     Raises AdapterError for a name that is taken or unusable, SiteError and MethodError where the method does not fit.
 
@@ -264,9 +311,15 @@ def attach(
     parts = _build(model, method, found, values=state is None)
     adapter = Adapter(model, name, method, parts)
     if state is not None:
+        modules = dict(model.named_modules())
         for part in parts:
-            part.delta.to_empty(device=_device(dict(model.named_modules())[part.site.path]))
+            lead = _state_key(part, "")
+            own = {key.removeprefix(lead): tuple(t.shape) for key, t in state.items() if key.startswith(lead)}
+            part.delta.adopt(own)
+            part.delta.to_empty(device=device_of(modules[part.site.path]))
         adapter.load_state(dict(state))
+    else:
+        _measure(model, method, parts, samples)
     # Nothing fails from here on.
     if graft is None:
         graft = _Graft()
@@ -279,12 +332,7 @@ def attach(
             if parameter.requires_grad:
                 graft.frozen.append(path)
                 parameter.requires_grad_(False)
-    modules = dict(model.named_modules())
-    for part in parts:
-        for path, parameter_name in part.site.places:
-            module = modules[path]
-            junction = junction_of(module) or Junction(module, path, found.rows.get(path, "unknown"), graft.switch)
-            junction.put(name, part.delta, parameter_name)
+    _place(name, parts, dict(model.named_modules()), found, graft.switch)
     adapter.requires_grad_(trainable)
     graft.adapters[name] = adapter
     graft.switch.route(Routing(whole=(name,)))
@@ -324,30 +372,28 @@ def original_parameters(model: nn.Module) -> dict[tuple[str, str], nn.Parameter 
 def _build(model: nn.Module, method: Method, found: Survey, *, values: bool = True) -> tuple[Part, ...]:
     """Every delta of `method`, on the device of its module, or on the meta device where no values are wanted."""
     modules = dict(model.named_modules())
-    chosen: list[tuple[Method, Site]] = []
+    chosen: list[tuple[Method, list[Site]]] = []
     faults: list[Finding] = []
     for part in method.parts:
         try:
-            chosen += [(part, site) for site in part.sites(found)]
+            chosen.append((part, list(part.sites(found))))
         except GraftError as error:
             faults += error.findings
     if faults:
         raise MethodError(faults)
-    if not chosen:
+    if not any(sites for _, sites in chosen):
         raise MethodError(Finding("T104", f"{method} changes nothing in {type(model).__name__}"))
     parts: list[Part] = []
     whole: set[str] = set()  # parameters that stand for themselves already: twice would be the same thing
-    for part, site in chosen:
-        if site.parameter and site.key in whole:
-            continue
-        module = modules[site.path]
-        with torch.device(_device(module) if values else torch.device("meta")):
-            delta = part.build(site, module)
-        if not isinstance(delta, (LinearDelta, ParameterDelta)):
-            raise NotImplementedError(f"port {delta.port!r} of {part.name} is not there yet")
-        if site.parameter:
-            whole.add(site.key)
-        parts.append(Part(part, site, delta))
+    for part, sites in chosen:
+        wanted = [site for site in sites if site.key not in whole]
+        for site, delta in zip(wanted, part.build_all(wanted, modules, values=values), strict=True):
+            if isinstance(delta, WholeParameterDelta):
+                whole.add(site.key)
+            parts.append(Part(part, site, delta))
+    faults = [fault for part in parts for fault in _misfits(part, modules[part.site.path])]
+    if faults:
+        raise MethodError(faults[:1])
     keys = Counter(_state_key(part, name) for part in parts for name in part.delta.state_dict())
     if twice := sorted(key for key, count in keys.items() if count > 1):
         raise MethodError(
@@ -360,13 +406,81 @@ def _build(model: nn.Module, method: Method, found: Survey, *, values: bool = Tr
     return tuple(parts)
 
 
-def _device(module: nn.Module) -> torch.device:
-    tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
-    return tensor.device if tensor is not None else torch.device("cpu")
+def _misfits(part: Part, module: nn.Module) -> Iterator[Finding]:
+    """Why the delta of `part` cannot act at its place."""
+    if isinstance(part.delta, KeyValueDelta):
+        implementation = implementation_of(module)
+        if implementation not in IMPLEMENTATIONS or attention_function(module, implementation or "") is None:
+            yield Finding(
+                "T120",
+                f"{part.method.name}: keys and values cannot be added to attention {implementation!r} of "
+                f"{part.site.path}",
+                fix='model.set_attn_implementation("sdpa")' if implementation else "another method",
+            )
+    if isinstance(part.delta, LinearDelta) and part.site.part and acts(part.delta, "before"):
+        yield Finding(
+            "T121",
+            f"{part.method.name} changes the input of {part.site.path}, which its parts share",
+            fix=f"targets={part.site.path.rpartition('.')[2]}",
+        )
+
+
+def _measure(
+    model: nn.Module, method: Method, parts: Sequence[Part], samples: Samples | Iterable[Mapping[str, Any]] | None
+) -> None:
+    """Let methods that look at data first do so; no adapter acts meanwhile."""
+    needing = [part for part in method.parts if part.needs_samples]
+    if not needing:
+        return
+    if samples is None:
+        raise MethodError(
+            Finding("T122", f"{needing[0].name} chooses by data, and none was given", fix="attach(..., samples=[...])")
+        )
+    given = samples if isinstance(samples, Samples) else Samples(list(samples))
+    given = replace(given, batches=list(given.batches))
+    graft = _graft_of(model)
+    with use(model, graft.switch.merged or None) if graft else contextlib.nullcontext():
+        for kind in needing:
+            own = [part for part in parts if part.method is kind]
+            kind.apply_measured(own, kind.measure(model, [part.site for part in own], given), model)
+
+
+def _place(name: str, parts: Sequence[Part], modules: dict[str, nn.Module], found: Survey, switch: Switch) -> None:
+    """Put the deltas of adapter `name` at their junctions."""
+
+    def at(path: str) -> Junction:
+        module = modules[path]
+        return junction_of(module) or Junction(module, path, found.rows.get(path, "unknown"), switch)
+
+    for part in parts:
+        for path, parameter_name in part.site.places:
+            at(path).put(name, part.delta, part.site, parameter_name)
+        if isinstance(part.delta, BranchDelta) and part.delta.reads_input and part.site.kind == "sublayer":
+            at(part.site.entry).watchers.add(name)
+        if isinstance(part.delta, EmbedDelta):
+            entry = at(part.site.path)
+            entry.causal = part.site.causal
+            entry.keeps_length = part.site.stack == "encoder"
+            for other in found.sequences if part.site.stack == "encoder" else ():
+                if other.stack == "decoder":
+                    at(other.path).encoder = entry
+        if isinstance(part.delta, KeyValueDelta) and part.delta.shifts_positions and part.site.kind == "attention":
+            for sequence in found.sequences:
+                if sequence.stack == part.site.stack or not sequence.stack:
+                    at(sequence.path).shifts[name] = part.delta.length
 
 
 def _state_key(part: Part, name: str) -> str:
-    return part.site.key if isinstance(part.delta, ParameterDelta) else f"{part.site.path}.{name}"
+    """The name of a tensor of the adapter: the site's address, and `name` behind it unless it stands for itself."""
+    return part.site.key if isinstance(part.delta, WholeParameterDelta) else f"{part.site.key}.{name}"
+
+
+def _folds(delta: Delta) -> bool:
+    """Whether there is a merged form: for a parameter always, for a linear map where the delta says how."""
+    if isinstance(delta, ParameterDelta):
+        return True
+    own = getattr(delta, "folds", None)
+    return bool(own) if own is not None else isinstance(delta, LinearDelta) and type(delta).fold is not LinearDelta.fold
 
 
 # --- routing --------------------------------------------------------------------------------------------------------
@@ -433,6 +547,8 @@ def _at_entry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     given = next((kwargs[name] for name in names if isinstance(kwargs.get(name), Tensor)), None)
     if given is None:
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    mask = kwargs.get("attention_mask")
+    switch.batch.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     switch.batch.admit(switch.current(), given, cached=kwargs.get("past_key_values") is not None)
     graft = _graft_of(module)
     if module.training and graft is not None:
@@ -523,14 +639,32 @@ def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:
                 weight, bias = module._parameters["weight"], module._parameters.get("bias")
                 assert weight is not None
                 across = linear_kind(module) == "conv1d"  # stored [in, out]
-                folded, shift = delta.fold(
-                    weight.float().T if across else weight.float(), None if bias is None else bias.float()
+                folded, shift = _fold(
+                    part, weight.float().T if across else weight.float(), None if bias is None else bias.float()
                 )
                 put([(part.site.path, "weight")], folded.T if across else folded, weight)
                 if shift is not None:
                     put([(part.site.path, "bias")], shift, weight if bias is None else bias)
 
 
+def _fold(part: Part, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The merged weight and bias; for a part of a fused map only its rows change."""
+    assert isinstance(part.delta, LinearDelta)
+    if not part.site.columns:
+        return part.delta.fold(weight, bias)
+    index = columns_of(part.site.columns, weight.device)
+    own, own_bias = part.delta.fold(weight[index], None if bias is None else bias[index])
+    if own_bias is not None:
+        bias = (weight.new_zeros(weight.shape[0]) if bias is None else bias).index_copy(0, index, own_bias)
+    return weight.index_copy(0, index, own), bias
+
+
 def _in_folding_order(parts: list[Part]) -> list[Part]:
     """Parameters first, since maps fold over them; then additions, then scalings, as at a junction."""
-    return sorted(parts, key=lambda part: 0 if isinstance(part.delta, ParameterDelta) else 2 - acts(part.delta, "add"))
+
+    def place(part: Part) -> int:
+        if isinstance(part.delta, ParameterDelta):
+            return 0
+        return 2 - (acts(part.delta, "add") or acts(part.delta, "add_over"))
+
+    return sorted(parts, key=place)

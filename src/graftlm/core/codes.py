@@ -30,10 +30,18 @@ CODES: dict[str, str] = {
     "R109": "no adapter is attached to the model",
     "R110": "a routing names an adapter that is not attached",
     "R111": "a routing leaves out an adapter that is merged into the weights",
+    "R112": "a prefix meets an attention implementation that takes no mask of ours",
+    "R113": "cached keys and values were computed under other virtual tokens than those that act now",
+    "R114": "a row has another number of slots for virtual tokens than the prompt has virtual tokens",
+    "R115": "virtual tokens meet packed documents or a mask that they cannot be put into",
+    "R116": "positions must be moved for an adapter, and the model takes none",
     "R201": "the method's change cannot be folded into a weight, so the adapter cannot be merged",
     "T102": "a setting of a method has a value that it cannot take",
     "T103": "attach was given something that is not a method",
     "T104": "the method changes nothing in this model",
     "T105": "two parts of a sum of methods change the same place under the same name",
+    "T120": "a prefix was asked for where keys and values cannot be added to the model's attention",
+    "T121": "a method changes the input of one part of a fused map, which all parts share",
+    "T122": "the method chooses by data what to change, and no data was given",
 }
 """Code to meaning."""

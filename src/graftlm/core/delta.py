@@ -1,20 +1,22 @@
 """Deltas: the change to one site, through one of five ports.
 
-| port | what a delta sees | status |
-|---|---|---|
-| linear | input and output of any linear-like module (also embeddings, whose input is a one-hot row) | here |
-| param | one existing parameter | here |
-| branch | input and output of a sublayer, before its residual add | protocol; `attach` refuses it so far |
-| kv | keys and values of an attention call | protocol; `attach` refuses it so far |
-| embed | the sequence of input embeddings | protocol; `attach` refuses it so far |
+| port | what a delta sees |
+|---|---|
+| linear | input and output of a linear-like module (also norms, embeddings), or of a part of a fused one |
+| branch | input and output of a sublayer, before its residual add |
+| kv | keys and values of an attention call |
+| embed | the sequence of input embeddings |
+| param | one existing parameter |
 
 A delta holds only its own parameters (float32 whatever the base's type), never a base weight's storage, and starts as
 the identity unless its paper says otherwise. Precision rule: small tensors are cast down to the activations' type,
 activations are never cast up. `fold` says what the merged weight and bias are, in float32.
-"""
+"""  # fmt: skip
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -22,9 +24,27 @@ from torch import Tensor, nn
 
 from graftlm.errors import Finding, NotMergeable
 
-__all__ = ["BranchDelta", "Delta", "EmbedDelta", "KeyValueDelta", "LinearDelta", "ParameterDelta", "Port"]
+__all__ = [
+    "Base", "BranchDelta", "Delta", "EmbedDelta", "KeyValueDelta", "LinearDelta", "ParameterDelta", "Port",
+    "WholeParameterDelta",
+]  # fmt: skip
 
 Port = Literal["linear", "param", "branch", "kv", "embed"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base module behind a linear site, as a delta that needs more than its input may ask it.
+
+    `output` is the module's own output for these rows, bias included and before any delta. `mask` says which tokens are
+    real: [rows, tokens], or None where all are.
+    """
+
+    output: Tensor
+    map: Callable[[Tensor], Tensor]  # the bare map, W z for z of shape [..., in], whatever W is stored as; no bias
+    weight: Callable[[], Tensor]  # W as a tensor [out, in] ([tokens, width] for embeddings)
+    bias: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Delta(nn.Module):
@@ -32,13 +52,24 @@ class Delta(nn.Module):
 
     port: ClassVar[Port]
 
+    def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take tensors of `shapes` (by name) before a stored state is copied in; most deltas know theirs already."""
+
+    def wake(self) -> None:
+        """Start away from the identity, so that a gate of zero around this delta gets a gradient.
+
+        Raises NotImplementedError where the delta has no such start.
+        """
+        raise NotImplementedError
+
 
 class LinearDelta(Delta):
     """A delta at a linear-like module: y = after(W before(x) + b + sum of add(before(x))).
 
     With several deltas at one site the `before`s run in order, every `add` reads the same input, the sums are added to
     the base's output, and the `after`s run in order; so a composition does not depend on who was attached first
-    unless two deltas scale the same side, which commutes.
+    unless two deltas scale the same side, which commutes. At a part of a fused map (`Site.columns`) the output is
+    that part's; there is no `before` there, since the parts share their input.
     """
 
     port: ClassVar[Port] = "linear"
@@ -49,6 +80,10 @@ class LinearDelta(Delta):
 
     def add(self, x: Tensor) -> Tensor | None:
         """What is added to the site's output, [rows, ..., out], for its input `x`; None for nothing."""
+        return None
+
+    def add_over(self, x: Tensor, base: Base) -> Tensor | None:
+        """As `add`, for deltas that must know what the base computes (DoRA's norm, trained rows of an embedding)."""
         return None
 
     def after(self, y: Tensor) -> Tensor:
@@ -64,12 +99,20 @@ class LinearDelta(Delta):
 
 
 class ParameterDelta(Delta):
-    """A delta that stands for one parameter of a module: it holds the adapted value in full.
+    """A delta that stands for one parameter of a module. Several at one parameter add up their changes."""
+
+    port: ClassVar[Port] = "param"
+
+    def parameter(self, base: Tensor) -> Tensor:
+        """The parameter that the module computes with, in the type of `base`; differentiable in the delta's own."""
+        raise NotImplementedError
+
+
+class WholeParameterDelta(ParameterDelta):
+    """A parameter delta that holds the adapted value in full.
 
     `value` starts as a float32 copy of the base's parameter, so casting it back gives the base exactly.
     """
-
-    port: ClassVar[Port] = "param"
 
     def __init__(self, base: Tensor) -> None:
         super().__init__()
@@ -77,27 +120,43 @@ class ParameterDelta(Delta):
         self.value = nn.Parameter(torch.empty(base.shape, dtype=torch.float32).copy_(base.detach()))
 
     def parameter(self, base: Tensor) -> Tensor:
-        """The parameter that the module computes with, in the type of `base` and with its shape."""
+        """The adapted value."""
         return self.value.to(base.dtype)
 
 
 class BranchDelta(Delta):
-    """A delta at a sublayer: it sees the sublayer's input and what the sublayer would add to the residual stream."""
+    """A delta at a sublayer: it sees an input of the sublayer and what would be added to the residual stream.
+
+    At a site of kind `stream` (after the residual add) `y` is the stream itself, and `x` the stream as the model's own
+    norm behind the add gives it, or again the stream where the model normalises before its sublayers.
+    """
 
     port: ClassVar[Port] = "branch"
+    #: Whether `branch` reads `x`; where none does, `x` is not kept, and `y` is given twice.
+    reads_input: ClassVar[bool] = False
 
-    def branch(self, x: Tensor, y: Tensor) -> Tensor:
-        """What is added instead of `y`, for the sublayer's input `x`; all are [rows, tokens, width]."""
+    def branch(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        """What is added instead of `y`, for the input `x`; all [rows, tokens, width], or [tokens, width].
+
+        `mask` says which tokens are real: [rows, tokens], or None where all are.
+        """
         return y
 
 
 class KeyValueDelta(Delta):
-    """A delta at an attention call: keys and values that stand before those of the tokens."""
+    """A delta at an attention call: keys and values that stand before those of the tokens, seen by every token."""
 
     port: ClassVar[Port] = "kv"
+    #: How many virtual tokens there are.
+    length: int
+    #: True where the tokens' positions start behind the virtual ones (PEFT's prefixes).
+    shifts_positions: bool = False
 
-    def keys_values(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [key-value heads, length, head width]."""
+    def keys_values(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [key-value heads, length, head width], or [rows, ...] where they depend on the row.
+
+        `x` is the attention's input [rows, tokens, width]; `mask` says which of its tokens are real (None: all).
+        """
         raise NotImplementedError
 
 
@@ -105,12 +164,27 @@ class EmbedDelta(Delta):
     """A delta on the sequence of input embeddings: virtual tokens that stand next to the row's own."""
 
     port: ClassVar[Port] = "embed"
+    #: How many virtual tokens there are.
+    length: int
+    #: Where they stand: `start` (before the row's first token), `after-bos`, `end` (behind its last token, before an
+    #: end-of-sequence token in encoders), or `slots` (in place of the tokens `slot_token`, wherever these are).
+    position: str = "start"
+    slot_token: int = -1
 
-    def tokens(self) -> Tensor:
-        """The virtual tokens, [length, width]."""
+    def tokens(self, embeddings: Tensor, mask: Tensor | None) -> Tensor:
+        """The virtual tokens, [length, width], or [rows, length, width] where they depend on the row.
+
+        `embeddings` are the row's own tokens, [rows, tokens, width]; `mask` says which are real (None: all).
+        """
         raise NotImplementedError
 
 
 def acts(delta: Delta, step: str) -> bool:
-    """True where `delta` defines `step` (`before`, `add`, `after`) itself."""
+    """True where `delta` defines `step` (`before`, `add`, `add_over`, `after`) itself.
+
+    A wrapper says it by a method `acts(step)` of its own.
+    """
+    own = getattr(delta, "acts", None)
+    if own is not None:
+        return bool(own(step))
     return getattr(type(delta), step, None) is not getattr(LinearDelta, step)

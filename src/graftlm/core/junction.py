@@ -16,11 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graftlm.core.delta import Delta, LinearDelta, ParameterDelta, acts
+from graftlm.core.attention import Splice
+from graftlm.core.delta import (
+    Base,
+    BranchDelta,
+    Delta,
+    EmbedDelta,
+    KeyValueDelta,
+    LinearDelta,
+    ParameterDelta,
+    acts,
+)
 from graftlm.core.routing import Batch, Choice, Routing, entries
+from graftlm.core.sequence import Layout, check_cache
+from graftlm.core.sites import Site, linear_kind
 from graftlm.errors import Finding, RoutingError
 
-__all__ = ["Junction", "Replay", "Switch", "junction_of"]
+__all__ = ["Group", "Junction", "Replay", "Switch", "columns_of", "junction_of"]
 
 _KEY = "_graftlm_junction"
 
@@ -39,6 +51,8 @@ class Switch:
     #: The base's own parameters where a merge put others in place, by (module path, name).
     originals: dict[tuple[str, str], nn.Parameter | None] = field(default_factory=dict)
     batch: Batch = field(default_factory=Batch)
+    #: What sublayers were given, by the path of their first module, from there until their end.
+    seen: dict[str, Tensor] = field(default_factory=dict)
     #: The routing of the forward that is being recomputed, while it is.
     recomputing: Routing | None = None
     #: Routings of training forwards that checkpointing not by transformers may still recompute.
@@ -69,6 +83,10 @@ class Switch:
             )
         return self.awaiting[0]
 
+    def seen_at(self, path: str) -> Tensor:
+        """What the module at `path` was given last."""
+        return self.seen[path]
+
     def remember(self) -> None:
         """Note the routing of a training forward that starts now, for its recomputation."""
         if not torch.is_grad_enabled():
@@ -88,34 +106,63 @@ class Replay:
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoint `block` as before; its recomputation is routed like this call."""
-        routing, switch = self.switch.current(), self.switch
+        routing, switch, mask = self.switch.current(), self.switch, self.switch.batch.mask
 
         def replayed(*inputs: Any, **options: Any) -> Any:
             before, switch.recomputing = switch.recomputing, routing
+            later, switch.batch.mask = switch.batch.mask, mask
             try:
                 return block(*inputs, **options)
             finally:
-                switch.recomputing = before
+                switch.recomputing, switch.batch.mask = before, later
 
         return self.checkpoint(replayed, *args, **kwargs)
 
 
 @dataclass(frozen=True)
-class _Group:
-    """The deltas that act on some rows: `rows` None means all."""
+class _Slice:
+    """The deltas at one part of a fused map."""
+
+    columns: tuple[tuple[int, int], ...]
+    deltas: tuple[LinearDelta, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The deltas that act on some rows at one module: `rows` None means all."""
 
     rows: tuple[int, ...] | None
-    befores: tuple[LinearDelta, ...]
-    adds: tuple[LinearDelta, ...]
-    afters: tuple[LinearDelta, ...]
-    parameters: tuple[tuple[str, tuple[ParameterDelta, ...]], ...]
+    befores: tuple[LinearDelta, ...] = ()
+    adds: tuple[LinearDelta, ...] = ()
+    afters: tuple[LinearDelta, ...] = ()
+    slices: tuple[_Slice, ...] = ()
+    parameters: tuple[tuple[str, tuple[ParameterDelta, ...]], ...] = ()
+    branches: tuple[tuple[Site, BranchDelta], ...] = ()
+    streams: tuple[BranchDelta, ...] = ()  # before the module, which is the norm behind the add
+    prefixes: tuple[KeyValueDelta, ...] = ()
+    prompts: tuple[EmbedDelta, ...] = ()
+    #: How far positions of tokens are moved by virtual tokens at attention calls.
+    shift: int = 0
 
     @property
     def idle(self) -> bool:
-        return not (self.befores or self.adds or self.afters or self.parameters)
+        """True where nothing acts."""
+        return not (self.shift or self.everything)
 
-    def deltas(self) -> set[Delta]:
-        return {*self.befores, *self.adds, *self.afters, *(d for _, ds in self.parameters for d in ds)}
+    @property
+    def everything(self) -> tuple[Delta, ...]:
+        """Every delta of the group."""
+        return (
+            *self.befores,
+            *self.adds,
+            *self.afters,
+            *(delta for part in self.slices for delta in part.deltas),
+            *(delta for _, deltas in self.parameters for delta in deltas),
+            *(delta for _, delta in self.branches),
+            *self.streams,
+            *self.prefixes,
+            *self.prompts,
+        )
 
 
 class Junction:
@@ -123,33 +170,51 @@ class Junction:
 
     def __init__(self, module: nn.Module, path: str, rows: str, switch: Switch) -> None:
         self.path, self.rows, self.switch = path, rows, switch
-        self.deltas: dict[str, list[tuple[str, Delta]]] = {}  # adapter -> (parameter name or "", delta)
-        self._planned: tuple[Routing, tuple[_Group, ...]] | None = None
+        self.deltas: dict[str, list[tuple[Site, str, Delta]]] = {}  # adapter -> (site, parameter name, delta)
+        #: Adapters with a delta elsewhere that reads what this module is given.
+        self.watchers: set[str] = set()
+        #: By how many positions an adapter moves the tokens of this sequence.
+        self.shifts: dict[str, int] = {}
+        self._planned: tuple[Routing, tuple[Group, ...]] | None = None
+        self._followed: tuple[Any, ...] = ()
         self._taken: dict[str, Tensor | None] = {}
+        #: Of a stack's entry: whether its tokens see only earlier ones, whether its output keeps virtual tokens, and
+        #: the entry of the encoder whose output it reads, of a decoder.
+        self.causal = False
+        self.keeps_length = False
+        self.encoder: Junction | None = None
+        #: A module's configuration, its attention implementation, and the copy that it is given instead.
+        self.substitute: tuple[Any, Any, Any] | None = None
+        self._splice: Splice | None = None
+        self._layout: Layout | None = None
         module.__dict__[_KEY] = self
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(_enter, with_kwargs=True),
             module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
         ]
 
-    def put(self, adapter: str, delta: Delta, parameter: str = "") -> None:
+    def put(self, adapter: str, delta: Delta, site: Site, parameter: str = "") -> None:
         """Attach `delta` for `adapter`; `parameter` names what a parameter delta stands for."""
-        self.deltas.setdefault(adapter, []).append((parameter, delta))
+        self.deltas.setdefault(adapter, []).append((site, parameter, delta))
         self._planned = None
 
     def take(self, adapter: str, module: nn.Module) -> None:
         """Remove what `adapter` put here; the last one out removes the junction itself."""
         self.settle(module)
         self.deltas.pop(adapter, None)
+        self.watchers.discard(adapter)
+        self.shifts.pop(adapter, None)
         self._planned = None
-        if not self.deltas:
+        if self.encoder is not None and not self.encoder.deltas:
+            self.encoder = None
+        if not (self.deltas or self.watchers or self.shifts or self.encoder):
             for handle in self._handles:
                 handle.remove()
             module.__dict__.pop(_KEY, None)
 
     # --- the plan ---
 
-    def plan(self) -> tuple[_Group, ...]:
+    def plan(self) -> tuple[Group, ...]:
         """The groups of the routing in force, without idle ones where one choice holds for all rows."""
         routing = self.switch.current()
         if self._planned is None or self._planned[0] is not routing:
@@ -162,21 +227,34 @@ class Junction:
             self._planned = (routing, groups)
         return self._planned[1]
 
-    def _group(self, choice: Choice, rows: tuple[int, ...] | None) -> _Group:
+    def _group(self, choice: Choice, rows: tuple[int, ...] | None) -> Group:
         linear: list[LinearDelta] = []
+        slices: dict[tuple[tuple[int, int], ...], list[LinearDelta]] = {}
         parameters: dict[str, list[ParameterDelta]] = {}
+        others: dict[str, list[Any]] = {"branches": [], "streams": [], "prefixes": [], "prompts": []}
         for name in choice:
-            for parameter, delta in self.deltas.get(name, ()):
+            for site, parameter, delta in self.deltas.get(name, ()):
                 if isinstance(delta, LinearDelta):
-                    linear.append(delta)
+                    (slices.setdefault(site.columns, []) if site.columns else linear).append(delta)
                 elif isinstance(delta, ParameterDelta):
                     parameters.setdefault(parameter, []).append(delta)
-        return _Group(
+                elif isinstance(delta, KeyValueDelta):
+                    others["prefixes"].append(delta)
+                elif isinstance(delta, EmbedDelta):
+                    others["prompts"].append(delta)
+                elif isinstance(delta, BranchDelta) and site.kind == "stream" and site.entry == "norm":
+                    others["streams"].append(delta)
+                else:
+                    others["branches"].append((site, delta))
+        return Group(
             rows,
             befores=tuple(delta for delta in linear if acts(delta, "before")),
-            adds=tuple(delta for delta in linear if acts(delta, "add")),
+            adds=tuple(delta for delta in linear if acts(delta, "add") or acts(delta, "add_over")),
             afters=tuple(delta for delta in linear if acts(delta, "after")),
+            slices=tuple(_Slice(columns, tuple(deltas)) for columns, deltas in slices.items()),
             parameters=tuple((name, tuple(deltas)) for name, deltas in parameters.items()),
+            shift=sum(self.shifts.get(name, 0) for name in choice),
+            **{name: tuple(found) for name, found in others.items()},
         )
 
     # --- one call ---
@@ -185,26 +263,69 @@ class Junction:
         """Before the module runs: put parameters in place, change inputs."""
         self.settle(module)
         groups = self.plan()
+        if self.watchers and self.watchers & self.switch.current().names:
+            self.switch.seen[self.path] = _input(args, kwargs)[1]
+        if self.encoder is not None:
+            kwargs = self.encoder.for_decoder(kwargs)
         if not groups:
-            return None
+            if self.prompted:
+                check_cache(kwargs)
+            return (args, kwargs) if self.encoder is not None else None
+        if any(group.prompts or group.shift for group in groups):
+            self._follow(module, groups, _input(args, kwargs)[1].device)
+            self._layout = Layout.of(module, self, groups, args, kwargs)
+            return (), self._layout.inputs
         at, x = _input(args, kwargs)
-        for group in groups:
-            for delta in group.deltas():
-                _follow(delta, module, x)
+        self._follow(module, groups, x.device)
+        if any(group.prefixes for group in groups):
+            self._splice = Splice(module, self, groups, x)
         if groups[0].rows is None:
             group = groups[0]
             self._replace(module, group)
-            if not group.befores:
+            if not (group.befores or group.streams):
                 return None
             for delta in group.befores:
                 x = delta.before(x)
+            for branch in group.streams:
+                x = branch.branch(module.forward(x), x, self.switch.batch.mask_like(x))
             return _with_input(args, kwargs, at, x)
-        return self._enter_rows(args, kwargs, at, x, groups)
+        return self._enter_rows(module, args, kwargs, at, x, groups)
+
+    @property
+    def prompted(self) -> bool:
+        """Whether any adapter has virtual tokens here."""
+        return any(isinstance(delta, EmbedDelta) for placed in self.deltas.values() for _, _, delta in placed)
+
+    def for_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A decoder's arguments, with the mask of this encoder's output as its virtual tokens widened it."""
+        states, groups = kwargs.get("encoder_hidden_states"), self.plan()
+        if not isinstance(states, Tensor) or not any(group.prompts for group in groups):
+            return kwargs
+        return {
+            **kwargs,
+            "encoder_attention_mask": Layout.memory(self, groups, states, kwargs.get("encoder_attention_mask")),
+        }
+
+    def _follow(self, module: nn.Module, groups: tuple[Group, ...], device: torch.device) -> None:
+        """Bring the deltas to the device of their input and the mode of their module, where either has changed."""
+        kept = self._followed
+        if kept and kept[0] is groups and kept[1:] == (module.training, device):
+            return
+        for group in groups:
+            for delta in group.everything:
+                _follow(delta, module, device)
+        self._followed = (groups, module.training, device)
 
     def _enter_rows(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], at: int | str, x: Tensor, groups: tuple[_Group, ...]
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        at: int | str,
+        x: Tensor,
+        groups: tuple[Group, ...],
     ) -> Any:
-        total, count = _total(groups), int(x.shape[0])
+        total, count = total_rows(groups), int(x.shape[0])
         if count == 1 and total > 1:
             # One entry for all rows (positions): give each row its own.
             width = self.switch.batch.rows or total
@@ -220,33 +341,81 @@ class Junction:
                 )
             )
         for group in groups:
-            if group.befores:
+            if group.befores or group.streams:
                 index = entries(group.rows or (), count, total, x.device)
                 part = x.index_select(0, index)
                 for delta in group.befores:
                     part = delta.before(part)
+                for branch in group.streams:
+                    mask = self.switch.batch.mask_like(x, index)
+                    part = branch.branch(module.forward(part), part, mask)
                 x = x.index_copy(0, index, part)
         return _with_input(args, kwargs, at, x)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After the module ran, even in vain: put parameters back, then change the output."""
+        layout = self._layout
         self.settle(module)
         if output is None:
             return None
+        if layout is not None:
+            return layout.trim(output)
         groups = self.plan()
         if not groups:
             return None
         _, x = _input(args, kwargs)
         if groups[0].rows is not None:
-            return self._leave_rows(module, args, kwargs, x, output, groups)
-        group = groups[0]
-        for delta in group.adds:
-            added = delta.add(x)
-            if added is not None:
-                output = output + added.to(output.dtype)
-        for delta in group.afters:
-            output = delta.after(output)
+            output = self._leave_rows(module, args, kwargs, x, output, groups)
+        else:
+            output = self._changed(module, groups[0], x, output, None)
+        for site, _ in (branch for group in groups for branch in group.branches):
+            self.switch.seen.pop(site.entry, None)
         return output
+
+    def _changed(self, module: nn.Module, group: Group, x: Tensor, output: Any, index: Tensor | None) -> Any:
+        """The output of `module` for input `x`, as the deltas of `group` change it; `index` are its rows, None all."""
+        if group.adds or group.afters or group.slices:
+            base: Base | None = None
+            if any(acts(delta, "add_over") for delta in (*group.adds, *(d for s in group.slices for d in s.deltas))):
+                base = self._base(module, output, x, index)
+            for delta in group.adds:
+                added = _added(delta, x, base)
+                if added is not None:
+                    output = output + added.to(output.dtype)
+            for delta in group.afters:
+                output = delta.after(output)
+            for part in group.slices:
+                output = _change_slice(part, x, output, base)
+        if group.branches:
+            output = self._branched(group, x, output, index)
+        return output
+
+    def _branched(self, group: Group, x: Tensor, output: Any, index: Tensor | None) -> Any:
+        y = output[0] if isinstance(output, tuple) else output
+        for site, delta in group.branches:
+            given = y
+            if site.kind == "sublayer" and delta.reads_input:
+                given = x if site.entry == site.path else self.switch.seen_at(site.entry)
+                if site.entry != site.path and index is not None:
+                    given = given.index_select(0, index)
+            y = delta.branch(given.reshape(y.shape), y, self.switch.batch.mask_like(y, index))
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def _base(self, module: nn.Module, output: Tensor, x: Tensor, index: Tensor | None) -> Base:
+        across = linear_kind(module) == "conv1d"
+        bias = getattr(module, "bias", None)
+        forward = module.forward
+
+        def bare(z: Tensor) -> Tensor:
+            y: Tensor = forward(z)
+            return y if bias is None else y - bias
+
+        def weight() -> Tensor:
+            stored = dense(module)
+            return stored.T if across else stored
+
+        mask = self.switch.batch.mask_like(x, index)
+        return Base(output=output, map=bare, weight=weight, bias=bias, mask=mask)
 
     def _leave_rows(
         self,
@@ -255,11 +424,11 @@ class Junction:
         kwargs: dict[str, Any],
         x: Tensor,
         output: Any,
-        groups: tuple[_Group, ...],
+        groups: tuple[Group, ...],
     ) -> Any:
-        total, count = _total(groups), int(x.shape[0])
+        total, count = total_rows(groups), int(x.shape[0])
         for group in groups:
-            if group.idle:
+            if not (group.adds or group.afters or group.slices or group.parameters or group.branches):
                 continue
             index = entries(group.rows or (), count, total, x.device)
             if group.parameters:
@@ -268,17 +437,12 @@ class Junction:
                 try:
                     part_args, part_kwargs = _split(args, kwargs, count, index)
                     part = module.forward(*part_args, **part_kwargs)
+                    part = self._changed(module, group, x.index_select(0, index), part, index)
                 finally:
-                    self.settle(module)
+                    self._put_back(module)
             else:
-                part = output.index_select(0, index)
-            part_x = x.index_select(0, index)
-            for delta in group.adds:
-                added = delta.add(part_x)
-                if added is not None:
-                    part = part + added.to(part.dtype)
-            for delta in group.afters:
-                part = delta.after(part)
+                part = _rows_of(output, index)
+                part = self._changed(module, group, x.index_select(0, index), part, index)
             output = self._put_rows(output, index, part, count)
         return output
 
@@ -287,13 +451,16 @@ class Junction:
             if output.shape[0] == 1 < count:  # one entry for all rows (positions made inside the module)
                 output, part = output.expand(count, *output.shape[1:]), part.expand(len(index), *part.shape[1:])
             return output.index_copy(0, index, part)
-        if isinstance(output, tuple) and all(isinstance(each, Tensor) for each in output):  # a router's
-            return tuple(each.index_copy(0, index, own) for each, own in zip(output, part, strict=True))
+        if isinstance(output, tuple):  # a router's, a block's
+            return tuple(
+                self._put_rows(each, index, own, count) if isinstance(each, Tensor) and each.shape[0] == count else each
+                for each, own in zip(output, part, strict=True)
+            )
         raise RoutingError(
             Finding("R107", f"{self.path} returns {type(output).__name__}: rows cannot be told apart there")
         )
 
-    def _replace(self, module: nn.Module, group: _Group) -> None:
+    def _replace(self, module: nn.Module, group: Group) -> None:
         for name, deltas in group.parameters:
             now = module._parameters[name]
             assert now is not None
@@ -307,14 +474,79 @@ class Junction:
                 value = value + (delta.parameter(base) - base)
             module._parameters[name] = value  # type: ignore[assignment]
 
-    def settle(self, module: nn.Module) -> None:
-        """Put the module's own parameters back, also after a call that was interrupted."""
+    def _put_back(self, module: nn.Module) -> None:
         for name, own in self._taken.items():
             module._parameters[name] = own  # type: ignore[assignment]
         self._taken.clear()
 
+    def settle(self, module: nn.Module) -> None:
+        """Put back what belongs to the module itself, also after a call that was interrupted."""
+        self._put_back(module)
+        if self._splice is not None:
+            self._splice.remove(module)
+            self._splice = None
+        self._layout = None
 
-def _total(groups: tuple[_Group, ...]) -> int:
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy starts between calls, and with a configuration of its own.
+        return {**self.__dict__, "_layout": None, "_splice": None, "substitute": None}
+
+    @property
+    def splice(self) -> Splice | None:
+        """What the attention call in progress is given."""
+        return self._splice
+
+
+def _added(delta: LinearDelta, x: Tensor, base: Base | None) -> Tensor | None:
+    if base is not None and acts(delta, "add_over"):
+        return delta.add_over(x, base)
+    return delta.add(x)
+
+
+def _change_slice(part: _Slice, x: Tensor, output: Tensor, base: Base | None) -> Tensor:
+    """`output` with the columns of one part of a fused map changed."""
+    index = columns_of(part.columns, output.device)
+    y = output.index_select(-1, index)
+    if base is not None:
+        whole = base
+
+        def bare(z: Tensor) -> Tensor:
+            return whole.map(z).index_select(-1, index)
+
+        bias = None if base.bias is None else base.bias[index]
+        base = Base(base.output.index_select(-1, index), bare, lambda: whole.weight()[index], bias, base.mask)
+    for delta in part.deltas:
+        added = _added(delta, x, base)
+        if added is not None:
+            y = y + added.to(y.dtype)
+    for delta in part.deltas:
+        if acts(delta, "after"):
+            y = delta.after(y)
+    return output.index_copy(-1, index, y)
+
+
+def columns_of(columns: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """The output columns that ranges (start, stop) name, in order; int64 on `device`."""
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in columns])
+
+
+def dense(module: nn.Module) -> Tensor:
+    """The module's weight as a tensor, in the layout that it is stored in."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def _rows_of(output: Any, index: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return output.index_select(0, index)
+    if isinstance(output, tuple):
+        return tuple(_rows_of(each, index) if isinstance(each, Tensor) else each for each in output)
+    return output
+
+
+def total_rows(groups: tuple[Group, ...]) -> int:
+    """How many rows the groups have together."""
     return sum(len(group.rows or ()) for group in groups)
 
 
@@ -359,10 +591,10 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any], count: int, index: Ten
     return tuple(cut(a) for a in args), {name: cut(a) for name, a in kwargs.items()}
 
 
-def _follow(delta: Delta, module: nn.Module, x: Tensor) -> None:
+def _follow(delta: Delta, module: nn.Module, device: torch.device) -> None:
     """Bring `delta` to the device of its input and the mode of its module; parameters keep their identity."""
     if delta.training is not module.training:
         delta.train(module.training)
     for tensor in (*delta.parameters(), *delta.buffers()):
-        if tensor.device != x.device and not tensor.is_meta:
-            tensor.data = tensor.data.to(x.device)
+        if tensor.device != device and not tensor.is_meta:
+            tensor.data = tensor.data.to(device)

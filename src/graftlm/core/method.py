@@ -13,25 +13,56 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from graftlm.core.delta import Delta
 from graftlm.core.sites import Site, Survey
 from graftlm.errors import Finding, MethodError
 
-__all__ = ["Method", "Sum"]
+__all__ = ["Method", "Part", "Samples", "Sum", "device_of", "model_loss"]
 
 #: Texts that need no quotes in a method's text: they cannot be read as anything else.
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(-[A-Za-z_][A-Za-z0-9_]*)*")
 
 
 @dataclass(frozen=True)
+class Part:
+    """One delta of an adapter: which of the method's parts made it, and where it acts."""
+
+    method: Method
+    site: Site
+    delta: Delta
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss that a transformers model returns for a batch with labels."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some of the task's data, for methods that choose by data what to change (scores, pruning).
+
+    `batches` hold what the model is called with; `loss(model, batch)` is what training will minimise.
+    """
+
+    batches: Iterable[Mapping[str, Any]]
+    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] = model_loss
+
+
+@dataclass(frozen=True)
 class Method:
-    """What to change in a model and how; subclasses choose `sites` and `build` a delta for each."""
+    """What to change in a model and how; subclasses choose `sites` and `build` a delta for each.
+
+    That is enough for most. Beyond it: `build_all` for deltas that share something, `measure` for methods that look at
+    data first, `penalty` and `after_step` for those that take part in training, `bake` for what is dropped on saving.
+    """
 
     name: ClassVar[str]
     #: How people write it: "LoRA", "full fine-tuning".
@@ -40,6 +71,9 @@ class Method:
     learning_rate: ClassVar[float] = 1e-3
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 1e-2)
 
+    #: False for methods that change the model from the start (a random prompt, a pruned base).
+    starts_as_identity: ClassVar[bool] = True
+
     def sites(self, survey: Survey) -> Sequence[Site]:
         """The sites of the surveyed model that this method changes, at least one. Raises SiteError, MethodError."""
         raise NotImplementedError
@@ -47,6 +81,45 @@ class Method:
     def build(self, site: Site, module: nn.Module) -> Delta:
         """A fresh delta for `site`, whose module is `module`; created on the current default device."""
         raise NotImplementedError
+
+    def build_all(self, sites: Sequence[Site], modules: Mapping[str, nn.Module], *, values: bool) -> list[Delta]:
+        """A fresh delta for each of `sites`, each on its module's device; on the meta device without `values`.
+
+        `modules` are all modules of the model by path ("" is the model). Override it where deltas share something.
+        """
+        deltas = []
+        for site in sites:
+            with torch.device(device_of(modules[site.path]) if values else torch.device("meta")):
+                deltas.append(self.build(site, modules[site.path]))
+        return deltas
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether `measure` must see data before the deltas are built."""
+        return False
+
+    def measure(self, model: nn.Module, sites: Sequence[Site], samples: Samples) -> Any:
+        """What `apply_measured` needs to know from the task's data; the model is as it was afterwards."""
+        raise NotImplementedError
+
+    def apply_measured(self, parts: Sequence[Part], measured: Any, model: nn.Module) -> None:
+        """Set up fresh deltas by what `measure` gave; called once, before they are attached."""
+        raise NotImplementedError
+
+    def learning_rate_factor(self, parameter: str) -> float:
+        """What the run's learning rate is multiplied by for the delta's parameter of that name (LoRA+)."""
+        return 1.0
+
+    def penalty(self, parts: Sequence[Part]) -> Tensor | None:
+        """A regulariser that training adds to the mean loss of a step; None for none."""
+        return None
+
+    def after_step(self, parts: Sequence[Part], step: int, total: int) -> None:
+        """Take part in training: called after optimizer step `step` (from 1) of `total`, with its gradients."""
+
+    def bake(self, part: Part) -> Part:
+        """The plain form in which `part` is stored: what only training needs (a reparametrisation) is dropped."""
+        return part
 
     @property
     def parts(self) -> tuple[Method, ...]:
@@ -88,6 +161,12 @@ def _text(value: Any) -> str:
     if isinstance(value, str) and (not _WORD.fullmatch(value) or value.lower() in ("true", "false", "none")):
         return repr(value)
     return str(value)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where `module` computes."""
+    tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
+    return tensor.device if tensor is not None else torch.device("cpu")
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,31 @@ class Batch:
     rows: int | None = None
     copies: int = 1
     prompt_tokens: int = 0
+    #: Which tokens of the stack that runs are real, [rows, tokens so far]; None where all are.
+    mask: Tensor | None = None
 
     def forget(self) -> None:
         """A new routing starts with no beams or samples in progress."""
         self.copies, self.prompt_tokens = 1, 0
+
+    def mask_like(self, x: Tensor, index: Tensor | None = None) -> Tensor | None:
+        """Which of the tokens of `x` [rows, tokens, width] or [entries, width] are real, of rows `index` (None: all).
+
+        None where all are, and where `x` holds other tokens than the stack that runs (an encoder's, in a decoder).
+        """
+        if self.mask is None or x.dim() < 2:
+            return None
+        rows, seen = self.mask.shape
+        if x.dim() == 2:
+            if x.shape[0] % rows or x.shape[0] // rows > seen:
+                return None
+            found = self.mask[:, seen - x.shape[0] // rows :].flatten()
+        else:
+            tokens = int(x.shape[1])
+            if tokens > seen or (index is None and x.shape[0] != rows):
+                return None
+            found = self.mask[:, seen - tokens :]
+        return found if index is None else found.index_select(0, index)
 
     def admit(self, routing: Routing, tensor: Tensor | None, *, cached: bool = False) -> None:
         """Take `tensor` [rows, tokens(, width)] as the batch; raise RoutingError where rows cannot be mapped.

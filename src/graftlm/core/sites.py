@@ -47,13 +47,18 @@ class Site:
     """One place where a delta can act.
 
     `path` is the module's path in the base model; `parameter` names one of its parameters, for the `param` port.
+    `kind` tells what it is, and through it the port: `linear`, `conv1d`, `embedding`, `norm` and `other` are modules;
+    `sublayer` is what a sublayer adds to the residual stream and `stream` the stream after that (port `branch`; role
+    `attention`, `cross` or `ffn`); `attention` is an attention call (port `kv`; role `attention` or `cross`);
+    `sequence` is where token embeddings enter a stack (port `embed`); `experts` is one 3-D parameter of a mixture of experts.
+
     `rows` says how the first dimension of the module's input relates to the rows of the batch: `batch` (one entry
     a row), `tokens` (rows times tokens), `broadcast` (one entry for all rows) or `unknown`. `aliases` are further
     (module path, parameter) places that hold the very same tensor (tied weights).
     """
 
     path: str
-    kind: str  # linear | conv1d | embedding | norm | other
+    kind: str  # linear | conv1d | embedding | norm | other | sublayer | stream | attention | sequence | experts
     role: str | None = None
     layer: int | None = None
     stack: str = ""  # encoder | decoder | cross, empty where a model has one stack
@@ -62,10 +67,23 @@ class Site:
     out_features: int = 0
     parameter: str | None = None
     aliases: tuple[tuple[str, str], ...] = ()
+    #: For a part of a fused map: the part's name (`query`), and the output columns it has, as (start, stop) ranges.
+    part: str = ""
+    columns: tuple[tuple[int, int], ...] = ()
+    #: For `sublayer`: the module whose input is the sublayer's own; for `stream`: "norm" where the model's own norm
+    #: follows the add and is the site's module, "output" where the stream is the module's output.
+    entry: str = ""
+    #: For `attention`: query heads, key-value heads, width of a head; whether a token sees later ones.
+    heads: int = 0
+    kv_heads: int = 0
+    head_width: int = 0
+    causal: bool = False
 
     @property
     def key(self) -> str:
-        """The site's address: the module's path, with the parameter's name behind it where there is one."""
+        """The site's address: the module's path, with the parameter's or the part's name behind it if there is one."""
+        if self.part:
+            return f"{self.path}:{self.part}"
         return f"{self.path}.{self.parameter}" if self.parameter else self.path
 
     @property
@@ -131,6 +149,14 @@ class Survey:
     layer_count: int
     source: str  # "data flow" | "names"
     rows: Mapping[str, str]
+    #: Parts of fused maps (query, key, value; gate, up), as sites of kind linear or conv1d with `columns`.
+    slices: tuple[Site, ...] = ()
+    #: Sites of the port `branch`: kinds `sublayer` and `stream`.
+    branches: tuple[Site, ...] = ()
+    #: Sites of the port `kv`: kind `attention`.
+    attentions: tuple[Site, ...] = ()
+    #: Sites of the port `embed`: kind `sequence`; the encoder's before the decoder's.
+    sequences: tuple[Site, ...] = ()
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)

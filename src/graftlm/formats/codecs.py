@@ -52,7 +52,7 @@ class Planned:
 
     def state_key(self, name: str) -> str:
         """The name of the delta's tensor `name` in `Adapter.state()`."""
-        return self.site.key if self.is_parameter else f"{self.site.path}.{name}"
+        return self.site.key if self.is_parameter else f"{self.site.key}.{name}"
 
 
 class Codec(ABC):

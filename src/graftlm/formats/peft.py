@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graftlm import __version__
-from graftlm.core import Adapter, Method, ParameterDelta, Part, attach, original_parameters, parts_of, survey
+from graftlm.core import Adapter, Method, Part, WholeParameterDelta, attach, original_parameters, parts_of, survey
 from graftlm.errors import AdapterError, Finding, GraftError, nearest
 from graftlm.formats.atomic import atomic_folder, recover, write_json
 from graftlm.formats.codecs import CODECS, PREFIX, Codec, Planned, beside, codec_of, lacks, understood
@@ -154,7 +154,7 @@ def _seen(part: Part) -> Planned:
     return Planned(
         part.method,
         part.site,
-        isinstance(part.delta, ParameterDelta),
+        isinstance(part.delta, WholeParameterDelta),
         tuple((name, tuple(tensor.shape)) for name, tensor in tensors),
         tuple(sorted(numbers.items())),
     )

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from graftlm.core import Method, ParameterDelta, Site, Survey, Targets
+from graftlm.core import Method, Site, Survey, Targets, WholeParameterDelta
 from graftlm.core.sites import parse_layers
 from graftlm.errors import Finding, MethodError
 
@@ -21,7 +21,7 @@ __all__ = ["BitFit", "Full", "Head", "Layers", "Modules"]
 
 @dataclass(frozen=True)
 class _Parameters(Method):
-    def build(self, site: Site, module: nn.Module) -> ParameterDelta:
+    def build(self, site: Site, module: nn.Module) -> WholeParameterDelta:
         """A trained copy of the parameter at `site`."""
         base = module._parameters[site.parameter or ""]
         assert base is not None
@@ -33,7 +33,7 @@ class _Parameters(Method):
                     fix="use method lora, or load the base without quantize",
                 )
             )
-        return ParameterDelta(base)
+        return WholeParameterDelta(base)
 
 
 @dataclass(frozen=True)

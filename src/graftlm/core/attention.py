@@ -1,0 +1,178 @@
+"""The port `kv`: keys and values of deltas put before those of the tokens, inside a model's own attention call.
+
+transformers looks the attention function up by a name in the attention module's configuration. While a module with
+prefixes runs, it is given a copy of its configuration that names the function of this file; that function widens keys,
+values and mask, and calls the one that the model would have called. Masks stay as the model made them, so padding,
+sliding windows, caches, packed documents and grouped heads keep their meaning; every token sees the whole prefix. The
+cache never holds a prefix. An explicit mask is always given: without one, `sdpa` would cut off the last keys.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.core.delta import KeyValueDelta
+from graftlm.core.routing import entries
+from graftlm.errors import Finding, RoutingError
+
+if TYPE_CHECKING:
+    from graftlm.core.junction import Group, Junction
+
+__all__ = ["IMPLEMENTATIONS", "Splice", "attention_function", "implementation_of"]
+
+_NAME = "graftlm_prefix"
+#: The attention implementations that take a mask to which columns can be added.
+IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+def implementation_of(module: nn.Module) -> str | None:
+    """The name of the attention implementation that `module` looks up; None where it has no configuration."""
+    found: str | None = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return found
+
+
+def attention_function(module: nn.Module, implementation: str) -> Callable[..., Any] | None:
+    """The function that `module` would call under that name; None where it cannot be told."""
+    code = sys.modules.get(type(module).__module__)
+    table = getattr(code, "ALL_ATTENTION_FUNCTIONS", None)
+    if table is None:
+        return None
+    found: Callable[..., Any] | None = table.get(implementation, None) or getattr(code, "eager_attention_forward", None)
+    return found
+
+
+class Splice:
+    """What one attention module is given for one call: prefixes, by groups of rows."""
+
+    def __init__(self, module: nn.Module, junction: Junction, groups: Sequence[Group], x: Tensor) -> None:
+        self.junction, self.groups, self.x = junction, groups, x
+        self.config: Any = module.config
+        self.implementation = str(implementation_of(module))
+        module.config = _substitute(junction, self.config)  # type: ignore[assignment]
+
+    def remove(self, module: nn.Module) -> None:
+        """Give the module its own configuration back."""
+        module.config = self.config
+
+    def prefix(self, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [rows, heads, length, width] as `key` has rows, and which are real [rows, length].
+
+        None for the last where all are. Rows with fewer virtual tokens have theirs at the right end.
+        """
+        x, batch = self.x, self.junction.switch.batch
+        count = int(key.shape[0])
+        if self.groups[0].rows is None:
+            keys, values = _joined(self.groups[0].prefixes, x, batch.mask_like(x), key)
+            return keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1), None
+        total = sum(len(group.rows or ()) for group in self.groups)
+        if count % total:
+            raise RoutingError(
+                Finding("R106", f"cannot tell rows apart at {self.junction.path}: {count} entries for {total} rows")
+            )
+        longest = max(sum(delta.length for delta in group.prefixes) for group in self.groups)
+        shape = (count, key.shape[1], longest, key.shape[3])
+        all_keys, all_values = key.new_zeros(shape), key.new_zeros(shape)
+        real = torch.zeros(count, longest, dtype=torch.bool, device=key.device)
+        for group in self.groups:
+            length = sum(delta.length for delta in group.prefixes)
+            if not length:
+                continue
+            index = entries(group.rows or (), count, total, key.device)
+            own = x.index_select(0, index) if x.shape[0] == count else x
+            keys, values = _joined(group.prefixes, own, batch.mask_like(x, index), key)
+            wide = (len(index), -1, -1, -1)
+            pad = (0, 0, longest - length, 0)
+            all_keys = all_keys.index_copy(0, index, nn.functional.pad(keys.expand(wide), pad))
+            all_values = all_values.index_copy(0, index, nn.functional.pad(values.expand(wide), pad))
+            real[index, longest - length :] = True
+        return all_keys, all_values, None if bool(real.all()) else real
+
+
+def _substitute(junction: Junction, config: Any) -> Any:
+    """A copy of `config` that names our attention function; kept, and made again where the original changed."""
+    kept = junction.substitute
+    if kept is None or kept[0] is not config or kept[1] != config._attn_implementation:
+        _register()
+        twin = copy.copy(config)
+        twin._attn_implementation_internal = _NAME
+        junction.substitute = kept = (config, config._attn_implementation, twin)
+    return kept[2]
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attend)
+
+
+def _joined(deltas: Sequence[KeyValueDelta], x: Tensor, mask: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of several deltas, one behind the other, [rows or 1, heads, length, width]."""
+    pairs = [delta.keys_values(x, mask) for delta in deltas]
+    rows = max((pair[0].shape[0] for pair in pairs if pair[0].dim() == 4), default=1)
+
+    def joined(which: int) -> Tensor:
+        parts = [p[which] if p[which].dim() == 4 else p[which].unsqueeze(0) for p in pairs]
+        parts = [part.to(like.device, like.dtype).expand(rows, -1, -1, -1) for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    return joined(0), joined(1)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The attention call of a module with prefixes."""
+    splice: Splice = module.__dict__["_graftlm_junction"].splice
+    function = attention_function(module, splice.implementation)
+    if splice.implementation not in IMPLEMENTATIONS or function is None:
+        raise RoutingError(
+            Finding(
+                "R112",
+                f"a prefix cannot enter attention {splice.implementation!r}",
+                fix='model.set_attn_implementation("sdpa")',
+            )
+        )
+    keys, values, real = splice.prefix(key)
+    length, tokens, seen = int(keys.shape[2]), int(query.shape[2]), int(key.shape[2])
+    mask = attention_mask
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if splice.implementation == "sdpa" and causal and tokens > 1:
+            # As sdpa would have it: token i sees keys 0 to i.
+            mask = torch.ones(1, 1, tokens, seen, dtype=torch.bool, device=key.device).tril()
+    else:
+        mask = mask[..., :seen]
+    if mask is None and real is not None:
+        mask = torch.ones(1, 1, 1, seen, dtype=torch.bool, device=key.device)
+        if splice.implementation == "eager":
+            mask = torch.zeros(1, 1, 1, seen, dtype=query.dtype, device=key.device)
+    if mask is not None:
+        mask = _widened(mask, real, length)
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        kwargs["position_bias"] = nn.functional.pad(bias, (length, 0))
+    keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+    return function(module, query, keys, values, mask, *args, **kwargs)
+
+
+def _widened(mask: Tensor, real: Tensor | None, length: int) -> Tensor:
+    """`mask` [rows or 1, heads or 1, tokens or 1, keys] with `length` columns before the first, open where `real`."""
+    shape = (*mask.shape[:-1], length)
+    boolean = mask.dtype == torch.bool
+    if real is None:
+        front = mask.new_ones(shape) if boolean else mask.new_zeros(shape)
+        return torch.cat([front, mask], dim=-1)
+    rows = max(mask.shape[0], real.shape[0])
+    mask = mask.expand(rows, *mask.shape[1:])
+    seen = real[:, None, None, :].expand(rows, *mask.shape[1:-1], length)
+    if not boolean:
+        low = torch.finfo(mask.dtype).min
+        return torch.cat([mask.new_zeros(seen.shape).masked_fill(~seen, low), mask], dim=-1)
+    return torch.cat([seen, mask], dim=-1)

@@ -1,0 +1,384 @@
+"""The port `embed`: virtual tokens put among a row's own where embeddings enter a stack, and taken out of its output.
+
+Each row is laid out afresh so that its virtual tokens stand next to its own tokens, never before padding: with the
+default place a left-padded row is [padding, virtual, tokens] and a right-padded one [virtual, tokens, padding]. Rows
+that have fewer virtual tokens than others are filled up, at the left in causal stacks (the next token is generated at
+the right end), at the right in others. Positions count virtual tokens like any other. The output has the input's
+length again, so labels, pooling and slicing outside the stack mean what they meant. A cache remembers the layout that
+it was filled under, and later steps extend it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.core.routing import entries
+from graftlm.errors import Finding, RoutingError
+
+if TYPE_CHECKING:
+    from graftlm.core.junction import Group, Junction
+
+__all__ = ["Layout", "check_cache", "takes"]
+
+_MARK = "_graftlm_layout"
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """The layout under which a cache was filled."""
+
+    lengths: tuple[int, ...]  # virtual tokens of each row
+    longest: int
+    tokens: int  # the rows' own width at that time
+    mask: Tensor | None  # [rows, tokens + longest]
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether `module` can be called with an argument of that name."""
+    return name in inspect.signature(module.forward).parameters
+
+
+def check_cache(kwargs: Mapping[str, Any]) -> None:
+    """Raise RoutingError where a cache that holds virtual tokens is used with adapters that have none."""
+    if getattr(kwargs.get("past_key_values"), _MARK, None) is not None:
+        raise _other_cache()
+
+
+def _other_cache() -> RoutingError:
+    return RoutingError(
+        Finding("R113", "the cache was filled under other virtual tokens than these adapters have",
+                fix="start anew without past_key_values after use(...)")
+    )  # fmt: skip
+
+
+class Layout:
+    """One call of a stack with virtual tokens: its arguments, and the way back to the rows' own length."""
+
+    def __init__(self, inputs: dict[str, Any], back: Tensor | None, remembered: _Remembered | None) -> None:
+        self.inputs, self._back, self._remembered = inputs, back, remembered
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, junction: Junction, groups: Sequence[Group], args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Layout:  # fmt: skip
+        """The layout for a call of `module` with these arguments. Raises RoutingError where there is none."""
+        given = _by_name(module, args, kwargs)
+        source = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        if not isinstance(source, Tensor) or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
+            raise RoutingError(
+                Finding(
+                    "R115",
+                    "virtual tokens need rows of tokens and a mask of shape [rows, tokens]; packed documents and "
+                    "masks of other shapes have no place for them",
+                    fix="packing off",
+                )
+            )
+        rows, tokens = int(source.shape[0]), int(source.shape[1])
+        by_row = _by_row(groups, rows)
+        lengths = [sum(d.length for d in group.prompts if d.position != "slots") for group in by_row]
+        shift = torch.tensor([group.shift for group in by_row], device=source.device)
+        longest = max(lengths)
+        filled = int(cache.get_seq_length()) if cache is not None else 0
+        if filled and (longest or getattr(cache, _MARK, None) is not None):
+            return cls._later(module, given, cache, lengths, shift, tokens, filled)
+        if not longest and not any(group.prompts for group in groups):
+            _move(module, given, shift, tokens, filled)
+            return cls(given, None, None)
+        if not filled:
+            _put_in_slots(module, junction, groups, given)
+        if not longest:
+            _move(module, given, shift, tokens, filled)
+            return cls(given, None, None)
+        return cls._first(module, junction, groups, by_row, given, lengths, shift)
+
+    @classmethod
+    def _first(
+        cls, module: nn.Module, junction: Junction, groups: Sequence[Group], by_row: Sequence[Group],
+        given: dict[str, Any], lengths: Sequence[int], shift: Tensor,
+    ) -> Layout:  # fmt: skip
+        embeddings = _embedded(module, given)
+        mask: Tensor | None = given.get("attention_mask")
+        rows, tokens, width = embeddings.shape
+        longest = max(lengths)
+        order = _Order.of(by_row, mask, rows, tokens, longest, junction.causal, embeddings.device)
+        virtual = embeddings.new_zeros(rows, longest, width)
+        for group in groups:
+            if not group.prompts or not (length := sum(d.length for d in group.prompts if d.position != "slots")):
+                continue
+            index = _entries(groups, group, rows, embeddings.device)
+            own = embeddings if index is None else embeddings.index_select(0, index)
+            own_mask = None if mask is None else (mask if index is None else mask.index_select(0, index)).bool()
+            pieces = [
+                delta.tokens(own, own_mask).to(embeddings).expand(own.shape[0], -1, -1)
+                for delta in group.prompts
+                if delta.position != "slots"
+            ]
+            placed = nn.functional.pad(torch.cat(pieces, dim=1), (0, 0, 0, longest - length))
+            virtual = placed if index is None else virtual.index_copy(0, index, placed)
+        given = dict(given)
+        given.pop("input_ids", None)
+        together = torch.cat([embeddings, virtual], dim=1)
+        given["inputs_embeds"] = together.gather(1, order.order[:, :, None].expand(-1, -1, width))
+        full = all(length == longest for length in lengths)
+        positions = given.get("position_ids")
+        if mask is not None or not full:
+            given["attention_mask"] = order.mask if mask is None else order.mask.to(mask.dtype)
+        if takes(module, "position_ids") and not (mask is None and full and positions is None and not shift.any()):
+            given["position_ids"] = order.positions(_positions(module, given, mask, positions, tokens)) + shift[:, None]
+        elif shift.any():
+            raise _no_positions(module)
+        if (types := given.get("token_type_ids")) is not None:
+            wide = torch.cat([types, types[:, :1].expand(-1, longest)], dim=1)
+            given["token_type_ids"] = wide.gather(1, order.order)
+        junction.switch.batch.mask = order.mask if mask is not None or not full else None
+        remembered = _Remembered(tuple(lengths), longest, tokens, given.get("attention_mask"))
+        return cls(given, None if junction.keeps_length else order.back, remembered)
+
+    @classmethod
+    def _later(
+        cls, module: nn.Module, given: dict[str, Any], cache: Any, lengths: Sequence[int], shift: Tensor, tokens: int,
+        filled: int,
+    ) -> Layout:  # fmt: skip
+        """Tokens behind those in the cache: no virtual ones are added, the mask is extended."""
+        known: _Remembered | None = getattr(cache, _MARK, None)
+        if known is None or known.lengths != tuple(lengths):
+            raise _other_cache()
+        mask = given.get("attention_mask")
+        longest = known.longest
+        device = shift.device
+        if mask is not None or known.mask is not None:
+            front = known.mask
+            if front is None:
+                front = torch.ones(len(lengths), known.tokens + longest, dtype=torch.long, device=device)
+            behind = filled + tokens - front.shape[1]
+            if mask is None:
+                more = front.new_ones(front.shape[0], behind)
+            else:
+                more = mask[:, known.tokens :].to(front)
+            given["attention_mask"] = torch.cat([front, more], dim=1)
+        moved = torch.tensor(lengths, device=device) + shift
+        if takes(module, "position_ids"):
+            positions = given.get("position_ids")
+            if positions is None:
+                positions = torch.arange(tokens, device=device)[None] + (filled - longest)
+            given["position_ids"] = positions + moved[:, None]
+        return cls(given, None, None)
+
+    def trim(self, output: Any) -> Any:
+        """`output` with the rows' own tokens only; its cache remembers the layout."""
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and self._remembered is not None:
+            setattr(cache, _MARK, self._remembered)
+        if self._back is None:
+            return output
+        if isinstance(output, tuple):
+            return (self._own(output[0]), *output[1:])
+        output.last_hidden_state = self._own(output.last_hidden_state)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(self._own(states) for states in output.hidden_states)
+        return output
+
+    def _own(self, states: Tensor) -> Tensor:
+        assert self._back is not None
+        return states.gather(1, self._back[:, :, None].expand(-1, -1, states.shape[-1]))
+
+    @staticmethod
+    def memory(encoder: Junction, groups: Sequence[Group], states: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask of an encoder's output that has virtual tokens, out of the mask of its rows' own tokens."""
+        rows = int(states.shape[0])
+        by_row = _by_row(groups, rows)
+        lengths = [sum(d.length for d in group.prompts if d.position != "slots") for group in by_row]
+        longest = max(lengths)
+        if not longest or (mask is None and min(lengths) == longest):
+            return mask
+        if mask is not None and mask.shape[1] == states.shape[1]:
+            return mask
+        tokens = int(states.shape[1]) - longest
+        order = _Order.of(by_row, mask, rows, tokens, longest, encoder.causal, states.device)
+        return order.mask if mask is None else order.mask.to(mask.dtype)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Where everything goes: `order` [rows, tokens + longest] names, for each place, a token (its column) or a virtual
+    token (`tokens` + its number); `back` [rows, tokens] is the place of each token's output."""
+
+    order: Tensor
+    mask: Tensor
+    back: Tensor
+    anchors: Tensor  # [rows, longest]: the column at which each virtual token is put in
+    at_end: Tensor  # [rows, longest]
+    tokens: int
+
+    @classmethod
+    def of(
+        cls, by_row: Sequence[Group], mask: Tensor | None, rows: int, tokens: int, longest: int, causal: bool,
+        device: torch.device,
+    ) -> _Order:  # fmt: skip
+        real = torch.ones(rows, tokens, dtype=torch.bool, device=device) if mask is None else mask.bool()
+        columns = torch.arange(tokens, device=device)
+        first = real.long().argmax(dim=1)
+        last = tokens - real.flip(1).long().argmax(dim=1)  # behind the last real token
+        # Everything is sorted by a key: a token by its column, a virtual token just before the column it is put in at.
+        anchors = torch.zeros(rows, longest, dtype=torch.long, device=device)
+        used = torch.zeros(rows, longest, dtype=torch.bool, device=device)
+        at_end = torch.zeros(rows, longest, dtype=torch.bool, device=device)
+        for kind in {id(group): group for group in by_row}.values():
+            mine = torch.tensor([group is kind for group in by_row], device=device)
+            start = 0
+            for delta in kind.prompts:
+                if delta.position == "slots":
+                    continue
+                stop = start + delta.length
+                place = {"start": first, "after-bos": first + 1, "end": last if causal else last - 1}[delta.position]
+                anchors[:, start:stop] = torch.where(mine[:, None], place[:, None], anchors[:, start:stop])
+                used[mine, start:stop] = True
+                at_end[mine, start:stop] = delta.position == "end"
+                start = stop
+        idle = -1 if causal else 2 * tokens + 2
+        keys = torch.cat(
+            [(2 * columns + 1).expand(rows, -1), torch.where(used, 2 * anchors, torch.full_like(anchors, idle))], dim=1
+        )
+        order = keys.argsort(dim=1, stable=True)
+        places = order.argsort(dim=1)
+        back = places[:, :tokens]
+        if causal and bool(at_end.any()):
+            # What follows is predicted from the last virtual token: it speaks for the row's last token.
+            behind = torch.where(at_end, places[:, tokens:], torch.full_like(anchors, -1)).amax(dim=1)
+            speaks = at_end.any(dim=1)[:, None] & (columns == (last - 1)[:, None])
+            back = torch.where(speaks, behind[:, None], back)
+        return cls(order, torch.cat([real, used], dim=1).gather(1, order), back, anchors, at_end, tokens)
+
+    def positions(self, own: Tensor) -> Tensor:
+        """Position ids in the new order for the tokens' `own` [rows or 1, tokens]; virtual tokens move what follows."""
+        rows = self.order.shape[0]
+        own = own.expand(rows, -1)
+        before = own.gather(1, (self.anchors - 1).clamp(0, self.tokens - 1)) + 1
+        here = own.gather(1, self.anchors.clamp(0, self.tokens - 1))
+        start = torch.where(self.at_end | (self.anchors >= self.tokens), before, here)
+        ordered = torch.cat([own, start], dim=1).gather(1, self.order)
+        virtual = (self.order >= self.tokens) & self.mask
+        count = virtual.long().cumsum(dim=1) - virtual.long()
+        filler = (self.order >= self.tokens) & ~self.mask
+        return (ordered + count).masked_fill(filler, 0)
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _entries(groups: Sequence[Group], group: Group, rows: int, device: torch.device) -> Tensor | None:
+    if group.rows is None:
+        return None
+    return entries(group.rows, rows, sum(len(each.rows or ()) for each in groups), device)
+
+
+def _by_row(groups: Sequence[Group], rows: int) -> list[Group]:
+    """The group of each of `rows` rows. Raises RoutingError where rows cannot be told apart."""
+    if groups[0].rows is None:
+        return [groups[0]] * rows
+    total = sum(len(group.rows or ()) for group in groups)
+    if rows % total:
+        raise RoutingError(Finding("R104", f"the routing has {total} choices, the batch has {rows} rows"))
+    found: list[Group] = [groups[0]] * rows
+    for group in groups:
+        for place in entries(group.rows or (), rows, total, torch.device("cpu")).tolist():
+            found[place] = group
+    return found
+
+
+def _embedded(module: nn.Module, given: Mapping[str, Any]) -> Tensor:
+    if given.get("inputs_embeds") is not None:
+        embeddings: Tensor = given["inputs_embeds"]
+        return embeddings
+    table: Any = module.get_input_embeddings()  # type: ignore[operator]
+    found: Tensor = table(given["input_ids"])
+    return found
+
+
+def _put_in_slots(module: nn.Module, junction: Junction, groups: Sequence[Group], given: dict[str, Any]) -> None:
+    """Replace the tokens that mark a slot by virtual tokens."""
+    for group in groups:
+        for delta in group.prompts:
+            if delta.position != "slots":
+                continue
+            ids = given.get("input_ids")
+            if ids is None:
+                raise RoutingError(
+                    Finding("R114", f"the slots at {junction.path or 'the model'} are token ids, and none were given")
+                )
+            rows = int(ids.shape[0])
+            index = _entries(groups, group, rows, ids.device)
+            own_ids = ids if index is None else ids.index_select(0, index)
+            marked = own_ids == delta.slot_token
+            counts = marked.sum(dim=1)
+            if bool((counts != delta.length).any()):
+                row = int((counts != delta.length).nonzero()[0])
+                raise RoutingError(
+                    Finding(
+                        "R114",
+                        f"row {row} has {int(counts[row])} slots (token {delta.slot_token}), the prompt has "
+                        f"{delta.length} virtual tokens",
+                    )
+                )
+            embeddings = _embedded(module, given)
+            own = embeddings if index is None else embeddings.index_select(0, index)
+            mask = given.get("attention_mask")
+            own_mask = None if mask is None else (mask if index is None else mask.index_select(0, index)).bool()
+            virtual = delta.tokens(own, own_mask).to(embeddings).expand(own.shape[0], -1, -1)
+            own = own.masked_scatter(marked[:, :, None].expand_as(own), virtual)
+            given["inputs_embeds"] = own if index is None else embeddings.index_copy(0, index, own)
+    if given.get("inputs_embeds") is not None:
+        given.pop("input_ids", None)
+
+
+def _move(module: nn.Module, given: dict[str, Any], shift: Tensor, tokens: int, filled: int) -> None:
+    """Move the positions of all tokens by `shift` [rows]."""
+    if not bool(shift.any()):
+        return
+    if not takes(module, "position_ids"):
+        raise _no_positions(module)
+    positions = given.get("position_ids")
+    if positions is None:
+        positions = _positions(module, given, given.get("attention_mask"), None, tokens) + filled
+    given["position_ids"] = positions + shift[:, None]
+
+
+def _no_positions(module: nn.Module) -> RoutingError:
+    return RoutingError(
+        Finding("R116", f"the positions of {type(module).__name__} cannot be moved, as the adapter's prefix asks")
+    )
+
+
+def _positions(
+    module: nn.Module, given: Mapping[str, Any], mask: Tensor | None, positions: Tensor | None, tokens: int
+) -> Tensor:
+    """The position ids [rows or 1, tokens] that the model would use for the rows' own tokens."""
+    if positions is not None:
+        if mask is None and positions.dim() == 2 and bool((positions[:, 1:] < positions[:, :-1]).any()):
+            raise RoutingError(
+                Finding("R115", "packed documents have no place for virtual tokens before each", fix="packing off")
+            )
+        return positions
+    source: Tensor = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+    padding = _padded_positions(module)
+    if padding is not None:  # RoBERTa and its kin count real tokens, from behind the padding's own index
+        real = torch.ones(source.shape[0], tokens, device=source.device, dtype=torch.long) if mask is None else mask
+        return real.long().cumsum(dim=1) * real.long() + padding
+    return torch.arange(tokens, device=source.device)[None]
+
+
+def _padded_positions(module: nn.Module) -> int | None:
+    for path, inner in module.named_modules():
+        if "position" in path and isinstance(inner, nn.Embedding) and inner.padding_idx is not None:
+            return int(inner.padding_idx)
+    return None

@@ -54,7 +54,7 @@ class Splice:
         self.junction, self.groups, self.x = junction, groups, x
         self.config: Any = module.config
         self.implementation = str(implementation_of(module))
-        module.config = _substitute(junction, self.config)  # type: ignore[assignment]
+        module.config = _substitute(junction, self.config)
 
     def remove(self, module: nn.Module) -> None:
         """Give the module its own configuration back."""

@@ -50,7 +50,7 @@ class Site:
     `kind` tells what it is, and through it the port: `linear`, `conv1d`, `embedding`, `norm` and `other` are modules;
     `sublayer` is what a sublayer adds to the residual stream and `stream` the stream after that (port `branch`; role
     `attention`, `cross` or `ffn`); `attention` is an attention call (port `kv`; role `attention` or `cross`);
-    `sequence` is where token embeddings enter a stack (port `embed`); `experts` is one 3-D parameter of a mixture of experts.
+    `sequence` is where token embeddings enter a stack (port `embed`); `experts` is one 3-D parameter of experts.
 
     `rows` says how the first dimension of the module's input relates to the rows of the batch: `batch` (one entry
     a row), `tokens` (rows times tokens), `broadcast` (one entry for all rows) or `unknown`. `aliases` are further

@@ -10,7 +10,7 @@ from torch import nn
 from graftlm.core import survey
 from graftlm.core.sites import linear_kind, parse_layers
 from graftlm.errors import SiteError
-from models_for_tests import tiny
+from models_for_tests import MODELS, tiny
 
 
 def names(sites):
@@ -127,17 +127,78 @@ def test_every_unmatched_selector_is_reported_with_the_nearest(llama):
     assert "q_proj (2)" in findings[0].message
 
 
-def test_a_part_of_a_fused_map_is_named():
-    for model_name, word, fused in (
-        ("gpt2", "query", "c_attn"),
-        ("phi3", "value", "qkv_proj"),
-        ("phi3", "up", "gate_up_proj"),
-        ("modernbert", "gate", "Wi"),
-    ):
-        with pytest.raises(SiteError) as caught:
-            survey(tiny(model_name)).select(word)
-        assert caught.value.findings[0].code == "C105"
-        assert caught.value.findings[0].fix == f"targets={fused}"
+@pytest.mark.parametrize(
+    ("model_name", "word", "fused", "first"),
+    [
+        ("gpt2", "query", "c_attn", ((0, 32),)),
+        ("gpt2", "value", "c_attn", ((64, 96),)),
+        ("phi3", "value", "qkv_proj", ((48, 64),)),
+        ("phi3", "up", "gate_up_proj", ((48, 96),)),
+        ("phi3", "gate", "gate_up_proj", ((0, 48),)),
+        ("modernbert", "gate", "Wi", ((0, 48),)),
+        ("gpt_neox", "key", "query_key_value", ((8, 16), (32, 40), (56, 64), (80, 88))),  # interleaved by head
+    ],
+)
+def test_a_part_of_a_fused_map_is_a_site(model_name, word, fused, first):
+    found = survey(tiny(model_name)).select(word)
+    assert [site.path.rpartition(".")[2] for site in found] == [fused, fused]
+    assert {site.columns for site in found} == {first}
+    assert all(site.part == site.role == word and site.key.endswith(f"{fused}:{word}") for site in found)
+    assert found[0].out_features == sum(stop - start for start, stop in first)
+
+
+def test_parts_are_meant_by_their_role_alone():
+    here = survey(tiny("gpt2"))
+    for words in ("attention", "all-linear", "c_attn", ".*c_attn", "qkv"):
+        assert not [site for site in here.select(words) if site.part]
+    assert {site.part for site in here.select(["query", "value"], exclude="value")} == {"query"}
+
+
+def test_a_part_that_cannot_be_told_is_refused_with_the_whole():
+    with pytest.raises(SiteError) as caught:
+        survey(tiny("bloom")).select("query")
+    assert caught.value.findings[0].code == "C105"
+    assert caught.value.findings[0].fix == "targets=query_key_value"
+
+
+@pytest.mark.parametrize(
+    ("model_name", "entry", "end", "stream"),
+    [
+        ("llama", "mlp.up_proj", "mlp.down_proj", ("0", "output")),
+        ("gemma3", "mlp.up_proj", "post_feedforward_layernorm", ("0", "output")),
+        ("gpt2", "mlp.c_fc", "mlp.dropout", ("0", "output")),
+        ("opt", "fc1", "fc2", ("0", "output")),
+        ("bert", "intermediate.dense", "output.dropout", ("output.LayerNorm", "norm")),
+        ("bart", "fc1", "fc2", ("final_layer_norm", "norm")),
+        ("t5", "DenseReluDense.wi", "layer.1.dropout", ("block.0", "output")),
+        ("mixtral", "mlp", "mlp", ("0", "output")),
+    ],
+)
+def test_sublayers_and_streams(model_name, entry, end, stream):
+    here = survey(tiny(model_name))
+    ffn = next(site for site in here.branches if site.kind == "sublayer" and site.role == "ffn")
+    assert ffn.entry.endswith(entry)
+    assert ffn.path.endswith(end)
+    behind = next(site for site in here.branches if site.kind == "stream")
+    assert behind.path.endswith(stream[0])
+    assert behind.entry == stream[1]
+    attention = [site for site in here.branches if site.role == "attention"]
+    assert len(attention) == (4 if model_name in ("t5", "bart") else 2)
+    assert len([site for site in here.branches if site.role == "cross"]) == (2 if model_name in ("t5", "bart") else 0)
+
+
+@pytest.mark.parametrize("model_name", [name for name in MODELS if name != "bloom"])
+def test_attention_calls_and_sequences(model_name):
+    model = tiny(model_name)
+    here = survey(model)
+    two = model.config.is_encoder_decoder
+    assert len(here.attentions) == (6 if two else 2)
+    assert [site.stack for site in here.sequences] == (["encoder", "decoder"] if two else [""])
+    for site in here.attentions:
+        assert (site.heads, site.head_width) == (4, 8)
+        assert site.kv_heads in (2, 4)
+    causal = {site.causal for site in here.attentions if site.stack in ("", "decoder") and site.role != "cross"}
+    assert causal == {(hasattr(model, "lm_head") and model_name != "modernbert") or model_name == "llama_classifier"}
 
 
 def test_experts_have_no_maps_to_select():

@@ -174,7 +174,7 @@ class Survey:
         Raises SiteError with every selector that matches nothing, each with the nearest names.
         """
         allowed = frozenset(kinds)
-        pool = [site for site in self.sites if site.kind in allowed]
+        pool = [site for site in (*self.sites, *self.slices) if site.kind in allowed]
         wanted = parse_layers(layers, self.layer_count)
         chosen: dict[str, Site] = {}
         faults: list[Finding] = []
@@ -182,16 +182,16 @@ class Survey:
             found = [site for site in pool if _matches(selector, site)]
             if not found:
                 faults.append(self._unmatched(selector, pool))
-            chosen.update((site.path, site) for site in found)
+            chosen.update((site.key, site) for site in found)
         for selector in _words(exclude):
-            found = [site for site in self.sites if _matches(selector, site)]
+            found = [site for site in (*self.sites, *self.slices) if _matches(selector, site)]
             if not found:
                 faults.append(self._unmatched(selector, pool))
             for site in found:
-                chosen.pop(site.path, None)
+                chosen.pop(site.key, None)
         if faults:
             raise SiteError(faults)
-        sites = [site for site in pool if site.path in chosen and (wanted is None or site.layer in wanted)]
+        sites = [site for site in pool if site.key in chosen and (wanted is None or site.layer in wanted)]
         if not sites:
             raise SiteError(
                 Finding("C102", f"{_text(targets)!r} leaves no site of {self.model_name} after layers and exclude")
@@ -274,6 +274,8 @@ def _matches(selector: str, site: Site) -> bool:
     stack, slash, word = selector.rpartition("/")
     if slash and stack != site.stack:
         return False
+    if site.part:  # a part of a fused map is meant by its role alone; everything else means the whole map
+        return word == site.role
     if word == "all-linear":
         return site.role in _BLOCK_LINEAR
     if word in ROLE_GROUPS:

@@ -15,16 +15,20 @@ Models that cannot run this way (own attention code, modules that read values) g
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graftlm.core.fused import gate_up_columns, qkv_columns
+from graftlm.core.sequence import takes
 from graftlm.core.sites import Site, Survey, linear_kind, with_parameter
 
 __all__ = ["survey"]
@@ -118,7 +122,86 @@ def survey(model: nn.Module) -> Survey:
         layer_count=max(layers, default=-1) + 1,
         source="data flow" if by_flow else "names",
         rows=flow.rows if flow else {},
+        slices=tuple(_slices(sites, flow)),
+        branches=tuple(_branches(sites, flow if by_flow else None, two_stacks)),
+        attentions=tuple(_attentions(flow, two_stacks)),
+        sequences=tuple(_sequences(model, modules, flow, two_stacks)),
     )
+
+
+def _stack_of(path: str, two_stacks: bool) -> str:
+    return next((s for s in ("encoder", "decoder") if s in path.split(".")), "") if two_stacks else ""
+
+
+def _slices(sites: list[Site], flow: _Flow | None) -> Iterator[Site]:
+    """The parts of fused maps, as sites of their own."""
+    for site in sites:
+        for part, columns in (flow.columns.get(site.path, {}) if flow else {}).items():
+            width = sum(stop - start for start, stop in columns)
+            yield replace(site, role=part, part=part, columns=columns, out_features=width)
+
+
+def _branches(sites: list[Site], flow: _Flow | None, two_stacks: bool) -> Iterator[Site]:
+    """Where sublayers add to the residual stream, in the order of the modules."""
+    if flow is None:
+        # By names: a sublayer begins at its first map and ends at its last.
+        for ending, role, beginnings in (("output", "attention", ("qkv", "query")), ("down", "ffn", ("gate_up", "up"))):
+            for site in sites:
+                first = next((s for s in sites if s.layer == site.layer and s.role in beginnings), None)
+                if site.role == ending and first is not None:
+                    yield replace(site, kind="sublayer", role=role, entry=first.path, in_features=first.in_features)
+        return
+    for found in flow.sublayers:
+        layer, stack = _layer(found.exit), _stack_of(found.exit, two_stacks)
+        if found.role == "cross":
+            stack = "cross"
+        yield Site(
+            found.exit, "sublayer", found.role, layer, stack, flow.rows.get(found.exit, "unknown"), found.width_in,
+            found.width, entry=found.entry,
+        )  # fmt: skip
+        if found.stream:
+            path, how = found.stream
+            yield Site(
+                path, "stream", found.role, layer, stack, flow.rows.get(path, "unknown"), found.width, found.width,
+                entry=how,
+            )  # fmt: skip
+
+
+def _attentions(flow: _Flow | None, two_stacks: bool) -> Iterator[Site]:
+    for call in flow.attentions if flow else ():
+        yield Site(
+            path=call.path,
+            kind="attention",
+            role="cross" if call.cross else "attention",
+            layer=_layer(call.path),
+            stack="cross" if call.cross else _stack_of(call.path, two_stacks),
+            rows=flow.rows.get(call.path, "unknown") if flow else "unknown",
+            in_features=call.width,
+            out_features=call.width,
+            heads=call.heads,
+            kv_heads=call.kv_heads,
+            head_width=call.head_width,
+            causal=call.causal,
+        )
+
+
+def _sequences(model: nn.Module, modules: dict[str, nn.Module], flow: _Flow | None, two_stacks: bool) -> Iterator[Site]:
+    """Where embeddings enter a stack: the backbone, or the encoder and the decoder."""
+    table = _call(model, "get_input_embeddings")
+    if not isinstance(table, nn.Embedding):
+        return
+    stacks: list[tuple[str, Any]] = [("", getattr(model, "base_model", model))]
+    if two_stacks:
+        stacks = [(stack, _call(model, f"get_{stack}")) for stack in ("encoder", "decoder")]
+    for stack, module in stacks:
+        path = _path_of(modules, module)
+        if path is None or not takes(module, "inputs_embeds"):
+            continue
+        calls = [call.causal for call in flow.attentions if not call.cross] if flow else []
+        causal = (stack == "decoder") if two_stacks else (any(calls) if calls else bool(_call(model, "can_generate")))
+        yield Site(
+            path, "sequence", "embed", None, stack, "batch", table.embedding_dim, table.embedding_dim, causal=causal
+        )
 
 
 def _parameter_sites(modules: dict[str, nn.Module], owners: dict[str, Site]) -> Iterable[Site]:
@@ -192,6 +275,31 @@ def _role_by_name(path: str) -> str | None:
 # --- data flow ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Attention:
+    """One attention call."""
+
+    path: str
+    cross: bool
+    heads: int
+    kv_heads: int
+    head_width: int
+    width: int
+    causal: bool
+
+
+@dataclass(frozen=True)
+class _Sublayer:
+    """One sublayer: where its input is read, what it adds, and where the stream stands after the add."""
+
+    role: str
+    entry: str
+    exit: str
+    width_in: int
+    width: int
+    stream: tuple[str, str] | None
+
+
 class _Flow:
     """What one run of the twin showed: roles and row layouts by module path, and the cross-attention maps."""
 
@@ -199,6 +307,10 @@ class _Flow:
         self.roles: dict[str, str] = {}
         self.rows: dict[str, str] = {}
         self.cross: set[str] = set()
+        self.attentions: list[_Attention] = []
+        self.sublayers: list[_Sublayer] = []
+        #: Output columns of the parts of fused maps: path -> part -> (start, stop) ranges.
+        self.columns: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {}
 
 
 def _flow_of(model: nn.Module) -> _Flow | None:
@@ -249,6 +361,7 @@ def _twin(model: Any) -> Any:
 def _watch(twin: Any) -> _Flow:
     flow = _Flow()
     linears: dict[str, tuple[Tensor, Tensor]] = {}
+    calls: dict[str, _Call] = {}
     attentions: list[tuple[str, Tensor, Tensor, Tensor, Tensor]] = []
     paths = {module: path for path, module in twin.named_modules()}
 
@@ -257,6 +370,9 @@ def _watch(twin: Any) -> _Flow:
         if x is None:
             return
         path = paths[module]
+        y = output[0] if isinstance(output, (tuple, list)) and output else output
+        if isinstance(y, Tensor):
+            calls.setdefault(path, _Call(module, args, kwargs, x, y))
         layout = _layout(x)
         if isinstance(output, Tensor) and _layout(output) not in (layout, "broadcast"):
             layout = "unknown"
@@ -269,8 +385,7 @@ def _watch(twin: Any) -> _Flow:
         if any(p is not None and p.dim() == 3 for p in module._parameters.values()):
             # Experts (3-D parameters) pick tokens by value, which a meta tensor lacks.
             module.forward = lambda hidden, *_, **__: hidden * 1.0
-        if linear_kind(module) or module._parameters:
-            module.register_forward_hook(note, with_kwargs=True)
+        module.register_forward_hook(note, with_kwargs=True)
 
     ids = torch.zeros(_ROWS, _TOKENS, dtype=torch.long, device="meta")
     # With a mask given, no model looks into the ids for packed documents.
@@ -284,8 +399,151 @@ def _watch(twin: Any) -> _Flow:
         attentions += [(path, *call) for call in module.__dict__["_graftlm_calls"]]
     if attentions:  # else the model has attention code of its own: names tell the roles
         _assign(flow, linears, attentions)
+        _find_attentions(flow, attentions, calls)
+        _find_sublayers(flow, linears, attentions, calls, dict(twin.named_modules()))
+        _find_columns(flow, calls, dict(twin.named_modules()))
     del result
     return flow
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module: its arguments, its first tensor, and its (first) output."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    x: Tensor
+    y: Tensor
+
+
+def _find_attentions(
+    flow: _Flow, attentions: list[tuple[str, Tensor, Tensor, Tensor, Tensor]], calls: dict[str, _Call]
+) -> None:
+    for path, query, key, value, _ in attentions:
+        if path not in calls or key.shape[-1] != value.shape[-1]:
+            continue  # keys and values of different widths have no prefix of one width
+        cross = any(name.startswith(f"{path}.") for name in flow.cross)
+        causal = bool(getattr(calls[path].module, "is_causal", True)) and not cross
+        width = int(calls[path].x.shape[-1])
+        flow.attentions.append(
+            _Attention(path, cross, int(query.shape[1]), int(key.shape[1]), int(key.shape[-1]), width, causal)
+        )
+
+
+def _find_sublayers(
+    flow: _Flow,
+    linears: dict[str, tuple[Tensor, Tensor]],
+    attentions: list[tuple[str, Tensor, Tensor, Tensor, Tensor]],
+    calls: dict[str, _Call],
+    modules: dict[str, nn.Module],
+) -> None:
+    tags: dict[Any, str] = {output.grad_fn: path for path, (_, output) in linears.items()}
+    tags.update({out.grad_fn: f"@{path}" for path, *_, out in attentions})
+    outputs = {path: _sources(x, tags) for path, (x, _) in linears.items() if flow.roles.get(path) == "output"}
+    for attention, query, *_ in attentions:
+        last = next((path for path, sources in outputs.items() if f"@{attention}" in sources), None)
+        first = next((p for p in _sources(query, tags) if not p.startswith("@")), None)
+        if last is None or first is None:
+            continue
+        role = "cross" if first in flow.cross else "attention"
+        _add_sublayer(flow, role, first, last, calls)
+    experts = {
+        path.rpartition(".")[0]
+        for path, module in modules.items()
+        if any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    }
+    experts = {path for path in experts if path and not path.rpartition(".")[2].isdigit() and path in calls}
+    for path in sorted(experts, key=list(modules).index):
+        _add_sublayer(flow, "ffn", path, path, calls)
+    for path, role in list(flow.roles.items()):
+        if role != "down" or any(path.startswith(f"{block}.") for block in experts):
+            continue
+        first = next((p for p in _sources(linears[path][0], tags) if flow.roles.get(p) in ("up", "gate_up")), None)
+        if first is not None:
+            _add_sublayer(flow, "ffn", first, path, calls)
+    order = {path: number for number, path in enumerate(modules)}
+    flow.sublayers.sort(key=lambda found: order[found.exit])
+
+
+def _add_sublayer(flow: _Flow, role: str, entry: str, last: str, calls: dict[str, _Call]) -> None:
+    """Follow the output of `last` through dropout and norm to what is added to the stream, and find the stream."""
+    end, y = last, calls[last].y
+    while True:
+        behind = next(
+            (
+                path
+                for path, call in calls.items()
+                if path != end
+                and call.x.grad_fn is y.grad_fn
+                and not path.startswith(f"{end}.")
+                and (isinstance(call.module, nn.Dropout) or "norm" in type(call.module).__name__.lower())
+            ),
+            None,
+        )
+        if behind is None or (calls[behind].y is y and behind == end):
+            break
+        if calls[behind].y.grad_fn is y.grad_fn and calls[end].y.grad_fn is y.grad_fn and end != last:
+            break  # a second dropout on the very same tensor
+        end, y = behind, calls[behind].y
+    stream: tuple[str, str] | None = None
+    if role == "ffn":
+        for path, call in calls.items():
+            is_norm = "norm" in type(call.module).__name__.lower()
+            if is_norm and call.x.grad_fn is not y.grad_fn and _adds(call.x.grad_fn, y.grad_fn):
+                if path.startswith(_block(last) + "."):
+                    stream = (path, "norm")
+                break
+        block = _block(last)
+        if stream is None and block in calls and _adds(calls[block].y.grad_fn, y.grad_fn):
+            stream = (block, "output")
+    width_in = int(calls[entry].x.shape[-1])
+    flow.sublayers.append(_Sublayer(role, entry, end, width_in, int(y.shape[-1]), stream))
+
+
+def _block(path: str) -> str:
+    """The block that holds the module at `path`: up to and with its number."""
+    words = path.split(".")
+    place = next((n for n, word in enumerate(words) if word.isdigit()), len(words) - 1)
+    return ".".join(words[: place + 1])
+
+
+def _adds(node: Any, wanted: Any, depth: int = 4) -> bool:
+    """Whether `node` adds `wanted` to something."""
+    while node is not None and "View" in node.name():  # OPT flattens tokens and folds them back behind the add
+        node = node.next_functions[0][0]
+    if node is None or depth == 0 or not node.name().startswith("Add"):
+        return False
+    parents = [parent for parent, _ in node.next_functions]
+    return any(parent is wanted for parent in parents) or any(_adds(parent, wanted, depth - 1) for parent in parents)
+
+
+def _find_columns(flow: _Flow, calls: dict[str, _Call], modules: dict[str, nn.Module]) -> None:
+    """The parts of fused maps; found once for each kind of module, since a model's blocks are alike."""
+    known: dict[tuple[Any, ...], dict[str, tuple[tuple[int, int], ...]]] = {}
+    for path, role in flow.roles.items():
+        if role not in ("qkv", "gate_up"):
+            continue
+        if role == "qkv":
+            found = next((c for c in flow.attentions if path.startswith(f"{c.path}.")), None)
+            owner, shape = (found.path, (found.heads, found.kv_heads)) if found else (None, ())
+        else:
+            owner, shape = path.rpartition(".")[0], ()
+        if owner is None or owner not in calls:
+            continue
+        call, fused = calls[owner], modules[path]
+        width = int(calls[path].y.shape[-1])
+        key = (type(call.module), role, width, *shape)
+        if key not in known:
+            known[key] = {}
+            with contextlib.suppress(Exception):  # any model code may refuse: the map is then adapted as a whole only
+                if role == "qkv":
+                    known[key] = qkv_columns(call.module, fused, call.args, call.kwargs)
+                else:
+                    down = next(m for p, m in modules.items() if flow.roles.get(p) == "down" and _parent(p) == owner)
+                    known[key] = gate_up_columns(call.module, fused, down, call.args, call.kwargs)
+        if known[key]:
+            flow.columns[path] = known[key]
 
 
 def _layout(x: Tensor) -> str:

@@ -181,8 +181,9 @@ class _Layout:
         for part in others:
             # PEFT wraps the modules that it targets: their own parameters lie one level deeper.
             path = f"{part.site.path}.base_layer" if part.site.path in wrapped else part.site.path
+            own = part.site.key.removeprefix(part.site.path)  # a parameter's or a part's name
             for name, shape in part.shapes:
-                key = f"{prefix}{path}.{part.site.parameter or name}"
+                key = f"{prefix}{path}{own}" if part.is_parameter else f"{prefix}{path}{own}.{name}"
                 self.keys[part.state_key(name)] = key
                 self.shapes[key] = shape
 

@@ -367,17 +367,22 @@ class Junction:
         if groups[0].rows is not None:
             output = self._leave_rows(module, args, kwargs, x, output, groups)
         else:
-            output = self._changed(module, groups[0], x, output, None)
+            output = self._changed(module, groups[0], x, output, None, x)
         for site, _ in (branch for group in groups for branch in group.branches):
             self.switch.seen.pop(site.entry, None)
         return output
 
-    def _changed(self, module: nn.Module, group: Group, x: Tensor, output: Any, index: Tensor | None) -> Any:
-        """The output of `module` for input `x`, as the deltas of `group` change it; `index` are its rows, None all."""
+    def _changed(
+        self, module: nn.Module, group: Group, x: Tensor, output: Any, index: Tensor | None, whole: Tensor
+    ) -> Any:
+        """The output of `module` for input `x`, as the deltas of `group` change it.
+
+        `index` are its entries in the `whole` input, None for all.
+        """
         if group.adds or group.afters or group.slices:
             base: Base | None = None
             if any(acts(delta, "add_over") for delta in (*group.adds, *(d for s in group.slices for d in s.deltas))):
-                base = self._base(module, output, x, index)
+                base = self._base(module, output, index, whole)
             for delta in group.adds:
                 added = _added(delta, x, base)
                 if added is not None:
@@ -387,10 +392,10 @@ class Junction:
             for part in group.slices:
                 output = _change_slice(part, x, output, base)
         if group.branches:
-            output = self._branched(group, x, output, index)
+            output = self._branched(group, x, output, index, whole)
         return output
 
-    def _branched(self, group: Group, x: Tensor, output: Any, index: Tensor | None) -> Any:
+    def _branched(self, group: Group, x: Tensor, output: Any, index: Tensor | None, whole: Tensor) -> Any:
         y = output[0] if isinstance(output, tuple) else output
         for site, delta in group.branches:
             given = y
@@ -398,10 +403,10 @@ class Junction:
                 given = x if site.entry == site.path else self.switch.seen_at(site.entry)
                 if site.entry != site.path and index is not None:
                     given = given.index_select(0, index)
-            y = delta.branch(given.reshape(y.shape), y, self.switch.batch.mask_like(y, index))
+            y = delta.branch(given.reshape(y.shape), y, self.switch.batch.mask_like(whole, index))
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def _base(self, module: nn.Module, output: Tensor, x: Tensor, index: Tensor | None) -> Base:
+    def _base(self, module: nn.Module, output: Tensor, index: Tensor | None, whole: Tensor) -> Base:
         across = linear_kind(module) == "conv1d"
         bias = getattr(module, "bias", None)
         forward = module.forward
@@ -414,7 +419,7 @@ class Junction:
             stored = dense(module)
             return stored.T if across else stored
 
-        mask = self.switch.batch.mask_like(x, index)
+        mask = self.switch.batch.mask_like(whole, index)
         return Base(output=output, map=bare, weight=weight, bias=bias, mask=mask)
 
     def _leave_rows(
@@ -437,12 +442,12 @@ class Junction:
                 try:
                     part_args, part_kwargs = _split(args, kwargs, count, index)
                     part = module.forward(*part_args, **part_kwargs)
-                    part = self._changed(module, group, x.index_select(0, index), part, index)
+                    part = self._changed(module, group, x.index_select(0, index), part, index, x)
                 finally:
                     self._put_back(module)
             else:
-                part = _rows_of(output, index)
-                part = self._changed(module, group, x.index_select(0, index), part, index)
+                part = _rows_of(output, index, count)
+                part = self._changed(module, group, x.index_select(0, index), part, index, x)
             output = self._put_rows(output, index, part, count)
         return output
 
@@ -537,11 +542,12 @@ def dense(module: nn.Module) -> Tensor:
     return weight
 
 
-def _rows_of(output: Any, index: Tensor) -> Any:
+def _rows_of(output: Any, index: Tensor, count: int) -> Any:
+    """The entries `index` of every tensor in `output` that has `count`."""
     if isinstance(output, Tensor):
-        return output.index_select(0, index)
+        return output.index_select(0, index) if output.shape[0] == count else output
     if isinstance(output, tuple):
-        return tuple(_rows_of(each, index) if isinstance(each, Tensor) else each for each in output)
+        return tuple(_rows_of(each, index, count) if isinstance(each, Tensor) else each for each in output)
     return output
 
 

@@ -102,9 +102,10 @@ class Batch:
         self.copies, self.prompt_tokens = 1, 0
 
     def mask_like(self, x: Tensor, index: Tensor | None = None) -> Tensor | None:
-        """Which of the tokens of `x` [rows, tokens, width] or [entries, width] are real, of rows `index` (None: all).
+        """Which tokens of `x` [rows, tokens, width] or [entries, width] are real, at the entries `index` (None: all).
 
-        None where all are, and where `x` holds other tokens than the stack that runs (an encoder's, in a decoder).
+        `x` has every row of the batch. None where all are real, and where `x` holds other tokens than the stack that
+        runs (an encoder's, in a decoder).
         """
         if self.mask is None or x.dim() < 2:
             return None
@@ -115,7 +116,7 @@ class Batch:
             found = self.mask[:, seen - x.shape[0] // rows :].flatten()
         else:
             tokens = int(x.shape[1])
-            if tokens > seen or (index is None and x.shape[0] != rows):
+            if tokens > seen or x.shape[0] != rows:
                 return None
             found = self.mask[:, seen - tokens :]
         return found if index is None else found.index_select(0, index)

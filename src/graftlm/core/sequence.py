@@ -128,6 +128,15 @@ class Layout:
         together = torch.cat([embeddings, virtual], dim=1)
         given["inputs_embeds"] = together.gather(1, order.order[:, :, None].expand(-1, -1, width))
         full = all(length == longest for length in lengths)
+        if junction.causal and not full and not takes(module, "position_ids") and _learned_positions(module):
+            raise RoutingError(
+                Finding(
+                    "R116",
+                    f"{type(module).__name__} counts positions by column, so rows with different numbers of virtual "
+                    "tokens cannot stand in one batch",
+                    fix="use(model, NAME), or prompts of one length",
+                )
+            )
         positions = given.get("position_ids")
         if mask is not None or not full:
             given["attention_mask"] = order.mask if mask is None else order.mask.to(mask.dtype)
@@ -375,6 +384,10 @@ def _positions(
         real = torch.ones(source.shape[0], tokens, device=source.device, dtype=torch.long) if mask is None else mask
         return real.long().cumsum(dim=1) * real.long() + padding
     return torch.arange(tokens, device=source.device)[None]
+
+
+def _learned_positions(module: nn.Module) -> bool:
+    return any("position" in path and isinstance(inner, nn.Embedding) for path, inner in module.named_modules())
 
 
 def _padded_positions(module: nn.Module) -> int | None:

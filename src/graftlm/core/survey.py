@@ -195,8 +195,20 @@ def _sequences(model: nn.Module, modules: dict[str, nn.Module], flow: _Flow | No
         stacks = [(stack, _call(model, f"get_{stack}")) for stack in ("encoder", "decoder")]
     for stack, module in stacks:
         path = _path_of(modules, module)
-        if path is None or not takes(module, "inputs_embeds"):
+        if path is None:
             continue
+        # The innermost that is called: a causal OPT calls its backbone's decoder and never the backbone.
+        inner = [
+            name
+            for name, each in modules.items()
+            if (name == path or name.startswith(f"{path}." if path else ""))
+            and (flow is None or name in flow.rows)
+            and takes(each, "inputs_embeds")
+            and takes(each, "attention_mask")
+        ]
+        if not inner:
+            continue
+        path = max(inner, key=lambda name: name.count(".") + bool(name))
         calls = [call.causal for call in flow.attentions if not call.cross] if flow else []
         causal = (stack == "decoder") if two_stacks else (any(calls) if calls else bool(_call(model, "can_generate")))
         yield Site(

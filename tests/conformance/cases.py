@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import LinearDelta, Method, Site, Survey
+from graftlm.core import Adapter, LinearDelta, Method, Site, Survey
+from graftlm.errors import NotMergeable
 from graftlm.methods import METHODS, BitFit, Full, Head, Layers, LoRA, Modules
 from models_for_tests import MODELS
 
@@ -77,6 +78,24 @@ def cross(cases: dict[str, Method] | None = None) -> pytest.MarkDecorator:
         if (model in few_models or case in few_cases) and (case, model) not in REFUSALS
     ]
     return pytest.mark.parametrize(("case", "model_name"), pairs, ids=[f"{model}-{case}" for case, model in pairs])
+
+
+def starts_as_identity(method: Method) -> bool:
+    """Whether the model computes the same right after `method` is attached."""
+    return all(part.starts_as_identity for part in method.parts)
+
+
+def merges(adapter: Adapter) -> bool:
+    """Merge `adapter` where it can be; else see that it is refused before anything changes."""
+    before = {key: value.clone() for key, value in adapter.model.state_dict().items()}
+    try:
+        adapter.merge()
+    except NotMergeable as error:
+        assert error.findings[0].code == "R201"
+        assert all(torch.equal(value, before[key]) for key, value in adapter.model.state_dict().items())
+        assert not adapter.merged
+        return False
+    return True
 
 
 def only(*names: str) -> dict[str, Method]:

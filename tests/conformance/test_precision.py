@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conformance.cases import CASES, cross, grid, only
+from conformance.cases import CASES, cross, grid, merges, only, starts_as_identity
 from graftlm.core import adapters, attach, use
 from graftlm.methods import Full, LoRA
 from models_for_tests import MODELS, inputs_for, logits_of, loss_of, perturb, tiny
@@ -17,17 +17,18 @@ def test_bf16_base_starts_as_the_identity_and_keeps_its_type(case, model_name):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     before = logits_of(model)
     adapter = attach(model, CASES[case])
-    assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
-    assert torch.equal(logits_of(model), before)
+    assert {parameter.dtype for parameter in adapter.parameters()} <= {torch.float32}
+    if starts_as_identity(CASES[case]):
+        assert torch.equal(logits_of(model), before)
     perturb(adapter)
     after = logits_of(model)
     assert after.dtype == before.dtype
     assert not torch.equal(after, before)
-    adapter.merge()
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    # Folding rounds once where the attached call rounds several times: equal to bf16's precision.
-    assert (logits_of(model) - after).float().norm() < 0.1 * after.float().norm()
-    adapter.unmerge()
+    if merges(adapter):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        # Folding rounds once where the attached call rounds several times: equal to bf16's precision.
+        assert (logits_of(model) - after).float().norm() < 0.1 * after.float().norm()
+        adapter.unmerge()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     adapter.detach()
     assert torch.equal(logits_of(model), before)

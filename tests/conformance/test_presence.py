@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conformance.cases import CASES, EXAMPLES, REFUSALS, Breaking, Scale, cross, grid, only
+from conformance.cases import CASES, EXAMPLES, REFUSALS, Breaking, Scale, cross, grid, only, starts_as_identity
 from graftlm.core import adapters, attach, use
 from graftlm.errors import GraftError
 from graftlm.methods import METHODS, LoRA
@@ -23,7 +23,7 @@ def test_starts_as_the_identity_and_then_acts(case, model_name):
     model = tiny(model_name)
     before = logits_of(model)
     adapter = attach(model, CASES[case])
-    assert torch.equal(logits_of(model), before)
+    assert torch.equal(logits_of(model), before) == starts_as_identity(CASES[case])
     perturb(adapter)
     assert (logits_of(model) - before).abs().max() > 1e-4 * before.abs().max()
     with use(model, None):

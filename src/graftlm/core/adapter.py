@@ -99,8 +99,13 @@ class Adapter:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Copy `state` (as `state()` gives it) into this adapter.
 
+        Deltas whose sizes only a state tells take those of `state`: their parameters are then new ones.
         Raises AdapterError naming every misfit, before any copy.
         """
+        own = self.state()
+        for part in self.parts if own.keys() == state.keys() else ():
+            if part.delta.sizes_from_state:
+                _adopt(part, state)
         own = self.state()
         faults = [Finding("A101", f"adapter {self.name!r} lacks {key}") for key in own.keys() - state.keys()]
         faults += [Finding("A102", f"adapter {self.name!r} has no {key}") for key in state.keys() - own.keys()]
@@ -173,12 +178,22 @@ class Adapter:
 
     def baked(self) -> Adapter:
         """The adapter as it is stored: without what only training needs (the MLP of a prefix). Not attached."""
-        parts = tuple(part.method.bake(part) for part in self.parts)
-        methods = list({id(part.method): part.method for part in parts}.values())
+        parts: list[Part] = []
+        methods: list[Method] = []
+        for kind in self.method.parts:
+            own = [kind.bake(part) for part in self.parts if part.method is kind]
+            found: list[Method] = []  # equal methods are one: each delta may have been given its own copy
+            for part in own:
+                if part.method not in found:
+                    found.append(part.method)
+            parts += [replace(part, method=found[found.index(part.method)]) for part in own]
+            methods += found or [kind]
+        if list(map(id, methods)) == list(map(id, self.method.parts)):
+            return Adapter(self.model, self.name, self.method, tuple(parts))
         whole, *others = methods
         for other in others:
             whole = whole + other
-        return Adapter(self.model, self.name, whole, parts)
+        return Adapter(self.model, self.name, whole, tuple(parts))
 
     # --- what it does ---
 
@@ -313,9 +328,7 @@ def attach(
     if state is not None:
         modules = dict(model.named_modules())
         for part in parts:
-            lead = _state_key(part, "")
-            own = {key.removeprefix(lead): tuple(t.shape) for key, t in state.items() if key.startswith(lead)}
-            part.delta.adopt(own)
+            part.delta.adopt(_shapes_in(state, part))
             part.delta.to_empty(device=device_of(modules[part.site.path]))
         adapter.load_state(dict(state))
     else:
@@ -473,6 +486,27 @@ def _place(name: str, parts: Sequence[Part], modules: dict[str, nn.Module], foun
 def _state_key(part: Part, name: str) -> str:
     """The name of a tensor of the adapter: the site's address, and `name` behind it unless it stands for itself."""
     return part.site.key if isinstance(part.delta, WholeParameterDelta) else f"{part.site.key}.{name}"
+
+
+def _shapes_in(state: Mapping[str, Tensor], part: Part) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of `part` in `state`, by their names in the delta."""
+    lead = _state_key(part, "")
+    return {key.removeprefix(lead): tuple(tensor.shape) for key, tensor in state.items() if key.startswith(lead)}
+
+
+def _adopt(part: Part, state: Mapping[str, Tensor]) -> None:
+    """Give the delta of `part` tensors of the sizes in `state`, where they differ; device and training stay."""
+    delta = part.delta
+    tensors = {**dict(delta.named_parameters()), **dict(delta.named_buffers())}
+    shapes = _shapes_in(state, part)
+    if all(shapes.get(name) == tuple(tensor.shape) for name, tensor in tensors.items()):
+        return
+    trained = any(parameter.requires_grad for parameter in delta.parameters())
+    device = next(iter(tensors.values())).device
+    delta.adopt(shapes)
+    delta.to(device)
+    for parameter in delta.parameters():
+        parameter.requires_grad_(trained)
 
 
 def _folds(delta: Delta) -> bool:

@@ -51,6 +51,8 @@ class Delta(nn.Module):
     """A change to one site, seen as its call; starts as the identity; holds only its own parameters."""
 
     port: ClassVar[Port]
+    #: True where tensors take their sizes from data or training, so that only a stored state tells them (see `adopt`).
+    sizes_from_state: ClassVar[bool] = False
 
     def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Take tensors of `shapes` (by name) before a stored state is copied in; most deltas know theirs already."""

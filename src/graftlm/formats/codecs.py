@@ -49,6 +49,8 @@ class Planned:
     is_parameter: bool
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     numbers: tuple[tuple[str, float], ...]
+    #: Whether only the file tells the sizes; `shapes` are then those of a fresh delta, and binding in their names only.
+    sizes_from_file: bool = False
 
     def state_key(self, name: str) -> str:
         """The name of the delta's tensor `name` in `Adapter.state()`."""

@@ -47,8 +47,9 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, facts: Mapping[str, An
     """Write `adapter` to `folder`, whole or not at all, and return the folder.
 
     `facts` is anything JSON holds (task, labels, chat template); `read_facts` gives it back. The same adapter gives the
-    same bytes. Tensors are float32, as trained. Raises AdapterError for facts that JSON cannot hold and
-    EnvironmentFault where the folder cannot be written.
+    same bytes. Tensors are float32, as trained. What only training needs (the MLP of a prefix) is left out: the file
+    holds `adapter.baked()`. Raises AdapterError for facts that JSON cannot hold and EnvironmentFault where the folder
+    cannot be written.
 
     Example:
         >>> save_adapter(adapter, "adapters/support", facts={"labels": ["no", "yes"]})      # doctest: +SKIP
@@ -57,7 +58,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, facts: Mapping[str, An
         kept_facts = json.loads(json.dumps(dict(facts or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise AdapterError(Finding("A219", f"facts cannot be written as JSON: {error}")) from None
-    model = adapter.model
+    model, adapter = adapter.model, adapter.baked()
     config = _describe(adapter)
     layout = _Layout([_seen(part) for part in adapter.parts], CODECS.get(config["peft_type"]))
     tensors = {key: tensor.cpu().contiguous() for key, tensor in layout.pack(adapter.state()).items()}
@@ -157,6 +158,7 @@ def _seen(part: Part) -> Planned:
         isinstance(part.delta, WholeParameterDelta),
         tuple((name, tuple(tensor.shape)) for name, tensor in tensors),
         tuple(sorted(numbers.items())),
+        part.delta.sizes_from_state,
     )
 
 
@@ -176,6 +178,11 @@ class _Layout:
             (self.owned if codec and isinstance(part.method, codec.method) else others).append(part)
         self.keys: dict[str, str] = {}  # names in the adapter's state -> keys in the file, for the other parts
         self.shapes: dict[str, tuple[int, ...]] = codec.shapes(self.owned) if codec else {}
+        #: Keys of tensors whose sizes only the file tells.
+        self.unsized: set[str] = set()
+        for part in self.owned:
+            if codec and part.sizes_from_file:
+                self.unsized |= set(codec.keys([part]).values())
         prefix = codec.prefix if codec else PREFIX
         wrapped = {part.site.path for part in self.owned}
         for part in others:
@@ -186,6 +193,8 @@ class _Layout:
                 key = f"{prefix}{path}{own}" if part.is_parameter else f"{prefix}{path}{own}.{name}"
                 self.keys[part.state_key(name)] = key
                 self.shapes[key] = shape
+                if part.sizes_from_file:
+                    self.unsized.add(key)
 
     def pack(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The file's tensors."""
@@ -199,7 +208,11 @@ class _Layout:
 
 
 def _as_set(parts: Sequence[Planned]) -> set[tuple[Any, ...]]:
-    return {(part.site.key, part.site.places, part.shapes, part.numbers) for part in parts}
+    found: set[tuple[Any, ...]] = set()
+    for part in parts:
+        shapes: tuple[Any, ...] = tuple(name for name, _ in part.shapes) if part.sizes_from_file else part.shapes
+        found.add((part.site.key, part.site.places, shapes, part.numbers))
+    return found
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -551,7 +564,7 @@ def _state(stored: _Stored, layout: _Layout, model: nn.Module) -> dict[str, Tens
         tensor = stored.tensors.get(plain)
         if tensor is None:
             stored.faults.append(Finding("A208", f"{key} is missing", place=place))
-        elif tuple(tensor.shape) != layout.shapes[key]:
+        elif key not in layout.unsized and tuple(tensor.shape) != layout.shapes[key]:
             stored.faults.append(
                 Finding("A210", f"{key} has shape {tuple(tensor.shape)}, wanted {layout.shapes[key]}", place=place)
             )

@@ -24,7 +24,7 @@ from graftlm.core import Adapter
 from graftlm.errors import Finding, RunError
 from graftlm.formats.atomic import atomic_folder, check_manifest, write_json, write_manifest
 
-__all__ = ["latest", "load_adapter_state", "load_optimizer", "load_random_state", "step_of", "write"]
+__all__ = ["adapter_state", "latest", "load_adapter_state", "load_optimizer", "load_random_state", "step_of", "write"]
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -76,8 +76,13 @@ def latest(folder: Path) -> tuple[Path | None, list[Path]]:
 
 def load_adapter_state(folder: Path, adapter: Adapter) -> None:
     """Put the checkpoint's weights into `adapter`; RunError for a damaged checkpoint, AdapterError for another's."""
+    adapter.load_state(adapter_state(folder))
+
+
+def adapter_state(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors as the checkpoint has them; RunError for a damaged one."""
     _check(folder)
-    adapter.load_state(load_file(folder / "adapter.safetensors"))
+    return load_file(folder / "adapter.safetensors")
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from graftlm.core import Method
+from graftlm.core import Method, Sum
 from graftlm.methods import Full, Head, Modules
 
 __all__ = ["context_of", "decide_epochs", "decide_learning_rate", "decide_length", "with_head"]
@@ -18,15 +18,38 @@ def decide_learning_rate(method: Method, width: int) -> float:
     """The method's own rate for a model of hidden size `width`: the narrower, the larger.
 
     The rates of the methods hold at width 2000; they scale with (2000 / width) ** 0.78, the exponent measured for
-    Llama models in "LoRA Without Regret" (Schulman et al. 2025), between a half and five times.
+    Llama models in "LoRA Without Regret" (Schulman et al. 2025), between a half and five times. Of a sum the smallest
+    rate of its parts counts (heads aside): too large a rate breaks a part, too small a one slows it.
 
     Example:
         >>> from graftlm.methods import LoRA
         >>> decide_learning_rate(LoRA(), 256), decide_learning_rate(LoRA(), 4096)
         (0.0025, 0.00029)
     """
-    rate: float = method.parts[0].learning_rate * min(max((2000 / width) ** 0.78, 0.5), 5.0)
+    rate: float = _leading(method).learning_rate * min(max((2000 / width) ** 0.78, 0.5), 5.0)
     return round(rate, 1 - math.floor(math.log10(rate)))  # two digits: a figure that one can say
+
+
+def learning_rate_range_of(method: Method) -> tuple[float, float]:
+    """The usual learning rates of the part that decides the rate."""
+    return _leading(method).learning_rate_range
+
+
+def title_of(method: Method) -> str:
+    """How people write the method: "LoRA", "LoRA + prompt tuning"; a head is not told beside others."""
+    if not isinstance(method, Sum):
+        return method.title
+    return " + ".join(dict.fromkeys(part.title for part in _beside_heads(method)))
+
+
+def _leading(method: Method) -> Method:
+    """The part whose learning rate is taken; a recipe with a rate of its own decides for its parts."""
+    return min(_beside_heads(method), key=lambda part: part.learning_rate) if isinstance(method, Sum) else method
+
+
+def _beside_heads(method: Method) -> list[Method]:
+    others = [part for part in method.parts if not isinstance(part, Head)]
+    return others or list(method.parts)
 
 
 def decide_epochs(rows: int) -> float:

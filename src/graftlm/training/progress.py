@@ -109,7 +109,7 @@ class Progress(TrainerCallback):
             self._best = min(self._loss, self._best) if self._best == self._best else self._loss
         if "eval_loss" in logs:
             self._eval = logs["eval_loss"]
-        names = ("loss", "learning_rate", "grad_norm", "eval_loss")
+        names = ("loss", "penalty", "learning_rate", "grad_norm", "eval_loss")
         row = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         row |= {name: logs[name] for name in names if name in logs}
         if "loss" in logs:

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import errno
 import os
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 import graftlm
-from graftlm.core import Adapter, Method, attach, summary, use
+from graftlm.core import Adapter, Method, Samples, attach, summary, use
 from graftlm.data import Collator, Prepared, prepare
 from graftlm.data.codes import WAIVABLE
 from graftlm.data.reading import read_rows
 from graftlm.errors import EnvironmentFault, Finding, GraftError, RunError, SettingsError
 from graftlm.evaluation import losses
+from graftlm.evaluation.losses import batches as each_of
 from graftlm.formats import load_adapter
 from graftlm.methods import read_method
 from graftlm.models import BUNDLED, fingerprint, load_base, load_config, load_tokenizer, resolve_base
@@ -33,7 +35,15 @@ from graftlm.report import write_card, write_report
 from graftlm.settings import Resolved, RunSettings, dump, resolve
 from graftlm.training import checkpoint
 from graftlm.training.callbacks import Interrupt, NoInputGradients
-from graftlm.training.decisions import context_of, decide_epochs, decide_learning_rate, decide_length, with_head
+from graftlm.training.decisions import (
+    context_of,
+    decide_epochs,
+    decide_learning_rate,
+    decide_length,
+    learning_rate_range_of,
+    title_of,
+    with_head,
+)
 from graftlm.training.environment import environment, peak_memory_bytes
 from graftlm.training.folder import RunFolder, free_folder, lines_of
 from graftlm.training.opening import Opened
@@ -45,6 +55,7 @@ __all__ = ["Run", "data_of", "held_out_of", "train", "train_resolved"]
 
 _BUNDLED_DATA = {"bundled:messages": "messages.csv", "bundled:answers": "answers.jsonl"}
 _EVAL_ROWS_WHILE_TRAINING = 200
+_SAMPLES = 64  # rows that methods look at which choose by data
 _ROWS = "data/rows.jsonl"
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
@@ -220,10 +231,12 @@ class _Work:
         prepared, method, tokenizer = self._check()
         torch.manual_seed(self.settings.train.seed)
         model, tokenizer = self._load(prepared)
-        adapter = attach(model, method, name="default")
-        self._describe(prepared, model, adapter)
+        self.record |= {"task": prepared.task, "base": self._base(model)}
         if before:
             self._check_unchanged(before)
+        self.collate = Collator(tokenizer.pad_token_id, max_length=context_of(model.config))
+        adapter = self._attach(prepared, model, method)
+        self._describe(model, adapter)
         self.facts = {
             "task": prepared.task,
             "base": _lasting(self.settings.model.name),
@@ -233,7 +246,7 @@ class _Work:
             "max_length": self.settings.train.max_length or decide_length(model.config),
         }
         self.folder.make()
-        trainer, progress = self._trainer(prepared, model, adapter, tokenizer)
+        trainer, progress = self._trainer(prepared, model, adapter)
         self.folder.write_record(self.record)  # first of all files: from here on the run can be resumed
         self.voice.keep_in(self.folder.log)
         self.folder.write_lines(
@@ -330,11 +343,39 @@ class _Work:
             "notes": [str(finding) for finding in prepared.notes],
         }
 
-    def _describe(self, prepared: Prepared, model: Any, adapter: Adapter) -> None:
+    def _base(self, model: Any) -> dict[str, Any]:
+        return {
+            "name": self.settings.model.name,
+            "class": type(model).__name__,
+            "fingerprint": fingerprint(model),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+
+    def _attach(self, prepared: Prepared, model: Any, method: Method) -> Adapter:
+        """The adapter, ready to train; where it depends on data, as the run's checkpoint has it."""
+        if not any(part.needs_samples for part in method.parts):
+            return attach(model, method, name="default")
+        start, _ = checkpoint.latest(self.folder.checkpoints) if self.resume else (None, [])
+        if start is not None:
+            return attach(model, method, name="default", state=checkpoint.adapter_state(start))
+        train = self.settings.train
+        chosen = random.Random(train.seed).sample(range(len(prepared.train)), min(_SAMPLES, len(prepared.train)))
+        micro = train.batch // train.accumulate
+        batches = [self.collate([prepared.train[at] for at in part]) for part in each_of(chosen, micro)]
+        objective = _objective(prepared.task, model)
+
+        def loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+            return objective.loss_sum(model(**objective.inputs(batch)), batch) / max(objective.count(batch), 1)
+
+        on_device = [{k: v.to(model.device) for k, v in batch.items() if k != "row"} for batch in batches]
+        self.voice.say("", f"{method} looks at {len(chosen)} rows first")
+        return attach(model, method, name="default", samples=Samples(on_device, loss))
+
+    def _describe(self, model: Any, adapter: Adapter) -> None:
         train = self.settings.train
         counts = summary(model)
         rate = train.learning_rate or decide_learning_rate(adapter.method, _width(model))
-        low, high = adapter.method.parts[0].learning_rate_range
+        low, high = learning_rate_range_of(adapter.method)
         usual = "" if low <= rate <= high else f" (usual: {low:g} to {high:g})"
         share = 100 * counts.trainable_parameters / counts.base_parameters
         where = f"{self.settings.model.name}  {type(model).__name__}  {counts.base_parameters:,} parameters"
@@ -345,13 +386,6 @@ class _Work:
             f"seed {train.seed}",
         )
         self.record |= {
-            "task": prepared.task,
-            "base": {
-                "name": self.settings.model.name,
-                "class": type(model).__name__,
-                "fingerprint": fingerprint(model),
-                "parameters": counts.base_parameters,
-            },
             "method": str(adapter.method),
             "trainable_parameters": counts.trainable_parameters,
             "environment": environment(model),
@@ -374,13 +408,10 @@ class _Work:
 
     # --- training ---
 
-    def _trainer(
-        self, prepared: Prepared, model: Any, adapter: Adapter, tokenizer: Any
-    ) -> tuple[GraftTrainer, Progress]:
+    def _trainer(self, prepared: Prepared, model: Any, adapter: Adapter) -> tuple[GraftTrainer, Progress]:
         train = self.settings.train
         epochs = train.epochs or decide_epochs(len(prepared.train))
         objective = _objective(prepared.task, model)
-        self.collate = Collator(tokenizer.pad_token_id, max_length=context_of(model.config))
         held = prepared.eval[:_EVAL_ROWS_WHILE_TRAINING]
         micro = train.batch // train.accumulate
         # An epoch in steps: what is due at its end is then done before the checkpoint of that step is written.
@@ -479,7 +510,7 @@ class _Work:
         stopped: bool,
     ) -> Run:
         generate = self.settings.generate
-        name = adapter.method.parts[0].title
+        name = title_of(adapter.method)
         adapter.save(self.folder.adapter, facts=self.facts)
         # What is scored is what was written.
         use(model, None)

@@ -4,7 +4,8 @@ What differs from the Trainer it extends: only the adapter's parameters are opti
 step is the summed loss over all its micro-batches divided by their joint count, so that accumulation changes nothing
 (transformers issue 47688 multiplies it for most heads); checkpoints hold the adapter and never the base, are complete
 or absent, and nothing in them is pickled; a step without a finite loss stops the run and names its rows; and a delta
-that gets no gradient in the first step stops it too.
+that gets no gradient in the first step stops it too. Methods that take part in training do so here: their own learning
+rates, a penalty once a step (beside the loss that is told), and a word after each step.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ Evaluate = Callable[[], dict[str, float]]
 class GraftTrainer(Trainer):
     """Trains one adapter on one objective.
 
-    `evaluate_with` gives the held-out scores when the Trainer asks for an evaluation. `groups` splits the adapter's
-    parameters into optimizer groups (dicts with `params` and their own settings such as `lr`).
+    `evaluate_with` gives the held-out scores when the Trainer asks for an evaluation.
     """
 
     #: `compute_loss` divides by the count of the whole step already.
@@ -49,12 +49,13 @@ class GraftTrainer(Trainer):
         args: TrainingArguments,
         *,
         evaluate_with: Evaluate | None = None,
-        groups: list[dict[str, Any]] | None = None,
         **options: Any,
     ) -> None:
         self.adapter: Adapter = adapter
         self.objective: Objective = objective
-        self.evaluate_with, self.groups = evaluate_with, groups
+        self.evaluate_with = evaluate_with
+        #: The method's penalty in the last step; None where it has none.
+        self.penalty: float | None = None
         #: Losses counted since the start of this process (tokens or rows): the measure of speed.
         self.counted = 0
         self._rows: list[int] = []
@@ -95,6 +96,34 @@ class GraftTrainer(Trainer):
             raise _no_number("loss", loss, self.state.global_step + 1, rows)
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The micro-batch's gradients; with those of the method's penalty after the step's last one.
+
+        The loss that is returned, and so told, is the objective's alone.
+        """
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            if self.state.global_step == 0:
+                self._check_gradients()  # before the penalty's, which must not hide that the loss gives none
+            penalty = self.adapter.penalty()
+            if penalty is not None:
+                if not torch.isfinite(penalty):
+                    raise _no_number("penalty", penalty, self.state.global_step + 1, self._rows)
+                torch.autograd.backward(penalty)
+                self.penalty = float(penalty.detach())
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """As the Trainer logs, with the method's penalty beside the loss."""
+        if self.penalty is not None and "loss" in logs:
+            logs["penalty"] = self.penalty
+        super().log(logs, *args, **options)
+
     # --- optimizer ---
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -104,16 +133,18 @@ class GraftTrainer(Trainer):
             if not self.trained:
                 raise RunError(Finding("U112", f"adapter {self.adapter.name!r} has nothing to train"))
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, None)
-            groups = self.groups or [{"params": self.trained, "weight_decay": self.args.weight_decay}]
+            groups = self.adapter.groups(self.args.learning_rate, weight_decay=self.args.weight_decay)
             self.optimizer = kind(groups, **options)
-            # The Trainer zeroes the model's own parameters only.
-            self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+            self.optimizer.register_step_post_hook(self._after_step)
         return self.optimizer
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        with torch.no_grad():
+            self.adapter.after_step(self.state.global_step + 1, self.state.max_steps)
+        optimizer.zero_grad()  # the Trainer zeroes the model's own parameters only
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         del model
-        if self.state.global_step == 0:
-            self._check_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
         if not torch.isfinite(norm):  # before the optimizer puts it into the weights
             raise _no_number("gradient's norm", norm, self.state.global_step + 1, self._rows)

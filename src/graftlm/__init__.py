@@ -15,7 +15,9 @@ _HOMES = {
         "Adapter", "Delta", "LinearDelta", "Method", "ParameterDelta", "Site", "Survey",
         "adapters", "attach", "summary", "survey", "trainable", "use",
     ),
-    "graftlm.methods": ("METHODS", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "read_method"),
+    "graftlm.methods": (
+        "METHODS", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "PrefixTuning", "PromptTuning", "read_method",
+    ),
     "graftlm.models": ("load_base",),
     "graftlm.formats": ("load_adapter", "save_adapter"),
     "graftlm.training": ("Run", "train"),
@@ -43,7 +45,18 @@ if TYPE_CHECKING:
     )
     from graftlm.errors import GraftError
     from graftlm.formats import load_adapter, save_adapter
-    from graftlm.methods import METHODS, BitFit, Full, Head, Layers, LoRA, Modules, read_method
+    from graftlm.methods import (
+        METHODS,
+        BitFit,
+        Full,
+        Head,
+        Layers,
+        LoRA,
+        Modules,
+        PrefixTuning,
+        PromptTuning,
+        read_method,
+    )
     from graftlm.models import load_base
     from graftlm.training import Run, train
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graftlm.core import Adapter, LinearDelta, Method, Site, Survey
 from graftlm.errors import NotMergeable
-from graftlm.methods import METHODS, BitFit, Full, Head, Layers, LoRA, Modules
+from graftlm.methods import METHODS, BitFit, Full, Head, Layers, LoRA, Modules, PrefixTuning, PromptTuning
 from models_for_tests import MODELS
 
 #: Example settings of every entry of METHODS; `test_examples_are_complete` fails for a method without one.
@@ -21,6 +21,8 @@ EXAMPLES: dict[str, Method] = {
     "layers": Layers("-1:"),
     "lora": LoRA(rank=4),
     "modules": Modules("norm"),
+    "prefix": PrefixTuning(length=3),
+    "prompt": PromptTuning(length=3),
 }
 
 #: Settings that take other paths through a method, and sums.
@@ -39,6 +41,8 @@ VARIANTS: dict[str, Method] = {
     "lora+full": LoRA(rank=4, targets="all-linear") + Full(),
     "lora+modules": LoRA(rank=4) + Modules(["norm", "embed"]),
     "bitfit+head": BitFit() + Head(),
+    "prefix-mlp": PrefixTuning(length=3, mlp=8),
+    "prefix+prompt+lora": PrefixTuning(length=2) + PromptTuning(length=3, start="uniform") + LoRA(rank=2),
 }
 
 CASES: dict[str, Method] = {
@@ -54,6 +58,7 @@ _NO_BIAS = (
 #: (case, model) -> the code of the error with which the method honestly says that it does not fit.
 REFUSALS: dict[tuple[str, str], str] = {
     **{(case, model): "T109" for case in ("bitfit", "lora+bitfit", "bitfit+head") for model in _NO_BIAS},
+    **{(case, "bloom"): "T150" for case in ("prefix", "prefix-mlp", "prefix+prompt+lora")},
 }
 
 #: Cases of which the merged weights need a bias that the plain model has no place for.

@@ -24,9 +24,11 @@ from graftlm.errors import Finding, RoutingError
 if TYPE_CHECKING:
     from graftlm.core.junction import Group, Junction
 
-__all__ = ["IMPLEMENTATIONS", "Splice", "attention_function", "implementation_of"]
+__all__ = ["IMPLEMENTATIONS", "Splice", "attention_function", "implementation_of", "recorded_keys_values"]
 
 _NAME = "graftlm_prefix"
+_RECORDER = "graftlm_recorder"
+_RECORD = "_graftlm_recorded"
 #: The attention implementations that take a mask to which columns can be added.
 IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -176,3 +178,42 @@ def _widened(mask: Tensor, real: Tensor | None, length: int) -> Tensor:
         low = torch.finfo(mask.dtype).min
         return torch.cat([mask.new_zeros(seen.shape).masked_fill(~seen, low), mask], dim=-1)
     return torch.cat([seen, mask], dim=-1)
+
+
+def recorded_keys_values(model: nn.Module, ids: Tensor, paths: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the attention modules at `paths` compute as keys and values for the token ids [tokens], without gradients.
+
+    Each is [key-value heads, tokens, head width], as the cache would hold it: with its positions, before grouping. An
+    encoder-decoder reads the same ids on both sides.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_RECORDER, _record)
+    modules = dict(model.named_modules())
+    configs = {path: getattr(modules[path], "config", None) for path in paths}
+    rows = ids[None].to(next(model.parameters()).device)
+    inputs: dict[str, Any] = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = rows
+    try:
+        for path, config in configs.items():
+            module: Any = modules[path]
+            module.__dict__[_RECORD] = (str(implementation_of(module)), [])
+            twin = copy.copy(config)
+            twin._attn_implementation_internal = _RECORDER  # type: ignore[union-attr]
+            module.config = twin
+        with torch.no_grad():
+            model(**inputs)
+        return {path: modules[path].__dict__[_RECORD][1][0] for path in paths}
+    finally:
+        for path, config in configs.items():
+            modules[path].config = config
+            modules[path].__dict__.pop(_RECORD, None)
+
+
+def _record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    implementation, found = module.__dict__[_RECORD]
+    found.append((key[0].float(), value[0].float()))
+    function = attention_function(module, implementation)
+    assert function is not None
+    return function(module, query, key, value, *args, **kwargs)

@@ -18,8 +18,12 @@ from graftlm.core import Method
 from graftlm.errors import Finding, GraftError, MethodError, nearest
 from graftlm.methods.lora import LoRA
 from graftlm.methods.parameters import BitFit, Full, Head, Layers, Modules
+from graftlm.methods.prefix import PrefixTuning
+from graftlm.methods.prompt import PromptTuning
 
-__all__ = ["METHODS", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "read_method"]
+__all__ = [
+    "METHODS", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "PrefixTuning", "PromptTuning", "read_method",
+]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
     "bitfit": BitFit,
@@ -28,6 +32,8 @@ METHODS: dict[str, type[Method]] = {
     "layers": Layers,
     "lora": LoRA,
     "modules": Modules,
+    "prefix": PrefixTuning,
+    "prompt": PromptTuning,
 }
 
 #: Names that other tools use for settings of our methods.

@@ -15,5 +15,9 @@ CODES: dict[str, str] = {
     "T112": "a setting that the method does not have, or that is called otherwise in another tool",
     "T113": "a setting of a method has a value of the wrong type",
     "T114": "the text of a method cannot be read: a bracket, comma or quote is wrong, or it is empty",
+    "T150": "keys and values cannot be put into the attention code of this model",
+    "T151": "a prefix is to shift positions in a model that counts them for itself",
+    "T152": "virtual tokens cannot be put into a model that takes no input embeddings",
+    "T153": "a token id that a prompt is to start from is not in the model's vocabulary",
 }
 """Code to meaning."""

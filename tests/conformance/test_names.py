@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from conformance.cases import CASES, cross
+from conformance.cases import CASES, cross, starts_as_identity
 from graftlm.core import adapters, attach, summary, survey, use
 from graftlm.errors import AdapterError, GraftError, MethodError, RoutingError
 from graftlm.methods import Full, Head, Layers, LoRA, Modules
@@ -257,7 +257,8 @@ def test_state_goes_round(case, model_name):
     assert all(value.dtype == torch.float32 for value in state.values())
     assert sum(value.numel() for value in state.values()) == first.parameter_count
     second = attach(model, CASES[case], name="b")
-    assert torch.equal(logits_of(model), fresh)
+    if starts_as_identity(CASES[case]):
+        assert torch.equal(logits_of(model), fresh)
     assert second.state().keys() == state.keys()
     second.load_state(state)
     assert torch.equal(logits_of(model), wanted)

@@ -16,7 +16,8 @@ _HOMES = {
         "adapters", "attach", "summary", "survey", "trainable", "use",
     ),
     "graftlm.methods": (
-        "METHODS", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "PrefixTuning", "PromptTuning", "read_method",
+        "METHODS", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "PrefixTuning", "PromptTuning",
+        "method", "read_method",
     ),
     "graftlm.models": ("load_base",),
     "graftlm.formats": ("load_adapter", "save_adapter"),
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         Modules,
         PrefixTuning,
         PromptTuning,
+        method,
         read_method,
     )
     from graftlm.models import load_base

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import graftlm
 from conformance.cases import CASES
 from graftlm.core import Sum
 from graftlm.errors import MethodError
@@ -116,6 +117,37 @@ def test_mistakes(text, codes, said):
         read_method(text)
     assert [finding.code for finding in caught.value.findings] == codes
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_mistyped_method_gets_the_nearest_of_all(name):
+    middle = len(name) // 2
+    typos = {
+        name[:middle] + name[middle] + name[middle:],  # a letter twice
+        name[: middle - 1] + name[middle] + name[middle - 1] + name[middle + 1 :],  # two letters changed over
+        name + "s",
+    }
+    for typo in typos - METHODS.keys():
+        with pytest.raises(MethodError) as caught:
+            read_method(f"{typo}()")
+        (finding,) = caught.value.findings
+        assert (finding.code, finding.fix) == ("T101", name)
+        assert f"Did you mean {name}?" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("prefix-tuning(length=3)", "prefix"), ("prompt_tuning", "prompt"), ("houlsby", "series"), ("ln_tuning", "norm")],
+)
+def test_names_of_elsewhere(text, name):
+    if name not in METHODS:
+        pytest.skip(f"no method {name}")
+    with pytest.raises(MethodError, match=f"Did you mean {name}?"):
+        read_method(text)
+
+
+def test_the_front_door_reads_methods():
+    assert graftlm.method("lora(rank=8,targets=attention)+head") == LoRA(rank=8, targets="attention") + Head()
 
 
 @given(st.text(max_size=30) | st.text(alphabet="lora()=+,[]{}'\"rank1.-:", max_size=30))

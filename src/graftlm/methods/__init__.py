@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from typing import Any
 
 from graftlm.core import Method
@@ -22,7 +23,8 @@ from graftlm.methods.prefix import PrefixTuning
 from graftlm.methods.prompt import PromptTuning
 
 __all__ = [
-    "METHODS", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "PrefixTuning", "PromptTuning", "read_method",
+    "METHODS", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "PrefixTuning", "PromptTuning",
+    "method", "read_method",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
@@ -46,8 +48,30 @@ _FOREIGN = {
 }
 
 
+#: Names that other tools and papers use for methods of ours.
+_FOREIGN_METHODS = {
+    "adapter": "series",
+    "bottleneck": "series",
+    "houlsby": "series",
+    "pfeiffer": "series",
+    "finetuning": "full",
+    "layernorm": "norm",
+    "lntuning": "norm",
+    "ptuningv2": "prefix",
+    "prefixtuning": "prefix",
+    "prompttuning": "prompt",
+    "softprompt": "prompt",
+    "fish": "sparse",
+}
+
+
 def read_method(text: str) -> Method:
-    """The method that `text` names. Raises MethodError with every fault and the nearest right names."""
+    """The method that `text` names. Raises MethodError with every fault and the nearest right names.
+
+    Example:
+        >>> print(read_method("LoRA(16, targets=all-linear) + head"))
+        lora(rank=16,targets=all-linear)+head
+    """
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
@@ -63,6 +87,10 @@ def read_method(text: str) -> Method:
     return whole
 
 
+#: `read_method`, as it reads in `graftlm.method("lora(rank=8)")`.
+method = read_method
+
+
 def _summands(node: ast.expr) -> list[ast.expr]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return [*_summands(node.left), *_summands(node.right)]
@@ -74,7 +102,8 @@ def _read_part(node: ast.expr, faults: list[Finding]) -> Method | None:
     name = _plain(call.func if call else node).lower()
     kind = METHODS.get(name)
     if kind is None:
-        close = nearest(name, METHODS)
+        foreign = _FOREIGN_METHODS.get(re.sub(r"\(.*|[^a-z0-9]", "", name))
+        close = [foreign] if foreign in METHODS else nearest(name, METHODS)
         hint = f" Did you mean {close[0]}?" if close else ""
         faults.append(
             Finding(

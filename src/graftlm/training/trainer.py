@@ -256,7 +256,7 @@ def _no_number(what: str, value: Tensor, step: int, rows: list[int]) -> RunError
     return RunError(
         Finding(
             "U111",
-            f"the {what} is {float(value)} at step {step} (rows {shown or 'unknown'}); "
+            f"the {what} is {float(value.detach())} at step {step} (rows {shown or 'unknown'}); "
             "the adapter of the step before is kept",
             fix="a smaller --lr, or look at those rows",
         )

@@ -16,8 +16,8 @@ _HOMES = {
         "adapters", "attach", "summary", "survey", "trainable", "use",
     ),
     "graftlm.methods": (
-        "METHODS", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "PrefixTuning", "PromptTuning",
-        "method", "read_method",
+        "METHODS", "Attempt", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "PTuning", "PrefixTuning",
+        "PromptTuning", "method", "read_method",
     ),
     "graftlm.models": ("load_base",),
     "graftlm.formats": ("load_adapter", "save_adapter"),
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from graftlm.formats import load_adapter, save_adapter
     from graftlm.methods import (
         METHODS,
+        Attempt,
         BitFit,
         Full,
         Head,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         Modules,
         PrefixTuning,
         PromptTuning,
+        PTuning,
         method,
         read_method,
     )

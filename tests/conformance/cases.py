@@ -10,11 +10,24 @@ from torch import Tensor, nn
 
 from graftlm.core import Adapter, LinearDelta, Method, Site, Survey
 from graftlm.errors import NotMergeable
-from graftlm.methods import METHODS, BitFit, Full, Head, Layers, LoRA, Modules, PrefixTuning, PromptTuning
-from models_for_tests import MODELS
+from graftlm.methods import (
+    METHODS,
+    Attempt,
+    BitFit,
+    Full,
+    Head,
+    Layers,
+    LoRA,
+    Modules,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+)
+from models_for_tests import DECODERS, MODELS
 
 #: Example settings of every entry of METHODS; `test_examples_are_complete` fails for a method without one.
 EXAMPLES: dict[str, Method] = {
+    "attempt": Attempt(length=2, sources=3, bottleneck=4, temperature=2.0),
     "bitfit": BitFit(),
     "full": Full(),
     "head": Head(),
@@ -23,6 +36,7 @@ EXAMPLES: dict[str, Method] = {
     "modules": Modules("norm"),
     "prefix": PrefixTuning(length=3),
     "prompt": PromptTuning(length=3),
+    "ptuning": PTuning(length=3),
 }
 
 #: Settings that take other paths through a method, and sums.
@@ -42,6 +56,9 @@ VARIANTS: dict[str, Method] = {
     "lora+modules": LoRA(rank=4) + Modules(["norm", "embed"]),
     "bitfit+head": BitFit() + Head(),
     "prefix-mlp": PrefixTuning(length=3, mlp=8),
+    "prompt-end": PromptTuning(length=2, position="end"),
+    "prompt-both": PromptTuning(length=2, position="after-bos", stack="both"),
+    "ptuning-mlp": PTuning(length=3, encoder="mlp", hidden=5),
     "prefix+prompt+lora": PrefixTuning(length=2) + PromptTuning(length=3, start="uniform") + LoRA(rank=2),
 }
 
@@ -59,6 +76,7 @@ _NO_BIAS = (
 REFUSALS: dict[tuple[str, str], str] = {
     **{(case, model): "T109" for case in ("bitfit", "lora+bitfit", "bitfit+head") for model in _NO_BIAS},
     **{(case, "bloom"): "T150" for case in ("prefix", "prefix-mlp", "prefix+prompt+lora")},
+    **{("attempt", model): "T154" for model in DECODERS},
 }
 
 #: Cases of which the merged weights need a bias that the plain model has no place for.

@@ -17,17 +17,20 @@ from typing import Any
 
 from graftlm.core import Method
 from graftlm.errors import Finding, GraftError, MethodError, nearest
+from graftlm.methods.attempt import Attempt
 from graftlm.methods.lora import LoRA
 from graftlm.methods.parameters import BitFit, Full, Head, Layers, Modules
 from graftlm.methods.prefix import PrefixTuning
 from graftlm.methods.prompt import PromptTuning
+from graftlm.methods.ptuning import PTuning
 
 __all__ = [
-    "METHODS", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "PrefixTuning", "PromptTuning",
-    "method", "read_method",
+    "METHODS", "Attempt", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "PTuning", "PrefixTuning",
+    "PromptTuning", "method", "read_method",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
+    "attempt": Attempt,
     "bitfit": BitFit,
     "full": Full,
     "head": Head,
@@ -36,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
     "modules": Modules,
     "prefix": PrefixTuning,
     "prompt": PromptTuning,
+    "ptuning": PTuning,
 }
 
 #: Names that other tools use for settings of our methods.

@@ -19,5 +19,7 @@ CODES: dict[str, str] = {
     "T151": "a prefix is to shift positions in a model that counts them for itself",
     "T152": "virtual tokens cannot be put into a model that takes no input embeddings",
     "T153": "a token id that a prompt is to start from is not in the model's vocabulary",
+    "T154": "prompts are to be mixed by the whole input in a model that predicts the next token",
+    "T155": "the source prompts of attempt have the wrong shape",
 }
 """Code to meaning."""

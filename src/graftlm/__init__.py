@@ -19,6 +19,7 @@ _HOMES = {
         "METHODS", "Attempt", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "PTuning", "PrefixTuning",
         "PromptTuning", "method", "read_method",
     ),
+    "graftlm.evaluation": ("Ensemble", "ensemble"),
     "graftlm.models": ("load_base",),
     "graftlm.formats": ("load_adapter", "save_adapter"),
     "graftlm.training": ("Run", "train"),
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         use,
     )
     from graftlm.errors import GraftError
+    from graftlm.evaluation import Ensemble, ensemble
     from graftlm.formats import load_adapter, save_adapter
     from graftlm.methods import (
         METHODS,

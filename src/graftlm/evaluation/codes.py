@@ -1,0 +1,13 @@
+"""The stable codes of everything this room reports."""
+
+from __future__ import annotations
+
+__all__ = ["CODES"]
+
+CODES: dict[str, str] = {
+    "A130": "an ensemble is asked to combine its members in a way that there is not",
+    "A131": "an ensemble was given no adapters",
+    "A132": "the weights of an ensemble are not one number from 0 for each of its members",
+    "A133": "an ensemble was given a batch without token ids or embeddings",
+}
+"""Code to meaning."""

@@ -14,14 +14,19 @@ from graftlm.methods import (
     METHODS,
     Attempt,
     BitFit,
+    DoRA,
     Full,
     Head,
     Layers,
     LoRA,
+    LoRAPlus,
     Modules,
+    OLoRA,
+    PiSSA,
     PrefixTuning,
     PromptTuning,
     PTuning,
+    RsLoRA,
 )
 from models_for_tests import DECODERS, MODELS
 
@@ -29,28 +34,39 @@ from models_for_tests import DECODERS, MODELS
 EXAMPLES: dict[str, Method] = {
     "attempt": Attempt(length=2, sources=3, bottleneck=4, temperature=2.0),
     "bitfit": BitFit(),
+    "dora": DoRA(rank=4),
     "full": Full(),
     "head": Head(),
     "layers": Layers("-1:"),
     "lora": LoRA(rank=4),
+    "loraplus": LoRAPlus(rank=4),
     "modules": Modules("norm"),
     "prefix": PrefixTuning(length=3),
     "prompt": PromptTuning(length=3),
     "ptuning": PTuning(length=3),
+    # A small scale: noise on factors as large as these moves T5's unscaled attention far.
+    "olora": OLoRA(rank=4, alpha=2.0),
+    "pissa": PiSSA(rank=4, alpha=2.0),
+    "rslora": RsLoRA(rank=4, alpha=3.0),
 }
 
 #: Settings that take other paths through a method, and sums.
 VARIANTS: dict[str, Method] = {
     "lora-all": LoRA(rank=3, targets="all-linear"),
-    "lora-rslora": LoRA(rank=4, alpha=3.0, rslora=True),
     "lora-patterns": LoRA(rank=4, rank_pattern={r".*\.1\..*": 2}, alpha_pattern={r".*\.0\..*": 5.0}),
     "lora-dropout": LoRA(rank=4, dropout=0.3),
     "lora-bias": LoRA(rank=4, bias=True),
+    "lora-gaussian": LoRA(rank=4, start="gaussian"),
+    "lora-parts": LoRA(rank=3, targets="query,value"),
+    "lora-experts": LoRA(rank=2, targets="experts"),
+    "dora-parts": DoRA(rank=3, targets="query,value", dropout=0.2),
+    "pissa-parts": PiSSA(rank=3, targets="query,value", rslora=True),
     "lora-embed": LoRA(rank=4, targets="embed"),
     "lora-head": LoRA(rank=2, targets="head"),
     "lora-last-layer": LoRA(rank=4, targets="all-linear", layers="-1:"),
     "modules-embed": Modules("embed"),
     "lora+head": LoRA(rank=4) + Head(),
+    "dora+modules": DoRA(rank=4, targets="all-linear") + Modules(["attention", "norm"]),
     "lora+bitfit": LoRA(rank=4, targets="all-linear") + BitFit(),
     "lora+full": LoRA(rank=4, targets="all-linear") + Full(),
     "lora+modules": LoRA(rank=4) + Modules(["norm", "embed"]),
@@ -74,6 +90,8 @@ _NO_BIAS = (
 
 #: (case, model) -> the code of the error with which the method honestly says that it does not fit.
 REFUSALS: dict[tuple[str, str], str] = {
+    **{(case, "bloom"): "C105" for case in ("lora-parts", "dora-parts", "pissa-parts")},  # its roles come from names
+    **{("lora-experts", model): "C101" for model in MODELS if model not in ("mixtral", "qwen3_moe")},
     **{(case, model): "T109" for case in ("bitfit", "lora+bitfit", "bitfit+head") for model in _NO_BIAS},
     **{(case, "bloom"): "T150" for case in ("prefix", "prefix-mlp", "prefix+prompt+lora")},
     **{("attempt", model): "T154" for model in DECODERS},

@@ -41,18 +41,21 @@ def test_every_method_comes_back(case, family, tmp_path):
     model = tiny(family)
     adapter = attach(model, method, name="support")
     shake(adapter.parameters())
-    wanted, state = logits(model), {key: tensor.clone() for key, tensor in adapter.state().items()}
+    baked = adapter.baked()  # what only training needs is not stored
+    wanted, state = logits(model), {key: tensor.clone() for key, tensor in baked.state().items()}
     assert not torch.equal(wanted, logits(tiny(family)))
     folder = save_adapter(adapter, tmp_path / "a", facts={"labels": ["no", "yes"]})
     fresh = tiny(family)
     loaded = load_adapter(fresh, folder)
-    assert loaded.method == method
-    assert str(loaded.method) == str(method)
+    assert loaded.method == baked.method
+    assert str(loaded.method) == str(baked.method)
     assert loaded.name == "support"
     assert loaded.state().keys() == state.keys()
     assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.state().items())
     assert all(tensor.dtype == torch.float32 for tensor in loaded.state().values())
-    assert torch.equal(logits(fresh), wanted)
+    if baked.method == method:
+        assert torch.equal(logits(fresh), wanted)
+    torch.testing.assert_close(logits(fresh), wanted, rtol=1e-5, atol=1e-5)
     assert read_facts(folder) == {"labels": ["no", "yes"]}
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 

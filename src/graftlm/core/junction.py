@@ -367,7 +367,13 @@ class Junction:
         if groups[0].rows is not None:
             output = self._leave_rows(module, args, kwargs, x, output, groups)
         else:
-            output = self._changed(module, groups[0], x, output, None, x)
+            group = groups[0]
+            if group.parameters and (group.adds or group.slices):
+                self._replace(module, group)  # what a delta asks of the base is what gave `output`
+            try:
+                output = self._changed(module, group, x, output, None, x)
+            finally:
+                self._put_back(module)
         for site, _ in (branch for group in groups for branch in group.branches):
             self.switch.seen.pop(site.entry, None)
         return output

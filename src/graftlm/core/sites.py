@@ -6,6 +6,7 @@ maps), `router`-like and unknown maps have none; `embed`, `norm` and `head` are 
 site of one model; selectors choose among them:
 
 - a role, or a group of roles: `attention`, `ffn`, `all-linear`, `norm`, `embed`, `head`;
+- `experts`: the 3-D parameters in which a layer's experts are kept;
 - a module name or a dotted suffix of its path: `q_proj`, `self_attn.q_proj`, a full path;
 - a regular expression that matches whole paths (anything with a character of `*+?[](){}|^$\\`);
 - a stack before a slash: `encoder/attention`, `decoder/query`, `cross/key`.
@@ -174,7 +175,8 @@ class Survey:
         Raises SiteError with every selector that matches nothing, each with the nearest names.
         """
         allowed = frozenset(kinds)
-        pool = [site for site in (*self.sites, *self.slices) if site.kind in allowed]
+        everywhere = (*self.sites, *self.slices, *(site for site in self.parameters if site.kind == "experts"))
+        pool = [site for site in everywhere if site.kind in allowed]
         wanted = parse_layers(layers, self.layer_count)
         chosen: dict[str, Site] = {}
         faults: list[Finding] = []
@@ -184,7 +186,7 @@ class Survey:
                 faults.append(self._unmatched(selector, pool))
             chosen.update((site.key, site) for site in found)
         for selector in _words(exclude):
-            found = [site for site in (*self.sites, *self.slices) if _matches(selector, site)]
+            found = [site for site in everywhere if _matches(selector, site)]
             if not found:
                 faults.append(self._unmatched(selector, pool))
             for site in found:
@@ -276,6 +278,9 @@ def _matches(selector: str, site: Site) -> bool:
         return False
     if site.part:  # a part of a fused map is meant by its role alone; everything else means the whole map
         return word == site.role
+    if site.kind == "experts":  # a parameter: meant by `experts`, or by its own name
+        own = site.key
+        return word == "experts" or own == word or own.endswith("." + word) or _is_full_match(word, own)
     if word == "all-linear":
         return site.role in _BLOCK_LINEAR
     if word in ROLE_GROUPS:
@@ -284,8 +289,12 @@ def _matches(selector: str, site: Site) -> bool:
         # A role's word may also be a module's own name (BERT's `query`): where roles are known they decide.
         return site.role == word or (site.role is None and site.path.rpartition(".")[2] == word)
     if _REGEX.search(word):
-        return re.fullmatch(word, site.path) is not None
+        return _is_full_match(word, site.path)
     return site.path == word or site.path.endswith("." + word)
+
+
+def _is_full_match(pattern: str, path: str) -> bool:
+    return _REGEX.search(pattern) is not None and re.fullmatch(pattern, path) is not None
 
 
 def with_parameter(site: Site, name: str, aliases: tuple[tuple[str, str], ...] = ()) -> Site:

@@ -224,7 +224,19 @@ def _parameter_sites(modules: dict[str, nn.Module], owners: dict[str, Site]) -> 
                 places.setdefault(id(parameter), []).append((path, name))
     for first, *others in places.values():
         path, name = first
-        yield with_parameter(owners[path], name, tuple(others))
+        site = with_parameter(owners[path], name, tuple(others))
+        yield _experts(site, modules[path]) if site.kind == "other" else site
+
+
+def _experts(site: Site, module: nn.Module) -> Site:
+    """`site` as one of kind `experts`, with the widths of an expert, where its parameter is a stack of maps."""
+    parameter = module._parameters[site.parameter or ""]
+    if parameter is None or parameter.dim() != 3 or parameter.shape[0] < 2 or hasattr(module, "kernel_size"):
+        return site
+    width_out, width_in = (int(width) for width in parameter.shape[1:])
+    if getattr(module, "is_transposed", False):
+        width_out, width_in = width_in, width_out
+    return replace(site, kind="experts", in_features=width_in, out_features=width_out)
 
 
 def _widths(module: nn.Module, kind: str | None) -> tuple[int, int]:

@@ -18,28 +18,34 @@ from typing import Any
 from graftlm.core import Method
 from graftlm.errors import Finding, GraftError, MethodError, nearest
 from graftlm.methods.attempt import Attempt
-from graftlm.methods.lora import LoRA
+from graftlm.methods.dora import DoRA
+from graftlm.methods.lora import LoRA, LoRAPlus, OLoRA, PiSSA, RsLoRA
 from graftlm.methods.parameters import BitFit, Full, Head, Layers, Modules
 from graftlm.methods.prefix import PrefixTuning
 from graftlm.methods.prompt import PromptTuning
 from graftlm.methods.ptuning import PTuning
 
 __all__ = [
-    "METHODS", "Attempt", "BitFit", "Full", "Head", "Layers", "LoRA", "Modules", "PTuning", "PrefixTuning",
-    "PromptTuning", "method", "read_method",
+    "METHODS", "Attempt", "BitFit", "DoRA", "Full", "Head", "Layers", "LoRA", "LoRAPlus", "Modules", "OLoRA",
+    "PTuning", "PiSSA", "PrefixTuning", "PromptTuning", "RsLoRA", "method", "read_method",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
     "attempt": Attempt,
     "bitfit": BitFit,
+    "dora": DoRA,
     "full": Full,
     "head": Head,
     "layers": Layers,
     "lora": LoRA,
+    "loraplus": LoRAPlus,
     "modules": Modules,
+    "olora": OLoRA,
+    "pissa": PiSSA,
     "prefix": PrefixTuning,
     "prompt": PromptTuning,
     "ptuning": PTuning,
+    "rslora": RsLoRA,
 }
 
 #: Names that other tools use for settings of our methods.

@@ -114,7 +114,7 @@ def _in_peft_words(adapter: Adapter) -> dict[str, Any] | None:
         return None
     fields = codec.describe(owned, adapter.model)
     extra = beside(codec, others, [part.site.path for part in owned], adapter.model)
-    if fields is None or extra is None:
+    if fields is None or extra is None or (codec.needs_task and extra["task_type"] is None):
         return None
     return codec.configuration(adapter.model, **fields, **extra)
 
@@ -252,6 +252,8 @@ def load_adapter(
     """
     stored = _read(_find(Path(folder)))
     faults = stored.faults
+    if stored.codec:
+        stored.tensors = stored.codec.effective(stored.tensors, stored.config)
     if check_base and stored.ours:
         faults += _base_faults(stored.ours, model)
     state: dict[str, Tensor] = {}

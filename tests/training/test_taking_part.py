@@ -20,8 +20,8 @@ from graftlm.formats import load_adapter, save_adapter
 from graftlm.methods import METHODS, Head, LoRA, read_method
 from graftlm.models import load_base
 from graftlm.objectives import CausalLM
-from graftlm.training import open_adapter
-from graftlm.training.decisions import decide_learning_rate, title_of, with_head
+from graftlm.training import GraftTrainer, open_adapter
+from graftlm.training.decisions import decide_learning_rate, decide_learning_rates, title_of, with_head
 from training.test_checkpoints import seen, stopped
 from training.test_objectives import prepared, trained
 from training.tiny_runs import Tiny, adapter_bytes, metrics_of, record_of, save_llama
@@ -303,10 +303,37 @@ def test_data_must_be_given(tmp_path: Path) -> None:
 # --- decisions ---
 
 
-def test_a_sum_takes_the_smallest_rate_of_its_parts() -> None:
-    assert decide_learning_rate(read_method("lora+full"), 2000) == METHODS["full"].learning_rate
-    assert decide_learning_rate(read_method("lora+head"), 2000) == METHODS["lora"].learning_rate
-    assert decide_learning_rate(read_method("head"), 2000) == METHODS["head"].learning_rate
+def test_the_parts_of_a_sum_have_their_own_rates() -> None:
+    own = {name: METHODS[name].learning_rate for name in ("lora", "full", "head", "prompt")}
+    for text, wanted in (
+        ("lora+full", [own["lora"], own["full"]]),
+        ("prompt+lora", [own["prompt"], own["lora"]]),
+        ("lora+head", [own["lora"], own["lora"]]),
+        ("head+lora", [own["lora"], own["lora"]]),
+        ("head", [own["head"]]),
+    ):
+        assert decide_learning_rates(read_method(text), 2000) == wanted
+    assert decide_learning_rate(read_method("lora+prompt"), 2000) == own["lora"]
+    assert decide_learning_rate(read_method("head+lora"), 2000) == own["lora"]
+
+
+@pytest.mark.parametrize(("asked", "rates"), [(None, {0.0025, 0.005}), (0.01, {0.01, 0.005})])
+def test_a_run_trains_each_part_at_its_rate(
+    asked: float | None, rates: set[float], tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[set[float]] = []
+    real = GraftTrainer.create_optimizer
+
+    def create_optimizer(self: GraftTrainer, model: Any = None) -> Any:
+        optimizer = real(self, model)
+        found.append({group["lr"] for group in optimizer.param_groups})
+        return optimizer
+
+    monkeypatch.setattr(GraftTrainer, "create_optimizer", create_optimizer)
+    run = tiny(answered, method="lora(rank=2)+chosen", steps=2, learning_rate=asked)
+    assert found[0] == rates
+    told = "lr 0.0025, Chosen 0.005 " if asked is None else "lr 0.01 "
+    assert told in (run.folder / "log.txt").read_text()
 
 
 def test_titles() -> None:

@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -147,17 +147,18 @@ class Adapter:
 
     # --- training ---
 
-    def groups(self, learning_rate: float, **options: Any) -> list[dict[str, Any]]:
-        """The trainable parameters as an optimizer takes them, in groups of one learning rate each (LoRA+)."""
-        by_factor: dict[float, list[nn.Parameter]] = {}
+    def groups(self, learning_rate: float | Callable[[Method], float], **options: Any) -> list[dict[str, Any]]:
+        """The trainable parameters as an optimizer takes them, in groups of one learning rate each (LoRA+).
+
+        `learning_rate` may be a function that gives each part of a sum of methods its own.
+        """
+        by_rate: dict[float, list[nn.Parameter]] = {}
         for part in self.parts:
+            rate = learning_rate(part.method) if callable(learning_rate) else learning_rate
             for name, parameter in part.delta.named_parameters():
                 if parameter.requires_grad:
-                    by_factor.setdefault(part.method.learning_rate_factor(name), []).append(parameter)
-        return [
-            {"params": parameters, "lr": learning_rate * factor, **options}
-            for factor, parameters in sorted(by_factor.items())
-        ]
+                    by_rate.setdefault(rate * part.method.learning_rate_factor(name), []).append(parameter)
+        return [{"params": parameters, "lr": rate, **options} for rate, parameters in sorted(by_rate.items())]
 
     def penalty(self) -> Tensor | None:
         """What the method adds to the mean loss of a step (AdaLoRA's orthogonality); None for nothing."""

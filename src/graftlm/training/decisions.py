@@ -8,7 +8,10 @@ from typing import Any
 from graftlm.core import Method, Sum
 from graftlm.methods import Full, Head, Modules
 
-__all__ = ["context_of", "decide_epochs", "decide_learning_rate", "decide_length", "with_head"]
+__all__ = [
+    "context_of", "decide_epochs", "decide_learning_rate", "decide_learning_rates", "decide_length",
+    "learning_rate_range_of", "title_of", "with_head",
+]  # fmt: skip
 
 _LONGEST_TOKENS = 1024
 _UNBOUNDED = 1 << 30  # bases with relative positions or none
@@ -18,8 +21,8 @@ def decide_learning_rate(method: Method, width: int) -> float:
     """The method's own rate for a model of hidden size `width`: the narrower, the larger.
 
     The rates of the methods hold at width 2000; they scale with (2000 / width) ** 0.78, the exponent measured for
-    Llama models in "LoRA Without Regret" (Schulman et al. 2025), between a half and five times. Of a sum the smallest
-    rate of its parts counts (heads aside): too large a rate breaks a part, too small a one slows it.
+    Llama models in "LoRA Without Regret" (Schulman et al. 2025), between a half and five times. The rate of
+    a sum is that of its first part, heads aside; `decide_learning_rates` tells those of all.
 
     Example:
         >>> from graftlm.methods import LoRA
@@ -28,6 +31,20 @@ def decide_learning_rate(method: Method, width: int) -> float:
     """
     rate: float = _leading(method).learning_rate * min(max((2000 / width) ** 0.78, 0.5), 5.0)
     return round(rate, 1 - math.floor(math.log10(rate)))  # two digits: a figure that one can say
+
+
+def decide_learning_rates(method: Method, width: int) -> list[float]:
+    """The rate of each of `method.parts`: its own, as prompts need many times that of a LoRA; a head has the sum's.
+
+    Example:
+        >>> from graftlm.methods import LoRA, PromptTuning
+        >>> decide_learning_rates(LoRA() + PromptTuning() + Head(), 2000)
+        [0.0005, 0.03, 0.0005]
+    """
+    rate = decide_learning_rate(method, width)
+    if not isinstance(method, Sum):
+        return [rate for _ in method.parts]
+    return [rate if isinstance(part, Head) else decide_learning_rate(part, width) for part in method.parts]
 
 
 def learning_rate_range_of(method: Method) -> tuple[float, float]:
@@ -44,7 +61,7 @@ def title_of(method: Method) -> str:
 
 def _leading(method: Method) -> Method:
     """The part whose learning rate is taken; a recipe with a rate of its own decides for its parts."""
-    return min(_beside_heads(method), key=lambda part: part.learning_rate) if isinstance(method, Sum) else method
+    return _beside_heads(method)[0] if isinstance(method, Sum) else method
 
 
 def _beside_heads(method: Method) -> list[Method]:

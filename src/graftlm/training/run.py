@@ -39,6 +39,7 @@ from graftlm.training.decisions import (
     context_of,
     decide_epochs,
     decide_learning_rate,
+    decide_learning_rates,
     decide_length,
     learning_rate_range_of,
     title_of,
@@ -375,6 +376,9 @@ class _Work:
         train = self.settings.train
         counts = summary(model)
         rate = train.learning_rate or decide_learning_rate(adapter.method, _width(model))
+        kinds = adapter.method.parts
+        rates = [rate for _ in kinds] if train.learning_rate else decide_learning_rates(adapter.method, _width(model))
+        others = "".join(f", {p.title} {r:g}" for p, r in zip(kinds, rates, strict=True) if r != rate)
         low, high = learning_rate_range_of(adapter.method)
         usual = "" if low <= rate <= high else f" (usual: {low:g} to {high:g})"
         share = 100 * counts.trainable_parameters / counts.base_parameters
@@ -382,7 +386,7 @@ class _Work:
         self.voice.say("base", f"{where}  {str(model.dtype).removeprefix('torch.')}  {model.device}")
         self.voice.say(
             "method",
-            f"{adapter.method}  {counts.trainable_parameters:,} trainable ({share:.1f} %)  lr {rate:g}{usual}  "
+            f"{adapter.method}  {counts.trainable_parameters:,} trainable ({share:.1f} %)  lr {rate:g}{others}{usual}  "
             f"seed {train.seed}",
         )
         self.record |= {
@@ -391,6 +395,7 @@ class _Work:
             "environment": environment(model),
         }
         self.learning_rate = rate
+        self.learning_rates = rates
 
     def _check_unchanged(self, before: Mapping[str, Any]) -> None:
         """Raise RunError where the run that is taken up saw other data or another base."""
@@ -464,6 +469,9 @@ class _Work:
             objective,
             args,
             evaluate_with=lambda: {"eval_loss": losses(model, objective, held, self.collate).mean},
+            learning_rate_of=lambda kind: next(
+                rate for part, rate in zip(adapter.method.parts, self.learning_rates, strict=True) if part is kind
+            ),
             train_dataset=prepared.train,
             eval_dataset=held,
             data_collator=self.collate,

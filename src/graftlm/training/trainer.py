@@ -22,7 +22,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from graftlm.core import Adapter
+from graftlm.core import Adapter, Method
 from graftlm.errors import Finding, RunError
 from graftlm.objectives import Objective
 from graftlm.training import checkpoint
@@ -36,7 +36,8 @@ Evaluate = Callable[[], dict[str, float]]
 class GraftTrainer(Trainer):
     """Trains one adapter on one objective.
 
-    `evaluate_with` gives the held-out scores when the Trainer asks for an evaluation.
+    `evaluate_with` gives the held-out scores when the Trainer asks for an evaluation. `learning_rate_of` gives each
+    part of a sum of methods its own rate; without it all have that of the arguments.
     """
 
     #: `compute_loss` divides by the count of the whole step already.
@@ -49,11 +50,12 @@ class GraftTrainer(Trainer):
         args: TrainingArguments,
         *,
         evaluate_with: Evaluate | None = None,
+        learning_rate_of: Callable[[Method], float] | None = None,
         **options: Any,
     ) -> None:
         self.adapter: Adapter = adapter
         self.objective: Objective = objective
-        self.evaluate_with = evaluate_with
+        self.evaluate_with, self.learning_rate_of = evaluate_with, learning_rate_of
         #: The method's penalty in the last step; None where it has none.
         self.penalty: float | None = None
         #: Losses counted since the start of this process (tokens or rows): the measure of speed.
@@ -133,7 +135,9 @@ class GraftTrainer(Trainer):
             if not self.trained:
                 raise RunError(Finding("U112", f"adapter {self.adapter.name!r} has nothing to train"))
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, None)
-            groups = self.adapter.groups(self.args.learning_rate, weight_decay=self.args.weight_decay)
+            groups = self.adapter.groups(
+                self.learning_rate_of or self.args.learning_rate, weight_decay=self.args.weight_decay
+            )
             self.optimizer = kind(groups, **options)
             self.optimizer.register_step_post_hook(self._after_step)
         return self.optimizer

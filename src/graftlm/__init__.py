@@ -17,7 +17,8 @@ _HOMES = {
     ),
     "graftlm.methods": (
         "METHODS", "Attempt", "BitFit", "DoRA", "Full", "Head", "Layers", "LoRA", "LoRAPlus", "Modules", "OLoRA",
-        "PiSSA", "PrefixTuning", "PromptTuning", "PTuning", "RsLoRA", "method", "read_method",
+        "PiSSA", "PrefixTuning", "PromptTuning", "PTuning", "RsLoRA", "ParallelAdapter", "SeriesAdapter", "method",
+        "read_method",
     ),
     "graftlm.evaluation": ("Ensemble", "ensemble"),
     "graftlm.models": ("load_base",),
@@ -60,11 +61,13 @@ if TYPE_CHECKING:
         LoRAPlus,
         Modules,
         OLoRA,
+        ParallelAdapter,
         PiSSA,
         PrefixTuning,
         PromptTuning,
         PTuning,
         RsLoRA,
+        SeriesAdapter,
         method,
         read_method,
     )

@@ -22,11 +22,13 @@ from graftlm.methods import (
     LoRAPlus,
     Modules,
     OLoRA,
+    ParallelAdapter,
     PiSSA,
     PrefixTuning,
     PromptTuning,
     PTuning,
     RsLoRA,
+    SeriesAdapter,
 )
 from models_for_tests import DECODERS, MODELS
 
@@ -48,6 +50,8 @@ EXAMPLES: dict[str, Method] = {
     "olora": OLoRA(rank=4, alpha=2.0),
     "pissa": PiSSA(rank=4, alpha=2.0),
     "rslora": RsLoRA(rank=4, alpha=3.0),
+    "parallel": ParallelAdapter(width=5),
+    "series": SeriesAdapter(width=5),
 }
 
 #: Settings that take other paths through a method, and sums.
@@ -76,6 +80,11 @@ VARIANTS: dict[str, Method] = {
     "prompt-both": PromptTuning(length=2, position="after-bos", stack="both"),
     "ptuning-mlp": PTuning(length=3, encoder="mlp", hidden=5),
     "prefix+prompt+lora": PrefixTuning(length=2) + PromptTuning(length=3, start="uniform") + LoRA(rank=2),
+    "series-pfeiffer": SeriesAdapter(reduction=8, variant="pfeiffer"),
+    "series-lin": SeriesAdapter(width=5, variant="lin", dropout=0.2),
+    "series-near-identity": SeriesAdapter(width=5, start="near-identity", layers="-1:"),
+    "parallel-attention": ParallelAdapter(width=5, targets="attention,ffn"),
+    "series+parallel+lora": SeriesAdapter(width=3) + ParallelAdapter(width=5, targets="attention") + LoRA(rank=2),
 }
 
 CASES: dict[str, Method] = {
@@ -95,6 +104,8 @@ REFUSALS: dict[tuple[str, str], str] = {
     **{(case, model): "T109" for case in ("bitfit", "lora+bitfit", "bitfit+head") for model in _NO_BIAS},
     **{(case, "bloom"): "T150" for case in ("prefix", "prefix-mlp", "prefix+prompt+lora")},
     **{("attempt", model): "T154" for model in DECODERS},
+    # Bloom's blocks hide the add behind their feed-forward part.
+    **{(case, "bloom"): "T140" for case in ("series-pfeiffer", "series-lin")},
 }
 
 #: Cases of which the merged weights need a bias that the plain model has no place for.

@@ -20,14 +20,17 @@ from graftlm.errors import Finding, GraftError, MethodError, nearest
 from graftlm.methods.attempt import Attempt
 from graftlm.methods.dora import DoRA
 from graftlm.methods.lora import LoRA, LoRAPlus, OLoRA, PiSSA, RsLoRA
+from graftlm.methods.parallel import ParallelAdapter
 from graftlm.methods.parameters import BitFit, Full, Head, Layers, Modules
 from graftlm.methods.prefix import PrefixTuning
 from graftlm.methods.prompt import PromptTuning
 from graftlm.methods.ptuning import PTuning
+from graftlm.methods.series import SeriesAdapter
 
 __all__ = [
     "METHODS", "Attempt", "BitFit", "DoRA", "Full", "Head", "Layers", "LoRA", "LoRAPlus", "Modules", "OLoRA",
-    "PTuning", "PiSSA", "PrefixTuning", "PromptTuning", "RsLoRA", "method", "read_method",
+    "PTuning", "ParallelAdapter", "PiSSA", "PrefixTuning", "PromptTuning", "RsLoRA", "SeriesAdapter", "method",
+    "read_method",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
@@ -41,11 +44,13 @@ METHODS: dict[str, type[Method]] = {
     "loraplus": LoRAPlus,
     "modules": Modules,
     "olora": OLoRA,
+    "parallel": ParallelAdapter,
     "pissa": PiSSA,
     "prefix": PrefixTuning,
     "prompt": PromptTuning,
     "ptuning": PTuning,
     "rslora": RsLoRA,
+    "series": SeriesAdapter,
 }
 
 #: Names that other tools use for settings of our methods.

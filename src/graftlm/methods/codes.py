@@ -20,6 +20,8 @@ CODES: dict[str, str] = {
     "T132": "the rank is larger than the map whose directions the method starts from",
     "T133": "the method needs the values of weights that are stored as whole numbers",
     "T134": "dropout or a bias is asked for at experts, whose weights are changed as such",
+    "T140": "the method acts at sublayers or on the stream, and where these are in the model is not known",
+    "T141": "a target of an adapter at sublayers is none of the model's: there are attention, cross and ffn",
     "T150": "keys and values cannot be put into the attention code of this model",
     "T151": "a prefix is to shift positions in a model that counts them for itself",
     "T152": "virtual tokens cannot be put into a model that takes no input embeddings",

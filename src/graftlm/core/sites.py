@@ -278,9 +278,9 @@ def _matches(selector: str, site: Site) -> bool:
         return False
     if site.part:  # a part of a fused map is meant by its role alone; everything else means the whole map
         return word == site.role
-    if site.kind == "experts":  # a parameter: meant by `experts`, or by its own name
-        own = site.key
-        return word == "experts" or own == word or own.endswith("." + word) or _is_full_match(word, own)
+    if site.kind == "experts":  # a parameter: meant by `experts`, or by its module's name and its own
+        named = "." in word and (site.key == word or site.key.endswith("." + word))
+        return word == "experts" or named or _is_full_match(word, site.key)
     if word == "all-linear":
         return site.role in _BLOCK_LINEAR
     if word in ROLE_GROUPS:

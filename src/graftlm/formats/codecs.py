@@ -18,10 +18,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import Method, Part, Site, Survey, linear_kind, survey
+from graftlm.core import Method, Part, Site, Survey, linear_kind, original_parameters, survey
 from graftlm.errors import AdapterError, Finding, GraftError, nearest
-from graftlm.formats.matching import exactly, kept, pattern_of, shortest_suffixes, targeted
-from graftlm.methods import BitFit, Head, LoRA, Modules, PrefixTuning, PromptTuning
+from graftlm.formats.matching import (
+    exactly,
+    kept,
+    parameter_suffixes,
+    pattern_of,
+    shortest_suffixes,
+    targeted,
+    targeted_parameters,
+)
+from graftlm.methods import BitFit, DoRA, Head, LoRA, Modules, PrefixTuning, PromptTuning
+from graftlm.methods.lora import start_of, weight_at
 
 __all__ = [
     "CODECS", "PREFIX", "Codec", "Planned", "beside", "codec_of", "lacks", "understood",
@@ -110,6 +119,11 @@ class Codec(ABC):
     def effective(self, tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:  # noqa: ARG002
         """The file's tensors without what PEFT stores and never uses."""
         return tensors
+
+    def complete(self, parts: Sequence[Planned], state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """`state` with what the file leaves out because it follows from the base; most methods have no such thing."""
+        del parts, model
+        return dict(state)
 
     @abstractmethod
     def describe(self, parts: Sequence[Part], model: nn.Module) -> dict[str, Any] | None:
@@ -349,7 +363,9 @@ class LoRACodec(Codec):
         "modules_to_save": (list, type(None)),
         "r": (int,),
         "rank_pattern": (dict, type(None)),
-        "target_modules": (str, list),
+        "target_modules": (str, list, type(None)),
+        "target_parameters": (list, type(None)),
+        "use_dora": (bool,),
         "use_rslora": (bool,),
     }
     # How A and B were started, and where to find a fused layout that our modules do not have.
@@ -357,8 +373,17 @@ class LoRACodec(Codec):
         {"corda_config", "eva_config", "fan_in_fan_out", "loftq_config", "lora_ga_config", "megatron_core",
          "qalora_group_size"}
     )  # fmt: skip
-    #: Starts that leave the base as it is; all others (pissa, olora, ...) move a part of its weights into A and B.
-    _starts: ClassVar[tuple[Any, ...]] = (None, True, False, "gaussian", "orthogonal", "eva")
+    #: Ours for PEFT's starts. Of those that move a part of the base's weights into A and B, we know two by name.
+    _starts: ClassVar[Mapping[Any, str]] = {
+        None: "default",
+        True: "default",
+        False: "default",
+        "gaussian": "gaussian",
+        "orthogonal": "default",
+        "eva": "default",
+        "pissa": "pissa",
+        "olora": "olora",
+    }
     _names: ClassVar[Mapping[str, str]] = {
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
@@ -369,23 +394,60 @@ class LoRACodec(Codec):
         """The key in the file of tensor `name` of the delta at module `path`."""
         return super().key(path, self._names.get(name, name))
 
+    def keys(self, parts: Sequence[Planned]) -> dict[str, str]:
+        """As for any codec; where parameters of one module are targeted, PEFT nests them, the first one innermost."""
+        found = {}
+        for index, part in enumerate(parts):
+            later = [other.site for other in parts[index + 1 :] if other.site.path == part.site.path]
+            nested = sum(part.site.kind == site.kind == "experts" for site in later)
+            path = part.site.path + ".base_layer" * nested
+            for name, _ in part.shapes:
+                if not name.startswith("start_"):  # of the base, and not in the file
+                    found[part.state_key(name)] = self.key(path, name)
+        return found
+
+    def shapes(self, parts: Sequence[Planned]) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of the file."""
+        keys = self.keys(parts)
+        shapes = {part.state_key(name): shape for part in parts for name, shape in part.shapes}
+        return {key: shapes[name] for name, key in keys.items()}
+
+    def complete(self, parts: Sequence[Planned], state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """`state` with A0 and B0 of PiSSA and OLoRA, as they follow from this base's weights."""
+        found, originals = dict(state), original_parameters(model)
+        for part in parts:
+            method = part.method
+            if isinstance(method, LoRA) and any(name == "start_down" for name, _ in part.shapes):
+                path = part.site.path
+                weight = weight_at(part.site, model.get_submodule(path), method.name, originals.get((path, "weight")))
+                down, up = start_of(weight, method.start, method.rank_at(path), method.scale_at(path))
+                found[part.state_key("start_down")], found[part.state_key("start_up")] = down, up
+        return found
+
     def describe(self, parts: Sequence[Part], model: nn.Module) -> dict[str, Any] | None:
         """LoraConfig's fields for `parts`, whose methods must agree in all but rank, alpha and place."""
         methods = [part.method for part in parts if isinstance(part.method, LoRA)]
         first = methods[0]
-        if any((m.dropout, m.rslora, m.bias) != (first.dropout, first.rslora, first.bias) for m in methods):
+        kinds = {(m.dropout, m.rslora, m.bias, m.start, isinstance(m, DoRA)) for m in methods}
+        if len(kinds) > 1 or any(part.site.part for part in parts):
             return None
-        ranks = {part.site.path: method.rank_at(part.site.path) for part, method in zip(parts, methods, strict=True)}
-        alphas = {part.site.path: method.alpha_at(part.site.path) for part, method in zip(parts, methods, strict=True)}
+        places = [part.site.key if part.site.kind == "experts" else part.site.path for part in parts]
+        ranks = {place: method.rank_at(place) for place, method in zip(places, methods, strict=True)}
+        alphas = {place: method.alpha_at(place) for place, method in zip(places, methods, strict=True)}
+        modules = [part.site.path for part in parts if part.site.kind != "experts"]
+        experts = [part.site.key for part in parts if part.site.kind == "experts"]
         return {
             "alpha_pattern": _patterns(first.alpha_pattern, alphas, first.alpha),
             "fan_in_fan_out": any(part.site.kind == "conv1d" for part in parts),
             "lora_alpha": _number(first.alpha),
             "lora_bias": first.bias,
             "lora_dropout": first.dropout,
+            "init_lora_weights": "gaussian" if first.start == "gaussian" else True,
             "r": first.rank,
             "rank_pattern": _patterns(first.rank_pattern, ranks, first.rank),
-            "target_modules": shortest_suffixes(ranks, model),
+            "target_modules": shortest_suffixes(modules, model) if modules else None,
+            "target_parameters": parameter_suffixes(experts, model) or None,
+            "use_dora": isinstance(first, DoRA),
             "use_rslora": first.rslora,
         }
 
@@ -400,16 +462,19 @@ class LoRACodec(Codec):
                     fix='save it with peft\'s save_pretrained(..., path_initial_model_for_weight_conversion="...")',
                 )
             )
-        if "target_modules" not in config:
+        if not (config.get("target_parameters") or config.get("target_modules")):
             faults.append(Finding("A216", "target_modules is not set"))
             raise AdapterError(faults)
+        config = {"target_modules": None, **config}
         paths = targeted(config, model)
+        experts, misfits = self._experts(config, model)
+        faults += misfits
         ranks, alphas = (
-            {key: value for key, value in (config.get(field) or {}).items() if _is_used(key, paths)}
+            {key: value for key, value in (config.get(field) or {}).items() if _is_used(key, [*paths, *experts])}
             for field in ("rank_pattern", "alpha_pattern")
         )
         modules = dict(model.named_modules())
-        if not paths:
+        if not paths and config["target_modules"]:
             names = {path.rpartition(".")[2] for path, module in modules.items() if linear_kind(module)}
             words = config["target_modules"]
             shown = words if isinstance(words, str) else ", ".join(map(str, words[:4]))
@@ -421,18 +486,44 @@ class LoRACodec(Codec):
             for path in paths
             if linear_kind(modules[path]) is None
         ]
+        if start == "olora" and any(linear_kind(modules[path]) == "conv1d" for path in paths):
+            faults.append(
+                Finding(
+                    "A206",
+                    "LORA with init_lora_weights='olora' on Conv1D is not supported: PEFT takes their weight the wrong "
+                    "way round there, so that the model was another one from the start",
+                )
+            )
         if faults:
             raise AdapterError(faults)
-        return LoRA(
+        kind = DoRA if config.get("use_dora", False) else LoRA
+        modules_meant = _selectors(config["target_modules"], paths, survey(model)) if paths else []
+        return kind(
+            start=self._starts[start],
             rank=config.get("r", 8),
             alpha=float(config.get("lora_alpha", 8)),
             dropout=float(config.get("lora_dropout", 0.0)),
-            targets=_selectors(config["target_modules"], paths, survey(model)),
+            targets=[*modules_meant, *experts],
             rslora=config.get("use_rslora", False),
             bias=config.get("lora_bias", False),
             rank_pattern=ranks,
             alpha_pattern={key: float(value) for key, value in alphas.items()},
         )
+
+    def _experts(self, config: Mapping[str, Any], model: nn.Module) -> tuple[list[str], list[Finding]]:
+        """The stacks of experts that `target_parameters` means, and what is wrong with it."""
+        words = config.get("target_parameters") or []
+        known = {site.key for site in survey(model).parameters if site.kind == "experts"}
+        found = targeted_parameters(words, model)
+        faults = [
+            Finding("A217", f"{name} is no stack of experts, which LORA cannot target here")
+            for name in found
+            if name not in known
+        ]
+        if words and not found:
+            shown = ", ".join(map(str, words[:4]))
+            faults.append(Finding("A217", f"target_parameters ({shown}) match nothing in {type(model).__name__}"))
+        return found, faults
 
 
 def _is_used(pattern: str, paths: Sequence[str]) -> bool:

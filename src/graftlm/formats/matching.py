@@ -14,7 +14,15 @@ from torch import nn
 
 from graftlm.core import linear_kind
 
-__all__ = ["exactly", "kept", "pattern_of", "shortest_suffixes", "targeted"]
+__all__ = [
+    "exactly",
+    "kept",
+    "parameter_suffixes",
+    "pattern_of",
+    "shortest_suffixes",
+    "targeted",
+    "targeted_parameters",
+]
 
 #: Names under which PEFT looks for the head of a classifier when "all-linear" is expanded.
 _CLASSIFIERS = ("score", "classifier")
@@ -22,7 +30,7 @@ _CLASSIFIERS = ("score", "classifier")
 
 def targeted(config: Mapping[str, Any], model: nn.Module) -> list[str]:
     """The paths of the modules that `target_modules` and its companions select. Raises re.error for a bad pattern."""
-    targets = config["target_modules"]
+    targets = config["target_modules"] or ()
     excluded = config.get("exclude_modules") or ()
     saved = config.get("modules_to_save") or ()
     if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -40,6 +48,11 @@ def targeted(config: Mapping[str, Any], model: nn.Module) -> list[str]:
         if hit:
             found.append(path)
     return found
+
+
+def targeted_parameters(words: Iterable[str], model: nn.Module) -> list[str]:
+    """The parameters that `target_parameters` means: whole names, or what they end with at a dot."""
+    return [name for name, _ in model.named_parameters() if _ends(tuple(words), name)]
 
 
 def kept(words: Iterable[str], model: nn.Module) -> list[str]:
@@ -66,6 +79,13 @@ def shortest_suffixes(wanted: Iterable[str], model: nn.Module) -> list[str] | st
     if None in found:
         return "|".join(re.escape(path) for path in sorted(chosen))
     return sorted(suffix for suffix in found if suffix is not None)
+
+
+def parameter_suffixes(wanted: Iterable[str], model: nn.Module) -> list[str]:
+    """The shortest dotted suffixes that mean exactly the parameters `wanted`, each with its module's name."""
+    chosen = set(wanted)
+    taken = {suffix for name, _ in model.named_parameters() if name not in chosen for suffix in _suffixes(name)}
+    return sorted({next((s for s in _suffixes(name)[1:] if s not in taken), name) for name in chosen})
 
 
 def exactly(path: str) -> str:

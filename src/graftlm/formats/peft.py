@@ -201,9 +201,11 @@ class _Layout:
         owned = self.codec.pack(self.owned, state) if self.codec else {}
         return {**owned, **{key: state[name] for name, key in self.keys.items()}}
 
-    def unpack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The adapter's state."""
-        owned = self.codec.unpack(self.owned, tensors) if self.codec else {}
+    def unpack(self, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """The adapter's state on `model`."""
+        owned: dict[str, Tensor] = {}
+        if self.codec:
+            owned = self.codec.complete(self.owned, self.codec.unpack(self.owned, tensors), model)
         return {**owned, **{name: tensors[key] for name, key in self.keys.items()}}
 
 
@@ -581,4 +583,4 @@ def _state(stored: _Stored, layout: _Layout, model: nn.Module) -> dict[str, Tens
             stored.faults.append(
                 Finding("A211", f"{plain} has {count} of {tensor.numel()} values that are NaN or infinite", place=place)
             )
-    return {} if stored.faults else layout.unpack(found)
+    return {} if stored.faults else layout.unpack(found, model)

@@ -275,12 +275,13 @@ class OLoRA(LoRA):
     start: str = "olora"
 
 
-def weight_at(site: Site, module: nn.Module, name: str) -> Tensor:
+def weight_at(site: Site, module: nn.Module, name: str, stored: Tensor | None = None) -> Tensor:
     """The weight at `site` as a tensor [out, in], of a part of a fused map its rows alone; in the type of the base.
 
+    `stored` is taken in place of what the module holds now (the weight before a merge).
     Raises MethodError (in the method's `name`) where the module holds no weight of floating-point numbers.
     """
-    weight = dense(module).detach()
+    weight = (dense(module) if stored is None else stored).detach()
     if not weight.is_floating_point():
         raise MethodError(
             Finding(

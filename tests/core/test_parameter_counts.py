@@ -147,7 +147,7 @@ ROWS: list[tuple[str, str, int, str]] = [
     ("bert-large", "series(width=8)", 835_968, ""),
     ("bert-large", "series(width=64)", 6_343_680, "with the norms 2.13 % of the weights that are no embeddings: 2.1 %"),
     ("bert-large", "series(width=256)", 25_227_264, ""),
-    ("bert-large", r"series(width=64)+modules(targets='.*layer\.\d+\..*LayerNorm')", 6_343_680 + 98_304, ""),
+    ("bert-large", r"series(width=64)+modules(targets='.*layer[.][0-9]+[.].*LayerNorm')", 6_343_680 + 98_304, ""),
     ("bert-large", "bitfit", 272_384, "Ben Zaken et al.: 0.082 %"),
     # --- BERT-base: Ben Zaken et al. 2021, AdapterHub, UniPELT ---
     ("bert-base", "full", 109_482_240, ""),

@@ -24,7 +24,7 @@ from graftlm.core.delta import (
     Port,
     WholeParameterDelta,
 )
-from graftlm.core.method import Method, Part, Samples, Sum, device_of, model_loss
+from graftlm.core.method import Method, Part, Samples, Sum, device_at, device_of, model_loss
 from graftlm.core.routing import Routing
 from graftlm.core.sites import ROLE_GROUPS, ROLES, Site, Survey, Targets, linear_kind
 from graftlm.core.summary import Summary, summary
@@ -55,6 +55,7 @@ __all__ = [
     "WholeParameterDelta",
     "adapters",
     "attach",
+    "device_at",
     "device_of",
     "linear_kind",
     "model_loss",

@@ -34,7 +34,7 @@ from graftlm.core.delta import (
     acts,
 )
 from graftlm.core.junction import Junction, Replay, Switch, columns_of, junction_of
-from graftlm.core.method import Method, Part, Samples, device_of
+from graftlm.core.method import Method, Part, Samples, device_at
 from graftlm.core.routing import Routing, Spec, read_spec
 from graftlm.core.sites import Site, Survey, linear_kind
 from graftlm.core.survey import survey
@@ -330,7 +330,7 @@ def attach(
         modules = dict(model.named_modules())
         for part in parts:
             part.delta.adopt(_shapes_in(state, part))
-            part.delta.to_empty(device=device_of(modules[part.site.path]))
+            part.delta.to_empty(device=device_at(modules, part.site.path))
         adapter.load_state(dict(state))
     else:
         _measure(model, method, parts, samples)

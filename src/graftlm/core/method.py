@@ -24,7 +24,7 @@ from graftlm.core.delta import Delta
 from graftlm.core.sites import Site, Survey
 from graftlm.errors import Finding, MethodError
 
-__all__ = ["Method", "Part", "Samples", "Sum", "device_of", "model_loss"]
+__all__ = ["Method", "Part", "Samples", "Sum", "device_at", "device_of", "model_loss"]
 
 #: Texts that need no quotes in a method's text: they cannot be read as anything else.
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(-[A-Za-z_][A-Za-z0-9_]*)*")
@@ -89,7 +89,7 @@ class Method:
         """
         deltas = []
         for site in sites:
-            with torch.device(device_of(modules[site.path]) if values else torch.device("meta")):
+            with torch.device(device_at(modules, site.path) if values else torch.device("meta")):
                 deltas.append(self.build(site, modules[site.path]))
         return deltas
 
@@ -166,6 +166,19 @@ def _text(value: Any) -> str:
 def device_of(module: nn.Module) -> torch.device:
     """Where `module` computes."""
     tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
+    return tensor.device if tensor is not None else torch.device("cpu")
+
+
+def device_at(modules: Mapping[str, nn.Module], path: str) -> torch.device:
+    """Where the module at `path` computes; for one without tensors (a dropout), where the module around it does."""
+    tensor = None
+    while tensor is None:
+        module = modules.get(path)
+        if module is not None:
+            tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
+        if not path:
+            break
+        path = path.rpartition(".")[0]
     return tensor.device if tensor is not None else torch.device("cpu")
 
 

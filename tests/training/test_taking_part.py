@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -311,6 +312,7 @@ def test_the_parts_of_a_sum_have_their_own_rates() -> None:
         ("lora+head", [own["lora"], own["lora"]]),
         ("head+lora", [own["lora"], own["lora"]]),
         ("head", [own["head"]]),
+        ("prompt+head", [own["prompt"], own["head"]]),
     ):
         assert decide_learning_rates(read_method(text), 2000) == wanted
     assert decide_learning_rate(read_method("lora+prompt"), 2000) == own["lora"]
@@ -336,6 +338,29 @@ def test_a_run_trains_each_part_at_its_rate(
     assert told in (run.folder / "log.txt").read_text()
 
 
+def test_a_recipe_keeps_its_rate_and_name_beside_a_head(
+    tiny: Tiny, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Recipe(Method):
+        name: ClassVar[str] = "recipe"
+        title: ClassVar[str] = "Recipe"
+        learning_rate: ClassVar[float] = 1e-4
+
+        @functools.cached_property
+        def parts(self) -> tuple[Method, ...]:
+            return (LoRA(rank=2), Chosen())
+
+    monkeypatch.setitem(METHODS, "recipe", Recipe)
+    run = tiny(labelled, method="recipe", steps=2)
+    assert "lr 0.0005  seed" in (run.folder / "log.txt").read_text()
+    assert run.record["method"] == "lora(rank=2)+chosen+head"
+    assert run.record["results"]["scores"][0]["title"] == "tuned: Recipe"
+    opened = open_adapter(run.folder)
+    assert opened.adapter is not None
+    assert str(opened.adapter.method) == "lora(rank=2)+chosen(baked=True)+head"
+
+
 def test_titles() -> None:
     assert title_of(LoRA() + Head()) == "LoRA"
     assert title_of(Head()) == Head.title
@@ -356,4 +381,5 @@ def test_a_recipe_of_several_parts_gets_its_head() -> None:
     assert [part.name for part in with_head(Recipe()).parts] == ["lora", "chosen", "head"]
     assert with_head(Recipe() + Head()).parts[-1] == Head()
     assert decide_learning_rate(Recipe(), 2000) == 0.25
+    assert decide_learning_rates(Recipe(), 2000) == [0.25, 0.25]
     assert title_of(Recipe()) == "Recipe"

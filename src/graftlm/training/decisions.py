@@ -34,7 +34,9 @@ def decide_learning_rate(method: Method, width: int) -> float:
 
 
 def decide_learning_rates(method: Method, width: int) -> list[float]:
-    """The rate of each of `method.parts`: its own, as prompts need many times that of a LoRA; a head has the sum's.
+    """The rate of each of `method.parts`: its own, as prompts need many times that of a LoRA; a head at most the sum's.
+
+    A recipe (MAM) is no sum: its parts have the rate of the recipe.
 
     Example:
         >>> from graftlm.methods import LoRA, PromptTuning
@@ -44,7 +46,8 @@ def decide_learning_rates(method: Method, width: int) -> list[float]:
     rate = decide_learning_rate(method, width)
     if not isinstance(method, Sum):
         return [rate for _ in method.parts]
-    return [rate if isinstance(part, Head) else decide_learning_rate(part, width) for part in method.parts]
+    own = [decide_learning_rate(part, width) for part in method.parts]
+    return [min(rate, r) if isinstance(part, Head) else r for part, r in zip(method.parts, own, strict=True)]
 
 
 def learning_rate_range_of(method: Method) -> tuple[float, float]:

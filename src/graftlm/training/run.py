@@ -301,6 +301,7 @@ class _Work:
         if not prepared.eval:
             raise SettingsError(Finding("U133", "no rows are left for evaluation", fix="--set data.eval_share=0.2"))
         self._say_data(prepared)
+        self.asked = method  # as it was written: a recipe is known by its own name and rate, without a head beside it
         return prepared, with_head(method) if prepared.task == "classify" else method, tokenizer
 
     def _tokenizer(self, where: str) -> tuple[Any, Any]:
@@ -375,11 +376,14 @@ class _Work:
     def _describe(self, model: Any, adapter: Adapter) -> None:
         train = self.settings.train
         counts = summary(model)
-        rate = train.learning_rate or decide_learning_rate(adapter.method, _width(model))
-        kinds = adapter.method.parts
-        rates = [rate for _ in kinds] if train.learning_rate else decide_learning_rates(adapter.method, _width(model))
+        kinds, width = adapter.method.parts, _width(model)
+        rate = train.learning_rate or decide_learning_rate(self.asked, width)
+        rates = decide_learning_rates(self.asked, width)
+        if len(rates) < len(kinds):  # the head that was added
+            rates.append(min(rate, decide_learning_rate(kinds[-1], width)))
+        rates = [rate for _ in kinds] if train.learning_rate else rates
         others = "".join(f", {p.title} {r:g}" for p, r in zip(kinds, rates, strict=True) if r != rate)
-        low, high = learning_rate_range_of(adapter.method)
+        low, high = learning_rate_range_of(self.asked)
         usual = "" if low <= rate <= high else f" (usual: {low:g} to {high:g})"
         share = 100 * counts.trainable_parameters / counts.base_parameters
         where = f"{self.settings.model.name}  {type(model).__name__}  {counts.base_parameters:,} parameters"
@@ -518,7 +522,7 @@ class _Work:
         stopped: bool,
     ) -> Run:
         generate = self.settings.generate
-        name = title_of(adapter.method)
+        name = title_of(self.asked)
         adapter.save(self.folder.adapter, facts=self.facts)
         # What is scored is what was written.
         use(model, None)

@@ -17,8 +17,8 @@ _HOMES = {
     ),
     "graftlm.methods": (
         "METHODS", "Attempt", "BitFit", "DoRA", "Full", "Head", "Layers", "LoRA", "LoRAPlus", "Modules", "OLoRA",
-        "PiSSA", "PrefixTuning", "PromptTuning", "PTuning", "RsLoRA", "ParallelAdapter", "SeriesAdapter", "method",
-        "read_method",
+        "PiSSA", "PrefixTuning", "PromptTuning", "PTuning", "RsLoRA", "ParallelAdapter", "SeriesAdapter", "ReZero",
+        "Gated", "MAM", "UniPELT", "method", "read_method",
     ),
     "graftlm.evaluation": ("Ensemble", "ensemble"),
     "graftlm.models": ("load_base",),
@@ -50,11 +50,13 @@ if TYPE_CHECKING:
     from graftlm.evaluation import Ensemble, ensemble
     from graftlm.formats import load_adapter, save_adapter
     from graftlm.methods import (
+        MAM,
         METHODS,
         Attempt,
         BitFit,
         DoRA,
         Full,
+        Gated,
         Head,
         Layers,
         LoRA,
@@ -66,8 +68,10 @@ if TYPE_CHECKING:
         PrefixTuning,
         PromptTuning,
         PTuning,
+        ReZero,
         RsLoRA,
         SeriesAdapter,
+        UniPELT,
         method,
         read_method,
     )

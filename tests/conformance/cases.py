@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from graftlm.core import Adapter, LinearDelta, Method, Site, Survey
 from graftlm.errors import NotMergeable
 from graftlm.methods import (
+    MAM,
     METHODS,
     Attempt,
     BitFit,
     DoRA,
     Full,
+    Gated,
     Head,
     Layers,
     LoRA,
@@ -27,8 +29,10 @@ from graftlm.methods import (
     PrefixTuning,
     PromptTuning,
     PTuning,
+    ReZero,
     RsLoRA,
     SeriesAdapter,
+    UniPELT,
 )
 from models_for_tests import DECODERS, MODELS
 
@@ -52,6 +56,10 @@ EXAMPLES: dict[str, Method] = {
     "rslora": RsLoRA(rank=4, alpha=3.0),
     "parallel": ParallelAdapter(width=5),
     "series": SeriesAdapter(width=5),
+    "gated": Gated(LoRA(rank=4)),
+    "mam": MAM(length=2, mlp=8, width=5),
+    "rezero": ReZero(LoRA(rank=4)),
+    "unipelt": UniPELT(length=2, mlp=8, reduction=8, rank=3),
 }
 
 #: Settings that take other paths through a method, and sums.
@@ -85,6 +93,10 @@ VARIANTS: dict[str, Method] = {
     "series-near-identity": SeriesAdapter(width=5, start="near-identity", layers="-1:"),
     "parallel-attention": ParallelAdapter(width=5, targets="attention,ffn"),
     "series+parallel+lora": SeriesAdapter(width=3) + ParallelAdapter(width=5, targets="attention") + LoRA(rank=2),
+    "rezero-sum": ReZero(
+        LoRA(rank=2, targets="query,value") + SeriesAdapter(width=3) + ParallelAdapter(width=5), shared=True
+    ),
+    "rezero-norm": ReZero(Modules("norm"), start=0.5),
 }
 
 CASES: dict[str, Method] = {
@@ -97,7 +109,7 @@ _NO_BIAS = (
     "llama_classifier", "modernbert",
 )  # fmt: skip
 
-#: (case, model) -> the code of the error with which the method honestly says that it does not fit.
+#: (case, model) -> the code (or codes) of the error with which the method honestly says that it does not fit.
 REFUSALS: dict[tuple[str, str], str] = {
     **{(case, "bloom"): "C105" for case in ("lora-parts", "dora-parts", "pissa-parts")},  # its roles come from names
     **{("lora-experts", model): "C101" for model in MODELS if model not in ("mixtral", "qwen3_moe")},
@@ -106,6 +118,7 @@ REFUSALS: dict[tuple[str, str], str] = {
     **{("attempt", model): "T154" for model in DECODERS},
     # Bloom's blocks hide the add behind their feed-forward part.
     **{(case, "bloom"): "T140" for case in ("series-pfeiffer", "series-lin")},
+    **{("mam", "bloom"): "T150", ("rezero-sum", "bloom"): "C105", ("unipelt", "bloom"): "T150 T140 C105"},
 }
 
 #: Cases of which the merged weights need a bias that the plain model has no place for.

@@ -56,10 +56,14 @@ def _described(name: str, kind: Any) -> dict[str, Any]:
 
 
 def _default(setting: dataclasses.Field[Any]) -> Any:
+    from graftlm.core import Method
+
     if setting.default is not dataclasses.MISSING:
         value: Any = setting.default
     else:
         value = setting.default_factory() if setting.default_factory is not dataclasses.MISSING else None
+    if isinstance(value, Method):
+        return str(value)
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -126,6 +126,8 @@ def _method_data(method: Method) -> dict[str, Any]:
 
 def _to_data(value: Any) -> Any:
     """A setting as JSON holds it; a tuple stays apart from a list, so that the method comes back equal."""
+    if isinstance(value, Method):
+        return {"method": [_method_data(part) for part in value.parts]}
     if isinstance(value, tuple):
         return {"tuple": [_to_data(item) for item in value]}
     if isinstance(value, Mapping):
@@ -137,8 +139,25 @@ def _from_data(value: Any) -> Any:
     if isinstance(value, dict):
         if isinstance(items := value.get("tuple"), list) and len(value) == 1:
             return tuple(_from_data(item) for item in items)
+        if isinstance(items := value.get("method"), list) and len(value) == 1:
+            return _inner_method(items)
         return {key: _from_data(item) for key, item in value.items()}
     return [_from_data(item) for item in value] if isinstance(value, list) else value
+
+
+def _inner_method(items: list[Any]) -> Method:
+    """The method that a method's setting is. Raises ValueError for one that is not known."""
+    whole: Method | None = None
+    for item in items:
+        name = item.get("name") if isinstance(item, dict) else None
+        kind = METHODS.get(str(name))
+        if kind is None:
+            raise ValueError(f"method {name!r} is not known")
+        part = kind(**_from_data(item.get("settings", {})))
+        whole = part if whole is None else whole + part
+    if whole is None:
+        raise ValueError("no method inside")
+    return whole
 
 
 def _as_os_error(error: SafetensorError) -> OSError:

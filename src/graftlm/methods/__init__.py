@@ -19,18 +19,21 @@ from graftlm.core import Method
 from graftlm.errors import Finding, GraftError, MethodError, nearest
 from graftlm.methods.attempt import Attempt
 from graftlm.methods.dora import DoRA
+from graftlm.methods.gated import Gated
+from graftlm.methods.hybrids import MAM, UniPELT
 from graftlm.methods.lora import LoRA, LoRAPlus, OLoRA, PiSSA, RsLoRA
 from graftlm.methods.parallel import ParallelAdapter
 from graftlm.methods.parameters import BitFit, Full, Head, Layers, Modules
 from graftlm.methods.prefix import PrefixTuning
 from graftlm.methods.prompt import PromptTuning
 from graftlm.methods.ptuning import PTuning
+from graftlm.methods.rezero import ReZero
 from graftlm.methods.series import SeriesAdapter
 
 __all__ = [
-    "METHODS", "Attempt", "BitFit", "DoRA", "Full", "Head", "Layers", "LoRA", "LoRAPlus", "Modules", "OLoRA",
-    "PTuning", "ParallelAdapter", "PiSSA", "PrefixTuning", "PromptTuning", "RsLoRA", "SeriesAdapter", "method",
-    "read_method",
+    "MAM", "METHODS", "Attempt", "BitFit", "DoRA", "Full", "Gated", "Head", "Layers", "LoRA", "LoRAPlus", "Modules",
+    "OLoRA", "PTuning", "ParallelAdapter", "PiSSA", "PrefixTuning", "PromptTuning", "ReZero", "RsLoRA",
+    "SeriesAdapter", "UniPELT", "method", "read_method",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
@@ -38,10 +41,12 @@ METHODS: dict[str, type[Method]] = {
     "bitfit": BitFit,
     "dora": DoRA,
     "full": Full,
+    "gated": Gated,
     "head": Head,
     "layers": Layers,
     "lora": LoRA,
     "loraplus": LoRAPlus,
+    "mam": MAM,
     "modules": Modules,
     "olora": OLoRA,
     "parallel": ParallelAdapter,
@@ -49,8 +54,10 @@ METHODS: dict[str, type[Method]] = {
     "prefix": PrefixTuning,
     "prompt": PromptTuning,
     "ptuning": PTuning,
+    "rezero": ReZero,
     "rslora": RsLoRA,
     "series": SeriesAdapter,
+    "unipelt": UniPELT,
 }
 
 #: Names that other tools use for settings of our methods.
@@ -93,17 +100,31 @@ def read_method(text: str) -> Method:
         at = f" at character {error.offset}" if error.offset else ""
         raise MethodError(Finding("T114", f"cannot read method {text!r}{at}", fix="lora(rank=16)+head")) from None
     faults: list[Finding] = []
-    parts = [_read_part(node, faults) for node in _summands(tree)]
-    if faults:
+    found = _read_sum(tree, faults)
+    if found is None:
         raise MethodError(faults)
-    whole, *others = [part for part in parts if part is not None]
-    for part in others:
-        whole = whole + part
-    return whole
+    return found
 
 
 #: `read_method`, as it reads in `graftlm.method("lora(rank=8)")`.
 method = read_method
+
+
+def _read_sum(node: ast.expr, faults: list[Finding]) -> Method | None:
+    """The method that a text or a part of it names; None, and what is wrong in `faults`, where it names none."""
+    parts = [_read_part(summand, faults) for summand in _summands(node)]
+    whole: Method | None = None
+    for part in parts:
+        if part is None:
+            return None
+        whole = part if whole is None else whole + part
+    return whole
+
+
+def _setting(kind: type[Method], key: str, node: ast.expr, faults: list[Finding]) -> Any:
+    """The value of a setting; where it is a method itself, as in `rezero(lora)`, that method."""
+    field = next(f for f in dataclasses.fields(kind) if f.name == key)
+    return _read_sum(node, faults) if field.type == "Method" else _value(node)
 
 
 def _summands(node: ast.expr) -> list[ast.expr]:
@@ -133,13 +154,13 @@ def _read_part(node: ast.expr, faults: list[Finding]) -> Method | None:
     given: dict[str, Any] = {}
     for position, argument in enumerate(call.args if call else []):
         if position < len(fields):
-            given[fields[position]] = _value(argument)
+            given[fields[position]] = _setting(kind, fields[position], argument, faults)
     if call and len(call.args) > len(fields):
         faults.append(Finding("T112", f"{name} takes {len(fields)} settings, got {len(call.args)}"))
     for keyword in call.keywords if call else []:
         key = keyword.arg or "**"
         if key in fields:
-            given[key] = _value(keyword.value)
+            given[key] = _setting(kind, key, keyword.value, faults)
         elif _FOREIGN.get(key) in fields:
             faults.append(Finding("T112", f"{name}: {key!r} is called {_FOREIGN[key]} here", fix=_FOREIGN[key]))
         else:

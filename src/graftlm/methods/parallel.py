@@ -89,5 +89,9 @@ class ParallelDelta(BranchDelta):
 
     def branch(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:  # noqa: ARG002
         """y + s A(x) for the sublayer's input x and output y, both [rows, tokens, width] or [tokens, width]."""
+        return y + self.change(x, y)
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+        """What is added to y, of its shape."""
         change: Tensor = self.parallel(x) * self.scale
-        return y + change
+        return change

@@ -117,8 +117,12 @@ class SeriesDelta(BranchDelta):
 
     def branch(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:  # noqa: ARG002
         """y + A(y) behind a sublayer, y + A(x) on a stream y that the model's norm makes x of."""
+        return y + self.change(x, y)
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        """What is added to y, of its shape [rows, tokens, width]."""
         read = y if self.variant == "houlsby" else x
         if self.norm_weight is not None and self.norm_bias is not None:
             read = F.layer_norm(read, read.shape[-1:], self.norm_weight.to(y.dtype), self.norm_bias.to(y.dtype))
         change: Tensor = self.series(read)
-        return y + change
+        return change

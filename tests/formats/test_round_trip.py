@@ -38,6 +38,8 @@ def test_every_method_comes_back(case, family, tmp_path):
     method = SUMS.get(case) or SPECIAL.get(case) or METHODS[case]()
     if family == "llama-tied" and "bitfit" in str(method):
         pytest.skip("no biases there")
+    if case == "attempt":
+        family = "llama-cls"  # models that predict the next token are refused
     model = tiny(family)
     adapter = attach(model, method, name="support")
     shake(adapter.parameters())

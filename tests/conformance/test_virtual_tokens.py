@@ -8,7 +8,7 @@ import transformers as tf
 
 from conformance.test_rows import PLAIN, assert_close, generate, padded
 from graftlm.core import adapters, attach, use
-from graftlm.errors import GraftError, MethodError, RoutingError, SiteError
+from graftlm.errors import GraftError, MethodError, RoutingError
 from graftlm.formats import load_adapter, save_adapter
 from graftlm.methods import Attempt, LoRA, PrefixTuning, PromptTuning, PTuning, read_method
 from models_for_tests import ENCODER_DECODERS, VOCABULARY, inputs_for, logits_of, loss_of, perturb, tiny
@@ -133,7 +133,6 @@ def test_a_prompt_from_a_tokenizer():
         (lambda: Attempt(temperature=0), "T102"),
         (lambda: attach(tiny("llama"), PromptTuning(start="text", tokens=[99])), "T153"),
         (lambda: attach(tiny("t5"), PrefixTuning(positions="shifted")), "T151"),
-        (lambda: attach(tiny("distilbert"), PrefixTuning(positions="shifted")), "T151"),
         (lambda: attach(tiny("llama"), PrefixTuning(targets="cross")), "C101"),
         (lambda: attach(tiny("bloom"), PrefixTuning()), "T150"),
         (lambda: attach(tiny("gpt2"), Attempt()), "T154"),
@@ -276,7 +275,8 @@ def test_generation_with_a_cache_equals_generation_without(case, model_name):
     beams = generate(model, left, num_beams=3)
     assert torch.equal(generate(model, left, num_beams=3, use_cache=False), beams)
     use(model, None)
-    assert not torch.equal(generate(model, left), found)
+    if model_name != "mistral":  # its windows have left the virtual tokens behind
+        assert not torch.equal(generate(model, left), found)
 
 
 @pytest.mark.parametrize("model_name", ENCODER_DECODERS)
@@ -307,6 +307,31 @@ def test_rows_with_and_without_virtual_tokens(case, model_name):
         wanted.append(logits_of(model, {name: tensor[row : row + 1] for name, tensor in batch.items()}))
     use(model, rows)
     assert_close(logits_of(model, batch), torch.cat(wanted))
+
+
+@pytest.mark.parametrize("model_name", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("case", ["prefix", "prefix-shifted", "prompt+prefix+lora"])
+def test_left_padding_without_positions_changes_nothing(case, model_name):
+    """Rotary models count padding unless told otherwise, and a prefix stands still."""
+    model, _ = ready(model_name, {**METHODS, **SUMS}[case], name="a")
+    left, at_left = padded(inputs_for(model, rows=4), "left")
+    rows = ["a", None, "a", "a"]
+    wanted = []
+    for row, choice in enumerate(rows):
+        use(model, choice)
+        wanted.append(logits_of(model, {"input_ids": left["input_ids"][row : row + 1, at_left[row]]})[0])
+    use(model, rows)
+    batch = {name: left[name] for name in ("input_ids", "attention_mask")}
+    found = logits_of(model, batch)
+    with torch.no_grad():  # ... and a cache that is filled in two steps
+        first = {name: tensor[:, :6] for name, tensor in batch.items()}
+        cache = model(**first, use_cache=True).past_key_values
+        later = model(
+            input_ids=batch["input_ids"][:, 6:], attention_mask=batch["attention_mask"], past_key_values=cache
+        ).logits
+    for row in range(4):
+        assert_close(found[row, at_left[row]], wanted[row], 2e-6)
+        assert_close(later[row], found[row, 6:], 2e-6)
 
 
 def test_two_prefixes_stand_one_behind_the_other():
@@ -434,7 +459,7 @@ def test_layers_and_targets_of_a_prefix():
     assert attach(model, PrefixTuning(length=2, targets="cross"), name="a").parameter_count == 2 * 2 * 32 * 2
     assert len(attach(model, PrefixTuning(length=2, targets="encoder/attention,cross"), name="b").parts) == 4
     assert len(attach(model, PrefixTuning(length=2, layers="-1:"), name="c").parts) == 3
-    with pytest.raises(SiteError):
+    with pytest.raises(MethodError):
         attach(model, PrefixTuning(targets="query"), name="d")
     shared = attach(model, PrefixTuning(length=2, mlp=4), name="e")
     assert sum(name.endswith("mlp.embedding") for name in shared.state()) == 3  # one for each kind of attention

@@ -478,10 +478,12 @@ def _place(name: str, parts: Sequence[Part], modules: dict[str, nn.Module], foun
             for other in found.sequences if part.site.stack == "encoder" else ():
                 if other.stack == "decoder":
                     at(other.path).encoder = entry
-        if isinstance(part.delta, KeyValueDelta) and part.delta.shifts_positions and part.site.kind == "attention":
+        if isinstance(part.delta, KeyValueDelta):
             for sequence in found.sequences:
                 if sequence.stack == part.site.stack or not sequence.stack:
-                    at(sequence.path).shifts[name] = part.delta.length
+                    shifts = at(sequence.path).shifts
+                    moved = part.delta.length if part.delta.shifts_positions else 0
+                    shifts[name] = max(shifts.get(name, 0), moved)
 
 
 def _state_key(part: Part, name: str) -> str:

@@ -28,7 +28,7 @@ from graftlm.core.delta import (
     acts,
 )
 from graftlm.core.routing import Batch, Choice, Routing, entries
-from graftlm.core.sequence import Layout, check_cache
+from graftlm.core.sequence import Layout, check_cache, positions_by_mask
 from graftlm.core.sites import Site, linear_kind
 from graftlm.errors import Finding, RoutingError
 
@@ -143,11 +143,13 @@ class Group:
     prompts: tuple[EmbedDelta, ...] = ()
     #: How far positions of tokens are moved by virtual tokens at attention calls.
     shift: int = 0
+    #: Whether there are prefixes at the attention calls behind this sequence.
+    prefixed: bool = False
 
     @property
     def idle(self) -> bool:
         """True where nothing acts."""
-        return not (self.shift or self.everything)
+        return not (self.shift or self.prefixed or self.everything)
 
     @property
     def everything(self) -> tuple[Delta, ...]:
@@ -173,7 +175,7 @@ class Junction:
         self.deltas: dict[str, list[tuple[Site, str, Delta]]] = {}  # adapter -> (site, parameter name, delta)
         #: Adapters with a delta elsewhere that reads what this module is given.
         self.watchers: set[str] = set()
-        #: By how many positions an adapter moves the tokens of this sequence.
+        #: By how many positions an adapter with prefixes moves the tokens of this sequence.
         self.shifts: dict[str, int] = {}
         self._planned: tuple[Routing, tuple[Group, ...]] | None = None
         self._followed: tuple[Any, ...] = ()
@@ -254,6 +256,7 @@ class Junction:
             slices=tuple(_Slice(columns, tuple(deltas)) for columns, deltas in slices.items()),
             parameters=tuple((name, tuple(deltas)) for name, deltas in parameters.items()),
             shift=sum(self.shifts.get(name, 0) for name in choice),
+            prefixed=any(name in self.shifts for name in choice),
             **{name: tuple(found) for name, found in others.items()},
         )
 
@@ -271,10 +274,16 @@ class Junction:
             if self.prompted:
                 check_cache(kwargs)
             return (args, kwargs) if self.encoder is not None else None
+        counted = None
+        if any(group.prefixed for group in groups):
+            counted = positions_by_mask(module, groups, args, kwargs)
+            args, kwargs = counted or (args, kwargs)
         if any(group.prompts or group.shift for group in groups):
             self._follow(module, groups, _input(args, kwargs)[1].device)
             self._layout = Layout.of(module, self, groups, args, kwargs)
             return (), self._layout.inputs
+        if counted:
+            return counted
         at, x = _input(args, kwargs)
         self._follow(module, groups, x.device)
         if any(group.prefixes for group in groups):

@@ -24,7 +24,7 @@ from graftlm.errors import Finding, RoutingError
 if TYPE_CHECKING:
     from graftlm.core.junction import Group, Junction
 
-__all__ = ["Layout", "check_cache", "takes"]
+__all__ = ["Layout", "check_cache", "positions_by_mask", "takes"]
 
 _MARK = "_graftlm_layout"
 
@@ -48,6 +48,32 @@ def check_cache(kwargs: Mapping[str, Any]) -> None:
     """Raise RoutingError where a cache that holds virtual tokens is used with adapters that have none."""
     if getattr(kwargs.get("past_key_values"), _MARK, None) is not None:
         raise _other_cache()
+
+
+def positions_by_mask(
+    module: nn.Module, groups: Sequence[Group], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The call with positions of real tokens where the model would count padding; None where it needs none.
+
+    Rotary positions only count as differences, so a model without prefixes may count left padding. The keys of a
+    prefix stand at fixed positions: rows that have one start at position 0, as `generate` has it for all.
+    """
+    given = _by_name(module, args, kwargs)
+    mask = given.get("attention_mask")
+    if given.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    if not takes(module, "position_ids") or _padded_positions(module) is not None:
+        return None
+    source = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if not isinstance(source, Tensor) or mask.shape[0] != source.shape[0] or mask.shape[1] < source.shape[1]:
+        return None
+    columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    if groups[0].rows is not None:
+        by_row = _by_row(groups, int(mask.shape[0]))
+        prefixed = torch.tensor([group.prefixed for group in by_row], device=mask.device)
+        positions = torch.where(prefixed[:, None], positions, columns)
+    return (), {**given, "position_ids": positions[:, mask.shape[1] - source.shape[1] :]}
 
 
 def _other_cache() -> RoutingError:

@@ -273,3 +273,8 @@ def test_unipelt_on_bert_base():
     assert [count(model, part.method) for part in method.parts] == [184_320, 894_528, 294_912]
     gates = 12 * 4 * 769  # at the prefix, the adapter, query and value of each layer
     assert count(model, method) == 1_373_760 + gates
+
+
+def test_a_gate_learns_at_the_rate_of_what_is_behind_it():
+    assert ReZero(SeriesAdapter()).learning_rate == SeriesAdapter.learning_rate
+    assert Gated(LoRA() + SeriesAdapter()).learning_rate == min(LoRA.learning_rate, SeriesAdapter.learning_rate)

@@ -43,6 +43,7 @@ class Gated(GatedMethod):
 
     name: ClassVar[str] = "gated"
     title: ClassVar[str] = "Input gates"
+    learning_rate: ClassVar[float] = LoRA.learning_rate
 
     method: Method = field(default_factory=LoRA)
 

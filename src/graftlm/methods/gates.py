@@ -191,6 +191,10 @@ class GatedMethod(Method):
 
     def __post_init__(self) -> None:
         self.require((isinstance(self.method, Method), f"{self.method!r} is no method", f"{self.name}(lora)"))
+        # A gate learns at the rate of what is behind it.
+        ranges = [part.learning_rate_range for part in self.method.parts]
+        self.__dict__["learning_rate"] = min(part.learning_rate for part in self.method.parts)
+        self.__dict__["learning_rate_range"] = (min(low for low, _ in ranges), max(high for _, high in ranges))
 
     @property
     def parts(self) -> tuple[Method, ...]:

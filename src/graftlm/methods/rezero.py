@@ -35,12 +35,13 @@ class ReZero(GatedMethod):
     `method` is what is gated, a sum of several too. `start` is where the factor begins; `shared` has one a layer.
 
     Example:
-        >>> print(ReZero(LoRA(rank=8)) + LoRA(rank=4, targets="ffn"))
-        rezero(method=lora)+lora(rank=4,targets=ffn)
+        >>> print(ReZero(LoRA(rank=4), shared=True))
+        rezero(method=lora(rank=4),shared=True)
     """
 
     name: ClassVar[str] = "rezero"
     title: ClassVar[str] = "ReZero gates"
+    learning_rate: ClassVar[float] = LoRA.learning_rate
 
     method: Method = field(default_factory=LoRA)
     start: float = 0.0

@@ -12,20 +12,21 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from graftlm.core import Adapter, LinearDelta, Method, Part, Samples, Site, Survey, adapters, attach
-from graftlm.errors import AdapterError, MethodError, RunError
+from graftlm.errors import AdapterError, MethodError, RunError, SettingsError
 from graftlm.formats import load_adapter, save_adapter
 from graftlm.methods import METHODS, Head, LoRA, read_method
-from graftlm.models import load_base
+from graftlm.models import bundled_base, load_base, load_tokenizer
 from graftlm.objectives import CausalLM
 from graftlm.training import GraftTrainer, open_adapter
-from graftlm.training.decisions import decide_learning_rate, decide_learning_rates, title_of, with_head
+from graftlm.training.decisions import decide_learning_rate, decide_learning_rates, positions_taken, title_of, with_head
 from training.test_checkpoints import seen, stopped
 from training.test_objectives import prepared, trained
-from training.tiny_runs import Tiny, adapter_bytes, metrics_of, record_of, save_llama
+from training.tiny_runs import Tiny, adapter_bytes, metrics_of, record_of, save_llama, texts
 
 
 class ChosenDelta(LinearDelta):
@@ -299,6 +300,46 @@ def test_data_must_be_given(tmp_path: Path) -> None:
     with pytest.raises(MethodError, match="chooses by data"):
         attach(model, Chosen())
     assert not adapters(model)
+
+
+# --- virtual tokens ---
+
+
+def test_virtual_tokens_leave_rows_the_rest_of_the_context(tiny: Tiny, tmp_path: Path) -> None:
+    # A base with learned positions: one token too many would fail in the middle of a batch.
+    long = tmp_path / "rows.txt"
+    long.write_text(texts(60))  # cut into blocks as long as may be
+    base = save_gpt2(tmp_path / "gpt2")
+    run = tiny(long, base=base, method="prompt(length=5)", steps=2)
+    longest = json.loads((run.folder / "adapter" / "graftlm.json").read_text())["facts"]["max_length"]
+    assert longest == 64 - 5
+    with pytest.raises(SettingsError, match="without the 5 virtual tokens") as caught:
+        tiny(long, out="other", base=base, method="prompt(length=5)", max_length=64)
+    assert caught.value.findings[0].fix == "--max-length 59"
+    with pytest.raises(SettingsError, match="takes 64 positions, the base has 64"):
+        tiny(long, out="other", base=base, method="prompt(length=64)")
+
+
+def save_gpt2(folder: Path) -> Path:
+    tokenizer = load_tokenizer(str(bundled_base()))
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=1, n_head=4, vocab_size=len(tokenizer), n_positions=64,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_positions_taken() -> None:
+    for text, wanted in (
+        ("lora", 0),
+        ("prompt(length=7)+lora", 7),
+        ("prompt(length=7,position=slots,slot_token=3)", 0),
+        ("prefix(length=7)", 0),
+        ("prefix(length=7,positions=shifted)+ptuning(length=2)", 9),
+    ):
+        assert positions_taken(read_method(text)) == wanted
 
 
 # --- decisions ---

@@ -31,5 +31,6 @@ CODES: dict[str, str] = {
     "U132": "max_length is more tokens than the base can take",
     "U133": "no rows are left for evaluation",
     "U134": "data.waive names a code that cannot be waived",
+    "U135": "the method's virtual tokens leave no room for a row in the base's context",
 }
 """Code to meaning."""

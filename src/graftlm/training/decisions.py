@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 from graftlm.core import Method, Sum
-from graftlm.methods import Full, Head, Modules
+from graftlm.methods import Attempt, Full, Head, Modules, PrefixTuning, PromptTuning, PTuning
 
 __all__ = [
     "context_of", "decide_epochs", "decide_learning_rate", "decide_learning_rates", "decide_length",
-    "learning_rate_range_of", "title_of", "with_head",
+    "learning_rate_range_of", "positions_taken", "title_of", "with_head",
 ]  # fmt: skip
 
 _LONGEST_TOKENS = 1024
@@ -85,9 +85,25 @@ def context_of(config: Any) -> int:
     return int(context)
 
 
-def decide_length(config: Any) -> int:
-    """The most tokens a row may have where nothing else is said: the base's context, at most 1,024."""
-    return min(context_of(config), _LONGEST_TOKENS)
+def positions_taken(method: Method) -> int:
+    """How many positions of the base's context the method takes for virtual tokens.
+
+    Example:
+        >>> from graftlm.methods import LoRA, PromptTuning
+        >>> positions_taken(LoRA() + PromptTuning(length=20))
+        20
+    """
+    return sum(
+        part.length
+        for part in method.parts
+        if (isinstance(part, (Attempt, PromptTuning, PTuning)) and getattr(part, "position", "start") != "slots")
+        or (isinstance(part, PrefixTuning) and part.positions == "shifted")
+    )
+
+
+def decide_length(config: Any, method: Method | None = None) -> int:
+    """The most tokens a row may have where nothing else is said: what `method` leaves of the context, up to 1,024."""
+    return min(context_of(config) - (positions_taken(method) if method else 0), _LONGEST_TOKENS)
 
 
 def with_head(method: Method) -> Method:

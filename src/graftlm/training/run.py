@@ -42,6 +42,7 @@ from graftlm.training.decisions import (
     decide_learning_rates,
     decide_length,
     learning_rate_range_of,
+    positions_taken,
     title_of,
     with_head,
 )
@@ -235,7 +236,8 @@ class _Work:
         self.record |= {"task": prepared.task, "base": self._base(model)}
         if before:
             self._check_unchanged(before)
-        self.collate = Collator(tokenizer.pad_token_id, max_length=context_of(model.config))
+        longest = context_of(model.config) - positions_taken(method)
+        self.collate = Collator(tokenizer.pad_token_id, max_length=longest)
         adapter = self._attach(prepared, model, method)
         self._describe(model, adapter)
         self.facts = {
@@ -244,7 +246,7 @@ class _Work:
             "revision": self.settings.model.revision,
             "labels": prepared.labels.to_dict() if prepared.labels else None,
             "template": prepared.template.to_dict() if prepared.template else None,
-            "max_length": self.settings.train.max_length or decide_length(model.config),
+            "max_length": self.settings.train.max_length or decide_length(model.config, method),
         }
         self.folder.make()
         trainer, progress = self._trainer(prepared, model, adapter)
@@ -279,18 +281,29 @@ class _Work:
                 attempt(lambda: read_rows(path, data.format, data.max_rows))  # faults that need no tokenizer
             raise SettingsError(faults)
         config, tokenizer = tokenizer
-        context = context_of(config)
+        taken = positions_taken(method) if method else 0
+        context = context_of(config) - taken
+        if context < 1:
+            faults.append(
+                Finding("U135", f"{method} takes {taken} positions, the base has {context_of(config)}", fix="length=20")
+            )
+            raise SettingsError(faults)
         if train.max_length and train.max_length > context:
             faults.append(
                 Finding(
                     "U132",
-                    f"--max-length {train.max_length} is beyond the base's context",
+                    f"--max-length {train.max_length} is beyond the base's context"
+                    + (f" without the {taken} virtual tokens" if taken else ""),
                     fix=f"--max-length {context}",
                 )
             )
         prepared: Prepared | None = attempt(
             lambda: _read(
-                self.settings, path, tokenizer, train.max_length or decide_length(config), eval_path=data.eval_path
+                self.settings,
+                path,
+                tokenizer,
+                train.max_length or decide_length(config, method),
+                eval_path=data.eval_path,
             )
         )
         if dead := _codes(data.waive) - WAIVABLE:

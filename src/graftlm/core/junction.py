@@ -8,7 +8,7 @@ after it, the parameters are put back and the additions made. With one choice a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,7 +133,7 @@ class Group:
 
     rows: tuple[int, ...] | None
     befores: tuple[LinearDelta, ...] = ()
-    adds: tuple[LinearDelta, ...] = ()
+    adds: tuple[tuple[LinearDelta, bool], ...] = ()  # with whether it asks the base
     afters: tuple[LinearDelta, ...] = ()
     slices: tuple[_Slice, ...] = ()
     parameters: tuple[tuple[str, tuple[ParameterDelta, ...]], ...] = ()
@@ -145,6 +145,17 @@ class Group:
     shift: int = 0
     #: Whether there are prefixes at the attention calls behind this sequence.
     prefixed: bool = False
+    #: Whether a linear delta acts, and whether one asks the base.
+    acts: bool = field(init=False, default=False)
+    asks_base: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        # Asked at every call: worked out once.
+        asking = any(over for _, over in self.adds) or any(
+            acts(delta, "add_over") for part in self.slices for delta in part.deltas
+        )
+        object.__setattr__(self, "acts", bool(self.adds or self.afters or self.slices))
+        object.__setattr__(self, "asks_base", asking)
 
     @property
     def idle(self) -> bool:
@@ -156,7 +167,7 @@ class Group:
         """Every delta of the group."""
         return (
             *self.befores,
-            *self.adds,
+            *(delta for delta, _ in self.adds),
             *self.afters,
             *(delta for part in self.slices for delta in part.deltas),
             *(delta for _, deltas in self.parameters for delta in deltas),
@@ -179,6 +190,7 @@ class Junction:
         self.shifts: dict[str, int] = {}
         self._planned: tuple[Routing, tuple[Group, ...]] | None = None
         self._followed: tuple[Any, ...] = ()
+        self._kept_rows: tuple[tuple[Group, ...], int, torch.device, _Rows] | None = None
         self._taken: dict[str, Tensor | None] = {}
         #: Of a stack's entry: whether its tokens see only earlier ones, whether its output keeps virtual tokens, and
         #: the entry of the encoder whose output it reads, of a decoder.
@@ -251,7 +263,9 @@ class Junction:
         return Group(
             rows,
             befores=tuple(delta for delta in linear if acts(delta, "before")),
-            adds=tuple(delta for delta in linear if acts(delta, "add") or acts(delta, "add_over")),
+            adds=tuple(
+                (delta, acts(delta, "add_over")) for delta in linear if acts(delta, "add") or acts(delta, "add_over")
+            ),
             afters=tuple(delta for delta in linear if acts(delta, "after")),
             slices=tuple(_Slice(columns, tuple(deltas)) for columns, deltas in slices.items()),
             parameters=tuple((name, tuple(deltas)) for name, deltas in parameters.items()),
@@ -349,43 +363,40 @@ class Junction:
                     fix="give all rows of the batch the same adapters: use(model, NAME)",
                 )
             )
-        for group in groups:
-            if group.befores or group.streams:
-                index = entries(group.rows or (), count, total, x.device)
-                part = x.index_select(0, index)
+        if any(group.befores or group.streams for group in groups):
+            rows = self._rows(groups, count, x.device)
+            parts = list(rows.split(x))
+            for place, (group, index) in enumerate(zip(groups, rows.indices, strict=True)):
                 for delta in group.befores:
-                    part = delta.before(part)
+                    parts[place] = delta.before(parts[place])
                 for branch in group.streams:
                     mask = self.switch.batch.mask_like(x, index)
-                    part = branch.branch(module.forward(part), part, mask)
-                x = x.index_copy(0, index, part)
+                    parts[place] = branch.branch(module.forward(parts[place]), parts[place], mask)
+            x = rows.join(parts)
         return _with_input(args, kwargs, at, x)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After the module ran, even in vain: put parameters back, then change the output."""
-        layout = self._layout
-        self.settle(module)
-        if output is None:
-            return None
-        if layout is not None:
-            return layout.trim(output)
-        groups = self.plan()
-        if not groups:
-            return None
-        _, x = _input(args, kwargs)
-        if groups[0].rows is not None:
-            output = self._leave_rows(module, args, kwargs, x, output, groups)
-        else:
-            group = groups[0]
-            if group.parameters and (group.adds or group.slices):
-                self._replace(module, group)  # what a delta asks of the base is what gave `output`
-            try:
-                output = self._changed(module, group, x, output, None, x)
-            finally:
+        try:
+            if output is None:
+                return None
+            if self._layout is not None:
+                return self._layout.trim(output)
+            groups = self.plan()
+            if not groups:
+                return None
+            _, x = _input(args, kwargs)
+            if groups[0].rows is not None:
                 self._put_back(module)
-        for site, _ in (branch for group in groups for branch in group.branches):
-            self.switch.seen.pop(site.entry, None)
-        return output
+                output = self._leave_rows(module, args, kwargs, x, output, groups)
+            else:
+                output = self._changed(module, groups[0], x, output, None, x)
+            for group in groups:
+                for site, _ in group.branches:
+                    self.switch.seen.pop(site.entry, None)
+            return output
+        finally:
+            self.settle(module)
 
     def _changed(
         self, module: nn.Module, group: Group, x: Tensor, output: Any, index: Tensor | None, whole: Tensor
@@ -394,12 +405,10 @@ class Junction:
 
         `index` are its entries in the `whole` input, None for all.
         """
-        if group.adds or group.afters or group.slices:
-            base: Base | None = None
-            if any(acts(delta, "add_over") for delta in (*group.adds, *(d for s in group.slices for d in s.deltas))):
-                base = self._base(module, output, index, whole)
-            for delta in group.adds:
-                added = _added(delta, x, base)
+        if group.acts:
+            base = self._base(module, output, index, whole) if group.asks_base else None
+            for delta, over in group.adds:
+                added = delta.add_over(x, base) if over and base is not None else delta.add(x)
                 if added is not None:
                     output = output + added.to(output.dtype)
             for delta in group.afters:
@@ -446,39 +455,39 @@ class Junction:
         output: Any,
         groups: tuple[Group, ...],
     ) -> Any:
-        total, count = total_rows(groups), int(x.shape[0])
-        for group in groups:
-            if not (group.adds or group.afters or group.slices or group.parameters or group.branches):
-                continue
-            index = entries(group.rows or (), count, total, x.device)
+        count = int(x.shape[0])
+        rows = self._rows(groups, count, x.device)
+        given = rows.split(x)
+        if isinstance(output, Tensor) and output.shape[0] == 1 < count:
+            # One entry for all rows (positions made inside the module).
+            output = output.expand(count, *output.shape[1:])
+        if not isinstance(output, (Tensor, tuple)):
+            raise RoutingError(
+                Finding("R107", f"{self.path} returns {type(output).__name__}: rows cannot be told apart there")
+            )
+        parts = list(_split_output(output, rows, count))
+        for place, (group, index) in enumerate(zip(groups, rows.indices, strict=True)):
             if group.parameters:
                 # The rows again, with this group's parameters; module.forward, so that no hook runs twice.
                 self._replace(module, group)
                 try:
                     part_args, part_kwargs = _split(args, kwargs, count, index)
                     part = module.forward(*part_args, **part_kwargs)
-                    part = self._changed(module, group, x.index_select(0, index), part, index, x)
+                    if isinstance(part, Tensor) and part.shape[0] == 1 < len(index):
+                        part = part.expand(len(index), *part.shape[1:])
+                    parts[place] = self._changed(module, group, given[place], part, index, x)
                 finally:
                     self._put_back(module)
-            else:
-                part = _rows_of(output, index, count)
-                part = self._changed(module, group, x.index_select(0, index), part, index, x)
-            output = self._put_rows(output, index, part, count)
-        return output
+            elif group.acts or group.branches:
+                parts[place] = self._changed(module, group, given[place], parts[place], index, x)
+        return _join_output(output, parts, rows, count)
 
-    def _put_rows(self, output: Any, index: Tensor, part: Any, count: int) -> Any:
-        if isinstance(output, Tensor):
-            if output.shape[0] == 1 < count:  # one entry for all rows (positions made inside the module)
-                output, part = output.expand(count, *output.shape[1:]), part.expand(len(index), *part.shape[1:])
-            return output.index_copy(0, index, part)
-        if isinstance(output, tuple):  # a router's, a block's
-            return tuple(
-                self._put_rows(each, index, own, count) if isinstance(each, Tensor) and each.shape[0] == count else each
-                for each, own in zip(output, part, strict=True)
-            )
-        raise RoutingError(
-            Finding("R107", f"{self.path} returns {type(output).__name__}: rows cannot be told apart there")
-        )
+    def _rows(self, groups: tuple[Group, ...], count: int, device: torch.device) -> _Rows:
+        """How `count` entries fall to the groups; kept, since every step of a batch asks the same."""
+        kept = self._kept_rows
+        if kept is None or kept[0] is not groups or kept[1:3] != (count, device):
+            self._kept_rows = kept = (groups, count, device, _Rows.of(groups, count, device))
+        return kept[3]
 
     def _replace(self, module: nn.Module, group: Group) -> None:
         for name, deltas in group.parameters:
@@ -517,12 +526,6 @@ class Junction:
         return self._splice
 
 
-def _added(delta: LinearDelta, x: Tensor, base: Base | None) -> Tensor | None:
-    if base is not None and acts(delta, "add_over"):
-        return delta.add_over(x, base)
-    return delta.add(x)
-
-
 def _change_slice(part: _Slice, x: Tensor, output: Tensor, base: Base | None) -> Tensor:
     """`output` with the columns of one part of a fused map changed."""
     index = columns_of(part.columns, output.device)
@@ -536,7 +539,7 @@ def _change_slice(part: _Slice, x: Tensor, output: Tensor, base: Base | None) ->
         bias = None if base.bias is None else base.bias[index]
         base = Base(base.output.index_select(-1, index), bare, lambda: whole.weight()[index], bias, base.mask)
     for delta in part.deltas:
-        added = _added(delta, x, base)
+        added = delta.add_over(x, base) if base is not None and acts(delta, "add_over") else delta.add(x)
         if added is not None:
             y = y + added.to(y.dtype)
     for delta in part.deltas:
@@ -557,13 +560,55 @@ def dense(module: nn.Module) -> Tensor:
     return weight
 
 
-def _rows_of(output: Any, index: Tensor, count: int) -> Any:
-    """The entries `index` of every tensor in `output` that has `count`."""
+@dataclass(frozen=True)
+class _Rows:
+    """The entries of each group, and how to cut a tensor into groups and put it together again at one copy."""
+
+    indices: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+    there: Tensor | None  # entries in the order of the groups; None where they are in that order already
+    back: Tensor | None
+
+    @classmethod
+    def of(cls, groups: tuple[Group, ...], count: int, device: torch.device) -> _Rows:
+        total = total_rows(groups)
+        indices = tuple(entries(group.rows or (), count, total, device) for group in groups)
+        order = torch.cat(indices)
+        if bool((order == torch.arange(count, device=device)).all()):
+            return cls(indices, tuple(map(len, indices)), None, None)
+        return cls(indices, tuple(map(len, indices)), order, order.argsort())
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """The entries of each group; views where the order allows it."""
+        if self.there is not None:
+            whole = whole.index_select(0, self.there)
+        parts: tuple[Tensor, ...] = torch.split(whole, list(self.sizes))
+        return parts
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The reverse of `split`."""
+        whole = torch.cat(list(parts))
+        return whole if self.back is None else whole.index_select(0, self.back)
+
+
+def _split_output(output: Any, rows: _Rows, count: int) -> Iterable[Any]:
+    """`output` (a tensor, or a tuple: a router's, a block's) by group; what has no entry a row goes to every group."""
     if isinstance(output, Tensor):
-        return output.index_select(0, index) if output.shape[0] == count else output
-    if isinstance(output, tuple):
-        return tuple(_rows_of(each, index, count) if isinstance(each, Tensor) else each for each in output)
-    return output
+        return rows.split(output)
+    by_part = [
+        rows.split(each) if isinstance(each, Tensor) and each.shape[0] == count else (each,) * len(rows.sizes)
+        for each in output
+    ]
+    return zip(*by_part, strict=True)
+
+
+def _join_output(output: Any, parts: Sequence[Any], rows: _Rows, count: int) -> Any:
+    if isinstance(output, Tensor):
+        return rows.join(parts)
+    return tuple(
+        rows.join([part[place] for part in parts]) if isinstance(each, Tensor) and each.shape[0] == count else each
+        for place, each in enumerate(output)
+    )
 
 
 def total_rows(groups: tuple[Group, ...]) -> int:

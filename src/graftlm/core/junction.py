@@ -455,6 +455,8 @@ class Junction:
         output: Any,
         groups: tuple[Group, ...],
     ) -> Any:
+        if not any(group.acts or group.branches or group.parameters for group in groups):
+            return output
         count = int(x.shape[0])
         rows = self._rows(groups, count, x.device)
         given = rows.split(x)

@@ -18,7 +18,7 @@ _HOMES = {
     "graftlm.methods": (
         "METHODS", "Attempt", "BitFit", "DoRA", "Full", "Head", "Layers", "LoRA", "LoRAPlus", "Modules", "OLoRA",
         "PiSSA", "PrefixTuning", "PromptTuning", "PTuning", "RsLoRA", "ParallelAdapter", "SeriesAdapter", "ReZero",
-        "Gated", "MAM", "UniPELT", "method", "read_method",
+        "Gated", "MAM", "UniPELT", "method", "read_method", "IA3",
     ),
     "graftlm.evaluation": ("Ensemble", "ensemble"),
     "graftlm.models": ("load_base",),
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from graftlm.evaluation import Ensemble, ensemble
     from graftlm.formats import load_adapter, save_adapter
     from graftlm.methods import (
+        IA3,
         MAM,
         METHODS,
         Attempt,

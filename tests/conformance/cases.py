@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graftlm.core import Adapter, LinearDelta, Method, Site, Survey
 from graftlm.errors import NotMergeable
 from graftlm.methods import (
+    IA3,
     MAM,
     METHODS,
     Attempt,
@@ -43,6 +44,7 @@ EXAMPLES: dict[str, Method] = {
     "dora": DoRA(rank=4),
     "full": Full(),
     "head": Head(),
+    "ia3": IA3(),
     "layers": Layers("-1:"),
     "lora": LoRA(rank=4),
     "loraplus": LoRAPlus(rank=4),
@@ -83,6 +85,8 @@ VARIANTS: dict[str, Method] = {
     "lora+full": LoRA(rank=4, targets="all-linear") + Full(),
     "lora+modules": LoRA(rank=4) + Modules(["norm", "embed"]),
     "bitfit+head": BitFit() + Head(),
+    "ia3-queries": IA3(targets="query", feedforward=()),
+    "ia3+lora": IA3() + LoRA(rank=2, targets="key,output"),
     "prefix-mlp": PrefixTuning(length=3, mlp=8),
     "prompt-end": PromptTuning(length=2, position="end"),
     "prompt-both": PromptTuning(length=2, position="after-bos", stack="both"),

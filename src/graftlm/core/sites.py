@@ -25,7 +25,9 @@ from torch import nn
 
 from graftlm.errors import Finding, SiteError, nearest
 
-__all__ = ["ROLES", "ROLE_GROUPS", "Site", "Survey", "Targets", "linear_kind", "parse_layers"]
+__all__ = [
+    "ROLES", "ROLE_GROUPS", "Site", "Survey", "Targets", "is_named", "linear_kind", "parse_layers", "selectors",
+]  # fmt: skip
 
 Targets = str | Sequence[str]
 
@@ -180,12 +182,12 @@ class Survey:
         wanted = parse_layers(layers, self.layer_count)
         chosen: dict[str, Site] = {}
         faults: list[Finding] = []
-        for selector in _words(targets):
+        for selector in selectors(targets):
             found = [site for site in pool if _matches(selector, site)]
             if not found:
                 faults.append(self._unmatched(selector, pool))
             chosen.update((site.key, site) for site in found)
-        for selector in _words(exclude):
+        for selector in selectors(exclude):
             found = [site for site in everywhere if _matches(selector, site)]
             if not found:
                 faults.append(self._unmatched(selector, pool))
@@ -209,7 +211,7 @@ class Survey:
         by_path = {site.path: site for site in self.sites}
         chosen: dict[str, Site] = {}
         faults: list[Finding] = []
-        for selector in _words(targets):
+        for selector in selectors(targets):
             found = [
                 replace(site, path=path, parameter=name, aliases=(), rows=self.rows.get(path, "unknown"))
                 for site in self.parameters
@@ -252,7 +254,18 @@ def _with_parents(path: str) -> list[str]:
     return [".".join(words[:count]) for count in range(1, len(words) + 1)]
 
 
-def _words(targets: Targets) -> list[str]:
+def is_named(targets: Targets, site: Site) -> bool:
+    """Whether one of the selectors in `targets` names `site`.
+
+    Example:
+        >>> is_named("attention,down", Site("h.0.mlp.c_proj", "conv1d", role="down"))
+        True
+    """
+    return any(_matches(selector, site) for selector in selectors(targets))
+
+
+def selectors(targets: Targets) -> list[str]:
+    """The single selectors of `targets`. Raises SiteError for a bad regular expression."""
     if isinstance(targets, str):
         # A regular expression may hold commas of its own.
         words = [targets] if _REGEX.search(targets) else targets.split(",")

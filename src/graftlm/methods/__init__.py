@@ -21,6 +21,7 @@ from graftlm.methods.attempt import Attempt
 from graftlm.methods.dora import DoRA
 from graftlm.methods.gated import Gated
 from graftlm.methods.hybrids import MAM, UniPELT
+from graftlm.methods.ia3 import IA3
 from graftlm.methods.lora import LoRA, LoRAPlus, OLoRA, PiSSA, RsLoRA
 from graftlm.methods.parallel import ParallelAdapter
 from graftlm.methods.parameters import BitFit, Full, Head, Layers, Modules
@@ -31,9 +32,31 @@ from graftlm.methods.rezero import ReZero
 from graftlm.methods.series import SeriesAdapter
 
 __all__ = [
-    "MAM", "METHODS", "Attempt", "BitFit", "DoRA", "Full", "Gated", "Head", "Layers", "LoRA", "LoRAPlus", "Modules",
-    "OLoRA", "PTuning", "ParallelAdapter", "PiSSA", "PrefixTuning", "PromptTuning", "ReZero", "RsLoRA",
-    "SeriesAdapter", "UniPELT", "method", "read_method",
+    "IA3",
+    "MAM",
+    "METHODS",
+    "Attempt",
+    "BitFit",
+    "DoRA",
+    "Full",
+    "Gated",
+    "Head",
+    "Layers",
+    "LoRA",
+    "LoRAPlus",
+    "Modules",
+    "OLoRA",
+    "PTuning",
+    "ParallelAdapter",
+    "PiSSA",
+    "PrefixTuning",
+    "PromptTuning",
+    "ReZero",
+    "RsLoRA",
+    "SeriesAdapter",
+    "UniPELT",
+    "method",
+    "read_method",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
@@ -43,6 +66,7 @@ METHODS: dict[str, type[Method]] = {
     "full": Full,
     "gated": Gated,
     "head": Head,
+    "ia3": IA3,
     "layers": Layers,
     "lora": LoRA,
     "loraplus": LoRAPlus,

@@ -115,6 +115,8 @@ _NO_BIAS = (
 
 #: (case, model) -> the code (or codes) of the error with which the method honestly says that it does not fit.
 REFUSALS: dict[tuple[str, str], str] = {
+    # Bloom's attention code does not say which columns of its fused map are keys.
+    **{(case, "bloom"): "C105" for case in ("ia3", "ia3-queries", "ia3+lora")},
     **{(case, "bloom"): "C105" for case in ("lora-parts", "dora-parts", "pissa-parts")},  # its roles come from names
     **{("lora-experts", model): "C101" for model in MODELS if model not in ("mixtral", "qwen3_moe")},
     **{(case, model): "T109" for case in ("bitfit", "lora+bitfit", "bitfit+head") for model in _NO_BIAS},

@@ -4,9 +4,9 @@ r"""(IA)^3: learned vectors that scale keys, values and inner feed-forward activ
 
     k = l_k o (W_k x + b_k),   v = l_v o (W_v x + b_v),   y = W_2 (l_ff o h) + b_2
 
-where h is what the feed-forward part holds between its two maps: gamma(W_1 x), or gamma(W_1 x) o (V x) where it is gated
-(the authors' code scales V x there, which is the same thing). Start: all vectors one. Parameters: out of a key or value
-map, in of a second feed-forward map; d_k + d_v + d_ff a block, and d_k + d_v more for cross-attention.
+where h is what the feed-forward part holds between its two maps: gamma(W_1 x), or gamma(W_1 x) o (V x) where it is
+gated (the authors' code scales V x there, which is the same thing). Start: all vectors one. Parameters: out of a key or
+value map, in of a second feed-forward map; d_k + d_v + d_ff a block, and d_k + d_v more for cross-attention.
 
 Merged: W_k <- diag(l_k) W_k, b_k <- l_k o b_k, the same for values; W_2 <- W_2 diag(l_ff).
 
@@ -66,7 +66,7 @@ class IA3(Method):
         names = [*selectors(self.targets), *selectors(inner)]
         return survey.select(names, layers=self.layers, exclude=self.exclude, kinds=("linear", "conv1d"))
 
-    def build(self, site: Site, module: nn.Module) -> IA3Delta:
+    def build(self, site: Site, module: nn.Module) -> IA3Delta:  # noqa: ARG002
         """A fresh vector of ones for `site`, on the side that the settings say."""
         if is_named(self.feedforward, site):
             return IA3Delta(1, site.in_features)

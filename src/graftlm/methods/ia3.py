@@ -68,6 +68,7 @@ class IA3(Method):
 
     def build(self, site: Site, module: nn.Module) -> IA3Delta:  # noqa: ARG002
         """A fresh vector of ones for `site`, on the side that the settings say."""
+        del module
         if is_named(self.feedforward, site):
             return IA3Delta(1, site.in_features)
         return IA3Delta(site.out_features, 1)

@@ -12,13 +12,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "graftlm.core": (
-        "Adapter", "Delta", "LinearDelta", "Method", "ParameterDelta", "Site", "Survey",
+        "Adapter", "Delta", "LinearDelta", "Method", "ParameterDelta", "Samples", "Site", "Survey",
         "adapters", "attach", "summary", "survey", "trainable", "use",
     ),
     "graftlm.methods": (
-        "METHODS", "Attempt", "BitFit", "DoRA", "Full", "Head", "Layers", "LoRA", "LoRAPlus", "Modules", "OLoRA",
-        "PiSSA", "PrefixTuning", "PromptTuning", "PTuning", "RsLoRA", "ParallelAdapter", "SeriesAdapter", "ReZero",
-        "Gated", "MAM", "UniPELT", "method", "read_method", "IA3",
+        "Attempt", "BitFit", "DoRA", "Full", "Gated", "Head", "IA3", "Last", "Layers", "LoRA", "LoRAPlus", "MAM",
+        "METHODS", "Modules", "NormTuning", "OLoRA", "PTuning", "ParallelAdapter", "PiSSA", "PrefixTuning",
+        "PromptTuning", "ReZero", "RsLoRA", "SeriesAdapter", "UniPELT", "method", "read_method",
     ),
     "graftlm.evaluation": ("Ensemble", "ensemble"),
     "graftlm.models": ("load_base",),
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         LinearDelta,
         Method,
         ParameterDelta,
+        Samples,
         Site,
         Survey,
         adapters,
@@ -59,10 +60,12 @@ if TYPE_CHECKING:
         Full,
         Gated,
         Head,
+        Last,
         Layers,
         LoRA,
         LoRAPlus,
         Modules,
+        NormTuning,
         OLoRA,
         ParallelAdapter,
         PiSSA,

@@ -20,10 +20,12 @@ from graftlm.methods import (
     Full,
     Gated,
     Head,
+    Last,
     Layers,
     LoRA,
     LoRAPlus,
     Modules,
+    NormTuning,
     OLoRA,
     ParallelAdapter,
     PiSSA,
@@ -45,10 +47,12 @@ EXAMPLES: dict[str, Method] = {
     "full": Full(),
     "head": Head(),
     "ia3": IA3(),
+    "last": Last(1),
     "layers": Layers("-1:"),
     "lora": LoRA(rank=4),
     "loraplus": LoRAPlus(rank=4),
     "modules": Modules("norm"),
+    "norm": NormTuning(),
     "prefix": PrefixTuning(length=3),
     "prompt": PromptTuning(length=3),
     "ptuning": PTuning(length=3),
@@ -87,6 +91,9 @@ VARIANTS: dict[str, Method] = {
     "bitfit+head": BitFit() + Head(),
     "ia3-queries": IA3(targets="query", feedforward=()),
     "ia3+lora": IA3() + LoRA(rank=2, targets="key,output"),
+    "bitfit-existing": BitFit(add=False),
+    "bitfit-norms": BitFit(norms=True),
+    "bitfit-parts": BitFit("query,value"),
     "prefix-mlp": PrefixTuning(length=3, mlp=8),
     "prompt-end": PromptTuning(length=2, position="end"),
     "prompt-both": PromptTuning(length=2, position="after-bos", stack="both"),
@@ -119,7 +126,7 @@ REFUSALS: dict[tuple[str, str], str] = {
     **{(case, "bloom"): "C105" for case in ("ia3", "ia3-queries", "ia3+lora")},
     **{(case, "bloom"): "C105" for case in ("lora-parts", "dora-parts", "pissa-parts")},  # its roles come from names
     **{("lora-experts", model): "C101" for model in MODELS if model not in ("mixtral", "qwen3_moe")},
-    **{(case, model): "T109" for case in ("bitfit", "lora+bitfit", "bitfit+head") for model in _NO_BIAS},
+    **{(case, model): "T109" for case in ("bitfit-existing",) for model in _NO_BIAS},
     **{(case, "bloom"): "T150" for case in ("prefix", "prefix-mlp", "prefix+prompt+lora")},
     **{("attempt", model): "T154" for model in DECODERS},
     # Bloom's blocks hide the add behind their feed-forward part.
@@ -128,7 +135,7 @@ REFUSALS: dict[tuple[str, str], str] = {
 }
 
 #: Cases of which the merged weights need a bias that the plain model has no place for.
-ADDS_BIAS = {"lora-bias"}
+ADDS_BIAS = {"lora-bias", "bitfit", "bitfit-parts", "bitfit-norms", "lora+bitfit", "bitfit+head"}
 
 
 def grid(cases: dict[str, Method] | None = None, models: tuple[str, ...] = tuple(MODELS)) -> pytest.MarkDecorator:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from conformance.cases import ADDS_BIAS, CASES, VARIANTS, Scale, Unfoldable, cross, grid, merges, only
+from conformance.cases import ADDS_BIAS, CASES, Scale, Unfoldable, cross, grid, merges, only
 from graftlm.core import adapters, attach, use
 from graftlm.errors import NotMergeable, RoutingError
 from graftlm.methods import BitFit, Full, Head, LoRA, Modules
@@ -41,7 +41,8 @@ def test_merged_computes_what_attached_computes(case, model_name):
         return
     assert adapter.merged
     assert_close(logits_of(model), attached)
-    assert not all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+    now = model.state_dict()
+    assert len(now) > len(state) or not all(torch.equal(value, now[key]) for key, value in state.items())
     adapter.unmerge()
     assert not adapter.merged
     assert_same_state(model, state)
@@ -281,14 +282,15 @@ def test_a_base_that_changes_its_type_while_merged_can_be_unmerged():
     logits_of(model)
 
 
-@grid({name: VARIANTS[name] for name in ADDS_BIAS})
+@cross({name: CASES[name] for name in sorted(ADDS_BIAS)})
 def test_an_added_bias_is_merged_and_taken_back(case, model_name):
     model = tiny(model_name)
     keys = list(model.state_dict())
     adapter = attach(model, CASES[case])
     perturb(adapter)
     attached = logits_of(model)
-    adapter.merge()
+    if not merges(adapter):
+        return
     assert_close(logits_of(model), attached)
     adapter.unmerge()
     assert list(model.state_dict()) == keys

@@ -214,8 +214,9 @@ class Adapter:
             return self
         for part in self.parts:
             if not _folds(part.delta):
+                why = f": {reason}" if (reason := getattr(part.delta, "why_not", "")) else ""
                 raise NotMergeable(
-                    Finding("R201", f"{part.method.name} at {part.site.key} cannot be folded into a weight")
+                    Finding("R201", f"{part.method.name} at {part.site.key} cannot be folded into a weight" + why)
                 )
         merged = graft.switch.merged
         try:
@@ -514,9 +515,9 @@ def _adopt(part: Part, state: Mapping[str, Tensor]) -> None:
 
 def _folds(delta: Delta) -> bool:
     """Whether there is a merged form: for a parameter always, for a linear map where the delta says how."""
-    if isinstance(delta, ParameterDelta):
-        return True
     own = getattr(delta, "folds", None)
+    if isinstance(delta, ParameterDelta):
+        return own is not False
     return bool(own) if own is not None else isinstance(delta, LinearDelta) and type(delta).fold is not LinearDelta.fold
 
 

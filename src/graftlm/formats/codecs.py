@@ -18,7 +18,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import Method, Part, Site, Survey, linear_kind, original_parameters, survey
+from graftlm.core import (
+    Method,
+    Part,
+    Site,
+    Survey,
+    WholeParameterDelta,
+    linear_kind,
+    original_parameters,
+    survey,
+)
 from graftlm.errors import AdapterError, Finding, GraftError, nearest
 from graftlm.formats.matching import (
     exactly,
@@ -169,7 +178,12 @@ def lacks(codec: Codec, config: Mapping[str, Any], place: str) -> list[Finding]:
 
 def beside(codec: Codec, parts: Sequence[Part], targets: Iterable[str], model: nn.Module) -> dict[str, Any] | None:
     """`bias`, `modules_to_save` and `task_type` for the parameters that `parts` train; None where PEFT has no words."""
-    if not all(isinstance(part.method, (Head, Modules, BitFit)) and not part.site.aliases for part in parts):
+    if not all(
+        isinstance(part.method, (Head, Modules, BitFit))
+        and isinstance(part.delta, WholeParameterDelta)
+        and not part.site.aliases
+        for part in parts
+    ):
         return None
     names = _parameter_names(model)
     trained = {part.site.key for part in parts}
@@ -244,10 +258,12 @@ def _methods_beside(config: Mapping[str, Any], targets: Sequence[str], model: nn
             keys = [f"{path}.bias" for path in targets if f"{path}.bias" in names]
         everywhere: set[str] = set()
         with contextlib.suppress(GraftError):  # a model without biases: `bias` then says nothing
-            everywhere = {site.key for site in BitFit().sites(here)}
+            everywhere = {site.key for site in BitFit(add=False).sites(here)}
         if keys:
             found.append(
-                BitFit() if everywhere == set(keys) else BitFit([exactly(key.removesuffix(".bias")) for key in keys])
+                BitFit(add=False)
+                if everywhere == set(keys)
+                else BitFit([exactly(key.removesuffix(".bias")) for key in keys], add=False)
             )
     return found
 

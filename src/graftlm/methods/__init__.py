@@ -18,13 +18,19 @@ from typing import Any
 from graftlm.core import Method
 from graftlm.errors import Finding, GraftError, MethodError, nearest
 from graftlm.methods.attempt import Attempt
+from graftlm.methods.bitfit import BitFit
 from graftlm.methods.dora import DoRA
+from graftlm.methods.full import Full
 from graftlm.methods.gated import Gated
+from graftlm.methods.head import Head
 from graftlm.methods.hybrids import MAM, UniPELT
 from graftlm.methods.ia3 import IA3
+from graftlm.methods.last import Last
+from graftlm.methods.layers import Layers
 from graftlm.methods.lora import LoRA, LoRAPlus, OLoRA, PiSSA, RsLoRA
+from graftlm.methods.modules import Modules
+from graftlm.methods.norm import NormTuning
 from graftlm.methods.parallel import ParallelAdapter
-from graftlm.methods.parameters import BitFit, Full, Head, Layers, Modules
 from graftlm.methods.prefix import PrefixTuning
 from graftlm.methods.prompt import PromptTuning
 from graftlm.methods.ptuning import PTuning
@@ -41,10 +47,12 @@ __all__ = [
     "Full",
     "Gated",
     "Head",
+    "Last",
     "Layers",
     "LoRA",
     "LoRAPlus",
     "Modules",
+    "NormTuning",
     "OLoRA",
     "PTuning",
     "ParallelAdapter",
@@ -67,11 +75,13 @@ METHODS: dict[str, type[Method]] = {
     "gated": Gated,
     "head": Head,
     "ia3": IA3,
+    "last": Last,
     "layers": Layers,
     "lora": LoRA,
     "loraplus": LoRAPlus,
     "mam": MAM,
     "modules": Modules,
+    "norm": NormTuning,
     "olora": OLoRA,
     "parallel": ParallelAdapter,
     "pissa": PiSSA,

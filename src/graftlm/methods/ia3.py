@@ -66,7 +66,7 @@ class IA3(Method):
         names = [*selectors(self.targets), *selectors(inner)]
         return survey.select(names, layers=self.layers, exclude=self.exclude, kinds=("linear", "conv1d"))
 
-    def build(self, site: Site, module: nn.Module) -> IA3Delta:  # noqa: ARG002
+    def build(self, site: Site, module: nn.Module) -> IA3Delta:
         """A fresh vector of ones for `site`, on the side that the settings say."""
         del module
         if is_named(self.feedforward, site):

@@ -89,7 +89,7 @@ VARIANTS: dict[str, Method] = {
     "lora+full": LoRA(rank=4, targets="all-linear") + Full(),
     "lora+modules": LoRA(rank=4) + Modules(["norm", "embed"]),
     "bitfit+head": BitFit() + Head(),
-    "ia3-queries": IA3(targets="query", feedforward=()),
+    "ia3-queries": IA3(targets="query", feedforward=[]),
     "ia3+lora": IA3() + LoRA(rank=2, targets="key,output"),
     "bitfit-existing": BitFit(add=False),
     "bitfit-norms": BitFit(norms=True),
@@ -123,7 +123,7 @@ _NO_BIAS = (
 #: (case, model) -> the code (or codes) of the error with which the method honestly says that it does not fit.
 REFUSALS: dict[tuple[str, str], str] = {
     # Bloom's attention code does not say which columns of its fused map are keys.
-    **{(case, "bloom"): "C105" for case in ("ia3", "ia3-queries", "ia3+lora")},
+    **{(case, "bloom"): "C105" for case in ("ia3", "ia3-queries", "ia3+lora", "bitfit-parts")},
     **{(case, "bloom"): "C105" for case in ("lora-parts", "dora-parts", "pissa-parts")},  # its roles come from names
     **{("lora-experts", model): "C101" for model in MODELS if model not in ("mixtral", "qwen3_moe")},
     **{(case, model): "T109" for case in ("bitfit-existing",) for model in _NO_BIAS},

@@ -8,7 +8,7 @@ import torch
 from conformance.cases import CASES, EXAMPLES, REFUSALS, Breaking, Scale, cross, grid, only, starts_as_identity
 from graftlm.core import adapters, attach, use
 from graftlm.errors import GraftError
-from graftlm.methods import METHODS, LoRA
+from graftlm.methods import METHODS, BitFit, LoRA
 from models_for_tests import MODELS, hooks_and_attributes, logits_of, perturb, tiny
 
 
@@ -103,7 +103,7 @@ def test_failed_attach_leaves_no_trace(model_name, others):
 
 def test_faults_of_all_parts_are_reported_at_once():
     with pytest.raises(GraftError) as caught:
-        attach(tiny("llama"), EXAMPLES["bitfit"] + LoRA(targets="q_prj") + LoRA(targets="v_prj"))
+        attach(tiny("llama"), BitFit(add=False) + LoRA(targets="q_prj") + LoRA(targets="v_prj"))
     assert [finding.code for finding in caught.value.findings] == ["T109", "C101", "C101"]
 
 

@@ -224,7 +224,7 @@ OURS = {
     "lm_head tied": ("llama-tied", LoRA(rank=4) + Head()),
     "modules tied": ("llama-tied", LoRA(rank=4) + Modules(["embed_tokens", "lm_head"])),
     "norm alone": ("llama", LoRA(rank=4) + Modules("model.norm")),
-    "biases": ("qwen2", LoRA(rank=4, targets="query") + BitFit()),
+    "biases": ("qwen2", LoRA(rank=4, targets="query") + BitFit(add=False)),
     "biases and head": ("bert", LoRA(rank=4, targets="query") + BitFit() + Head()),
     "biases of gpt2": ("gpt2", LoRA(rank=4) + BitFit()),
 }  # fmt: skip

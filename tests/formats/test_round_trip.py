@@ -127,7 +127,7 @@ def test_facts_that_json_cannot_hold(tmp_path):
 def test_peft_ignores_what_is_in_our_file_and_we_need_none_of_it(tmp_path):
     """Without graftlm.json a folder in PEFT's words means the same."""
     model = tiny("qwen2")
-    adapter = attach(model, LoRA(targets="query", rank_pattern={"q_proj": 3}) + BitFit() + Modules("lm_head"))
+    adapter = attach(model, LoRA(targets="query", rank_pattern={"q_proj": 3}) + BitFit(add=False) + Modules("lm_head"))
     shake(adapter.parameters())
     adapter.save(tmp_path / "a")
     (tmp_path / "a" / "graftlm.json").unlink()

@@ -1,4 +1,4 @@
-r"""(IA)^3: learned vectors that scale keys, values and inner feed-forward activations (Liu et al. 2022).
+r"""Learned vectors, (IA)^3, that scale keys, values and inner feed-forward activations (Liu et al. 2022).
 
 "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", section 3.3:
 

@@ -7,6 +7,8 @@ A page holds regions between `<!-- generated: WHAT -->` and `<!-- end -->`; ever
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -45,27 +47,78 @@ def verbs() -> str:
 
 
 def methods() -> str:
-    """A table of all methods."""
+    """A table of all methods: what they do, and what can be done with them."""
     from graftlm.methods import METHODS
 
-    rows = [(f"[{name}]({name}.md)", first_sentence(kind)) for name, kind in METHODS.items()]
-    return table(("method", "what it does"), rows)
+    rows = []
+    for name, kind in METHODS.items():
+        port, merges, starts, stored = _tried(name)
+        rate = f"{kind.learning_rate:g}" if len(_example(name).parts) == 1 else "of each part"
+        rows.append((_link(name), first_sentence(kind), port, merges, starts, stored, rate))
+    head = ("method", "what it does", "port", "merges", "starts as the base", "PEFT's file", "rate")
+    return table(head, rows)
+
+
+def architectures() -> str:
+    """Which method fits which architecture, as the conformance tests have it."""
+    from graftlm.methods import METHODS
+
+    cases = _cases()
+    models = list(cases.MODELS)
+    rows = []
+    for name in METHODS:
+        codes = [cases.REFUSALS.get((name, model)) for model in models]
+        rows.append((_link(name), *(f"[{code}](../errors.md#{code.lower()})" if code else "yes" for code in codes)))
+    text = table(("method", *(model.replace("_", " ") for model in models)), rows)
+    return f'<div class="matrix" markdown>\n\n{text}\n</div>\n'
+
+
+def measured(name: str) -> str:
+    """What the benchmark of all methods found for one, by data set."""
+    results = _results()
+    if not results:
+        return "Not measured yet; `python -m benchmarks methods` does it.\n"
+    return results_of(results, name)
 
 
 def settings_of(name: str) -> str:
-    """The settings of a method with their defaults, and its learning rate."""
+    """The settings of a method with their defaults, and its learning rate; of a variant what it changes."""
     import dataclasses
 
     from graftlm.methods import METHODS
 
     kind = METHODS[name]
+    parent = next((cls for cls in kind.__mro__[1:] if cls in METHODS.values()), None)
+    before = {field.name: _default(field) for field in dataclasses.fields(parent)} if parent else {}
     rows = []
     for field in dataclasses.fields(kind):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-        rows.append((f"`{field.name}`", f"`{default!r}`", SETTINGS_TEXT[field.name]))
-    text = table(("setting", "by itself", "what it says"), rows) if rows else "It has no settings.\n"
+        default = _default(field)
+        if parent is None or field.name not in before or before[field.name] != default:
+            rows.append((f"`{field.name}`", f"`{default!r}`", _says(name, field.name)))
+    text = table(("setting", "by itself", "what it says"), rows) if rows else ""
+    if parent is not None:
+        also = f"The settings are those of {_link(parent.name)}"  # type: ignore[attr-defined]
+        text = f"{also}, but for:\n\n{text}" if rows else f"{also}.\n"
     low, high = kind.learning_rate_range
-    return f"{text}\nLearning rate at a width of 2000: {kind.learning_rate:g}, usually {low:g} to {high:g}.\n"
+    rate = f"Learning rate at a width of 2000: {kind.learning_rate:g}, usually {low:g} to {high:g}."
+    return f"{text or f'It has no settings.{chr(10)}'}\n{rate}\n"
+
+
+def _default(field: Any) -> Any:
+    import dataclasses
+
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+#: What a person must still write, as found while filling.
+_wanted: list[str] = []
+
+
+def _says(method: str, setting: str) -> str:
+    found = SETTINGS_TEXT.get(f"{method}.{setting}", SETTINGS_TEXT.get(setting))
+    if found is None:
+        _wanted.append(f"say in SETTINGS_TEXT of docs/generate.py what {method}.{setting} means")
+    return found or ""
 
 
 def cost_of(name: str) -> str:
@@ -100,7 +153,7 @@ def codes() -> str:
                 parts.append(table(("code", "meaning"), rows))
             kind, rows = code.code[:2], []
             parts.append(f"### {kind}xx\n\n{code.kind + '.' if code.kind else 'Others.'}\n")
-        rows.append((f"`{code.code}`", escaped(code.meaning)))
+        rows.append((f'<a id="{code.code.lower()}"></a>`{code.code}`', escaped(code.meaning)))
     parts.append(table(("code", "meaning"), rows))
     return "\n".join(parts)
 
@@ -120,28 +173,66 @@ def templates() -> str:
 
 
 WHAT: dict[str, Callable[..., str]] = {
+    "architectures": architectures,
     "codes": codes,
     "columns": columns,
     "cost": cost_of,
     "help": help_of,
+    "measured": measured,
     "methods": methods,
     "run settings": run_settings,
     "settings": settings_of,
+    "sums": sums,
     "templates": templates,
     "verbs": verbs,
 }
 
+#: What a setting says; under `method.setting` where it means something of its own there.
 SETTINGS_TEXT = {
+    "activation": "between the two maps: gelu, identity, leaky_relu, relu, silu, tanh",
     "alpha": "the change is multiplied by alpha / rank",
     "alpha_pattern": "another alpha for single sites: name, suffix or pattern to alpha",
+    "attempt.bottleneck": "inner width of the network that weighs the prompts",
+    "attempt.length": "virtual tokens of each prompt",
+    "attempt.mix_target": "mix the trained prompt in as well",
+    "attempt.sources": "how many trained prompts there are to mix",
+    "attempt.temperature": "larger is softer: the weights are a softmax over scores / temperature",
     "bias": "train a bias beside each change as well",
     "dropout": "share of the inputs of the change that is dropped in training",
     "exclude": "sites to leave out, named as in `targets`",
+    "ia3.feedforward": "maps of which the input is scaled",
+    "ia3.targets": "maps of which the output is scaled",
     "layers": "layers to restrict it to: `-4:` (the last four), `0-3`, `5`, `0,2,4`",
+    "length": "virtual tokens",
+    "parallel.dropout": "share of the bottleneck that is dropped in training",
+    "parallel.scale": "the change is multiplied by it",
+    "parallel.targets": "sublayers: `ffn`, `attention`, `cross`, or either of a stack (`encoder/ffn`)",
+    "plus": "B learns at this many times the rate of A",
+    "position": "where the virtual tokens stand: start, after-bos, end, or slots (in place of `slot_token`)",
+    "prefix.dropout": "share of the prefix that is dropped in training",
+    "prefix.mlp": "inner width of the network that computes the prefix while training; 0 for none",
+    "prefix.positions": "`own`: tokens keep their positions; `shifted`: they are counted behind the prefix, as in PEFT",
+    "prefix.start": "`random`, or `tokens`: what the model itself computes for `tokens`",
+    "prefix.targets": "attention calls: `attention`, `cross`, or either of a stack; all by itself",
+    "prefix.tokens": "token ids to start from, cycled to `length`",
+    "prompt.labels": "token ids of each label, for `start=labels`",
+    "prompt.start": "vocabulary (rows of the 5,000 most frequent tokens), uniform, text (`tokens`), or labels",
+    "prompt.tokens": "token ids for `start=text`, cycled or cut to `length`",
+    "ptuning.dropout": "dropout between the layers of the LSTM",
+    "ptuning.encoder": "the network: lstm or mlp",
+    "ptuning.hidden": "its width; 0 for the authors' own",
     "rank": "the number of directions a change can use; parameters grow with it",
     "rank_pattern": "another rank for single sites: name, suffix or pattern to rank",
+    "reduction": "the width as a fraction of the model's: 16 for a sixteenth; goes before `width`",
     "rslora": "multiply by alpha / sqrt(rank) instead, so that large ranks learn as fast as small ones",
+    "series.dropout": "share of the bottleneck that is dropped in training",
+    "series.start": "`identity`: the second map is zero; `near-identity`: both are tiny, as in the paper",
+    "series.variant": "houlsby, pfeiffer or lin: see above",
+    "slot_token": "id of the token whose places are taken, for `position=slots`",
+    "stack": "of an encoder-decoder: `encoder`, or `both`",
+    "start": "how A and B begin: default, gaussian, pissa, olora",
     "targets": "sites: a role (`query`), a group (`attention`, `ffn`, `all-linear`), a name, a pattern, or a list",
+    "width": "width of the bottleneck",
 }
 
 
@@ -160,6 +251,121 @@ def escaped(text: str) -> str:
 def first_sentence(kind: type) -> str:
     """The first paragraph of a docstring, on one line."""
     return escaped(" ".join((kind.__doc__ or "").partition("\n\n")[0].split()))
+
+
+def page_of(name: str) -> tuple[Path, str]:
+    """The page of a method, and the heading on it where several methods share one; "" where it has its own."""
+    own = DOCS / "methods" / f"{name}.md"
+    if own.exists():
+        return own, ""
+    for page in sorted((DOCS / "methods").glob("*.md")):
+        if f"{{#{name}}}" in page.read_text(encoding="utf-8"):
+            return page, name
+    return own, ""
+
+
+def _link(name: str) -> str:
+    page, heading = page_of(name)
+    return f"[{name}]({page.name}{'#' if heading else ''}{heading})"
+
+
+def _on_path(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _cases() -> Any:
+    """The grid of the conformance tests: examples, refusals and models."""
+    _on_path(DOCS.parent / "tests")
+    from conformance import cases
+
+    return cases
+
+
+def _results() -> Any:
+    file = DOCS.parent / "benchmarks" / "results" / "methods.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def results_of(results: Any, name: str) -> str:
+    """A table of the results of one method."""
+    raise NotImplementedError
+
+
+@cache
+def _tried(name: str) -> tuple[str, str, str, str]:
+    """Ports, whether it merges, whether it starts as the base, PEFT's name in its file: all of them tried."""
+    import tempfile
+
+    import torch
+
+    from graftlm.core import attach
+    from graftlm.errors import NotMergeable
+
+    method = _cases().EXAMPLES[name]
+    from models_for_tests import inputs_for, tiny
+
+    torch.manual_seed(0)
+    model = tiny(next(each for each in ("qwen2", "bert") if (name, each) not in _cases().REFUSALS))
+    batch = inputs_for(model)
+    batch["labels"] = batch["input_ids"] if model.can_generate() else torch.tensor([0, 1, 0])
+    adapter = attach(model, method, samples=[batch])
+    ports = sorted({part.delta.port for part in adapter.parts})
+    with tempfile.TemporaryDirectory() as folder:
+        adapter.save(Path(folder) / "adapter")
+        config = json.loads((Path(folder) / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    try:
+        adapter.merge()
+        merges = "yes"
+    except NotMergeable:
+        merges = "no"
+    starts = "yes" if all(part.starts_as_identity for part in method.parts) else "no"
+    stored = config["peft_type"]
+    return ", ".join(ports), merges, starts, "-" if stored == "GRAFTLM" else stored
+
+
+def sums() -> str:
+    """Which methods cannot be summed as they are by themselves, tried on a classifier."""
+    from graftlm.methods import METHODS
+
+    keys = {name: _keys(name) for name in METHODS}
+    groups: list[set[str]] = []
+    for first in METHODS:
+        for second in METHODS:
+            if first < second and keys[first] & keys[second] and _refused(first, second):
+                joined = [group for group in groups if group & {first, second}]
+                groups = [group for group in groups if group not in joined]
+                groups.append({first, second}.union(*joined))
+    lines = [f"- {', '.join(_link(name) for name in sorted(group))}" for group in sorted(groups, key=sorted)]
+    return "\n".join(lines) + "\n"
+
+
+@cache
+def _keys(name: str) -> frozenset[str]:
+    """The names of a method's tensors on a classifier."""
+    from graftlm.core.adapter import parts_of
+
+    parts = parts_of(_classifier(), _example(name))
+    return frozenset(f"{part.site.key}.{tensor}" for part in parts for tensor in part.delta.state_dict())
+
+
+def _refused(first: str, second: str) -> bool:
+    from graftlm.core.adapter import parts_of
+    from graftlm.errors import MethodError
+
+    try:
+        parts_of(_classifier(), _example(first) + _example(second))
+    except MethodError as error:
+        assert error.findings[0].code == "T105"
+        return True
+    return False
+
+
+def _classifier() -> Any:
+    _on_path(DOCS)
+    from drawing import classifier
+
+    return classifier()
 
 
 def _yaml(value: Any) -> str:
@@ -190,20 +396,21 @@ def _models() -> dict[str, Any]:
 
 
 def _costs(name: str) -> Iterator[tuple[str, str, str, str, str]]:
-    from graftlm.core import attach
+    from graftlm.core.adapter import parts_of
     from graftlm.errors import GraftError
-    from graftlm.methods import METHODS
 
+    method = _example(name)
     for base, model in _models().items():
         total = sum(parameter.numel() for parameter in model.parameters())
         try:
-            adapter = attach(model, METHODS[name]())
+            parts = parts_of(model, method)
         except GraftError as error:
             yield base, _spaced(total), escaped(error.findings[0].message.partition(": ")[2]), "", ""
             continue
-        count = adapter.parameter_count
-        adapter.detach()
-        yield base, _spaced(total), _spaced(count), f"{100 * count / total:.2f} %", f"{4 * count / 1e6:,.1f} MB"
+        count = sum(p.numel() for p in {id(p): p for part in parts for p in part.delta.parameters()}.values())
+        kept = [part.method.bake(part).delta.state_dict() for part in parts]
+        size = sum(tensor.numel() * tensor.element_size() for state in kept for tensor in state.values())
+        yield base, _spaced(total), _spaced(count), f"{100 * count / total:.2f} %", f"{size / 1e6:,.1f} MB"
 
 
 def _spaced(number: int) -> str:
@@ -212,86 +419,42 @@ def _spaced(number: int) -> str:
 
 # --- figures --------------------------------------------------------------------------------------------------------
 
-_PARTS = ("query", "key", "value", "output", "norm", "up", "down", "norm")
-_WIDTH, _HEIGHT, _GAP, _LEFT, _TOP = 58, 26, 6, 96, 34
-# One grey that can be read on white and on black: a file cannot follow the page's switch between them.
-_STYLE = (
-    "text{font:11.5px system-ui,sans-serif;fill:#7b8490}"
-    ".frozen{fill:none;stroke:#9aa3ad;stroke-width:1.2}.trained{fill:#0f9d8a}"
-)
-
 
 def figure_of(name: str) -> str:
-    """An SVG of a four-layer BERT classifier: what is frozen, trained in a copy, or has a low-rank change beside it."""
-    import torch
-    import transformers as tf
+    """An SVG of where a method acts, or (`ports`) of one method at each port."""
+    from graftlm.methods import read_method
 
-    from graftlm.core import ParameterDelta, attach
+    _on_path(DOCS)
+    from drawing import drawing_of
+
+    if name == "ports":
+        return drawing_of("one method at each port", read_method(PORTS))
+    return drawing_of(name, _example(name))
+
+
+#: A method at each port, for the figure of the mechanism.
+PORTS = "lora(targets=[query,value])+prefix(length=3)+prompt(length=3)+modules(norm)"
+
+
+def _example(name: str) -> Any:
+    """A method as it is by itself, or, where it asks for settings, as the tests have it."""
+    from graftlm.core.adapter import parts_of
+    from graftlm.errors import GraftError
     from graftlm.methods import METHODS
 
-    config = tf.BertConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=64, num_labels=8
-    )
-    with torch.device("meta"):
-        model = tf.BertForSequenceClassification(config)
-    marks: dict[str, set[str]] = {}
-    for part in attach(model, METHODS[name]()).parts:
-        kind = part.site.parameter or "" if isinstance(part.delta, ParameterDelta) else "beside"
-        marks.setdefault(part.site.path, set()).add(kind)
-
-    def mark(path: str) -> str:
-        found = {kind for at, kinds in marks.items() if at == path or at.startswith(path + ".") for kind in kinds}
-        if "beside" in found:
-            return "beside"
-        return "whole" if "weight" in found else "bias" if found else "frozen"
-
-    places = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
-              "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm")  # fmt: skip
-    body: list[str] = []
-    for column, title in enumerate(_PARTS):
-        x = _LEFT + column * (_WIDTH + _GAP) + _WIDTH / 2
-        body.append(f'<text x="{x:g}" y="{_TOP - 10}" text-anchor="middle">{title}</text>')
-    rows = [("head", ("classifier",))]
-    rows += [(f"layer {at}", tuple(f"bert.encoder.layer.{at}.{place}" for place in places)) for at in (3, 2, 1, 0)]
-    rows += [("embeddings", ("bert.embeddings.word_embeddings",))]
-    for row, (title, paths) in enumerate(rows):
-        y = _TOP + row * (_HEIGHT + _GAP)
-        body.append(f'<text x="{_LEFT - 10}" y="{y + _HEIGHT / 2 + 4:g}" text-anchor="end">{title}</text>')
-        for column, path in enumerate(paths):
-            wide = _WIDTH if len(paths) > 1 else len(_PARTS) * (_WIDTH + _GAP) - _GAP
-            body.append(_cell(_LEFT + column * (_WIDTH + _GAP), y, wide, mark(path)))
-    bottom = _TOP + len(rows) * (_HEIGHT + _GAP) + 14
-    x = 20.0
-    legend = {
-        "frozen": "frozen",
-        "whole": "trained copy",
-        "bias": "bias trained",
-        "beside": "low-rank change beside it",
-    }
-    for state, said in legend.items():
-        body.append(_cell(x, bottom, 30, state))
-        body.append(f'<text x="{x + 36:g}" y="{bottom + _HEIGHT / 2 + 4:g}">{said}</text>')
-        x += 50 + 6.6 * len(said)
-    width, height = _LEFT + len(_PARTS) * (_WIDTH + _GAP) + 6, bottom + _HEIGHT + 6
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" '
-        f'aria-label="What {name} trains of a four-layer classifier">\n<style>{_STYLE}</style>\n'
-        + "\n".join(body)
-        + "\n</svg>\n"
-    )
+    with contextlib.suppress(GraftError, TypeError):
+        method = METHODS[name]()
+        parts_of(_classifier(), method)
+        return method
+    return _cases().EXAMPLES[name]
 
 
-def _cell(x: float, y: float, width: float, state: str) -> str:
-    parts = [f'<rect class="frozen" x="{x:g}" y="{y:g}" width="{width:g}" height="{_HEIGHT}" rx="3"/>']
-    if state == "whole":
-        parts = [f'<rect class="trained" x="{x:g}" y="{y:g}" width="{width:g}" height="{_HEIGHT}" rx="3"/>']
-    elif state == "bias":
-        parts.append(f'<rect class="trained" x="{x + width - 7:g}" y="{y:g}" width="7" height="{_HEIGHT}" rx="2"/>')
-    elif state == "beside":
-        inner = min(width, _WIDTH) - 18
-        parts.append(f'<rect class="trained" x="{x + 4:g}" y="{y + 4:g}" width="5" height="{_HEIGHT - 8}" rx="1"/>')
-        parts.append(f'<rect class="trained" x="{x + 12:g}" y="{y + 4:g}" width="{inner:g}" height="5" rx="1"/>')
-    return "".join(parts)
+def figures() -> dict[Path, str]:
+    """Every figure that is drawn, by its file."""
+    from graftlm.methods import METHODS
+
+    names = ["ports", *(name for name in METHODS if page_of(name)[1] == "")]
+    return {DOCS / "figures" / f"{name}.svg": figure_of(name) for name in names}
 
 
 # --- filling --------------------------------------------------------------------------------------------------------
@@ -310,20 +473,25 @@ def filled(text: str) -> str:
 
 
 def main(check: bool) -> int:
-    """Fill every page, or with `check` tell which are not current."""
+    """Fill every page, or with `check` tell which are not current; a method without a page is a fault in both."""
     from graftlm.methods import METHODS
 
     wanted = {page: filled(page.read_text(encoding="utf-8")) for page in sorted(DOCS.rglob("*.md"))}
-    wanted |= {DOCS / "figures" / f"{name}.svg": figure_of(name) for name in METHODS}
+    wanted |= figures()
+    missing = [name for name in METHODS if not page_of(name)[0].exists()]
+    for name in missing:
+        print(f"write docs/methods/{name}.md, or a heading with {{#{name}}} on another page there: {name} has neither")
     stale = []
     for page, text in wanted.items():
         if not page.exists() or page.read_text(encoding="utf-8") != text:
             stale.append(page.relative_to(DOCS.parent))
             if not check:
                 page.write_text(text, encoding="utf-8")
+    for line in dict.fromkeys(_wanted):
+        print(line)
     for page in stale:
         print(f"{page} {'is not current: run python docs/generate.py' if check else 'written'}")
-    return 1 if check and stale else 0
+    return 1 if missing or _wanted or (check and stale) else 0
 
 
 if __name__ == "__main__":

@@ -138,17 +138,25 @@ def test_every_verb_and_every_method_has_its_page(generate):
     from graftlm.methods import METHODS
 
     navigation = (ROOT / "mkdocs.yml").read_text()
-    for room, names in (("verbs", VERBS), ("methods", METHODS)):
-        pages = {page.stem for page in (DOCS / room).glob("*.md")} - {"index"}
-        assert pages == set(names)
-        for name in names:
-            assert f"{room}/{name}.md" in navigation
+    assert {page.stem for page in (DOCS / "verbs").glob("*.md")} == set(VERBS)
+    assert {page.stem for page in (DOCS / "methods").glob("*.md")} <= {*METHODS, "index"}
+    for page in (*(f"verbs/{name}.md" for name in VERBS), *(f"methods/{generate.page_of(name)[0].name}" for name in METHODS)):
+        assert page in navigation
+    index = (DOCS / "methods" / "index.md").read_text()
     for name in METHODS:
-        text = (DOCS / "methods" / f"{name}.md").read_text()
-        for region in (f"settings {name}", f"cost {name}"):
+        page, heading = generate.page_of(name)
+        text = page.read_text()
+        for region in (f"settings {name}", f"cost {name}", f"measured {name}"):
             assert f"<!-- generated: {region} -->" in text
-        assert f"figures/{name}.svg" in text
-        assert (DOCS / "figures" / f"{name}.svg").read_text() == generate.figure_of(name)
+        assert f"figures/{page.stem}.svg" in text
+        assert f"({page.name}{'#' if heading else ''}{heading})" in index
+
+
+def test_figures_are_current(generate):
+    drawn = generate.figures()
+    for file, text in drawn.items():
+        assert file.read_text() == text, "run python docs/generate.py"
+    assert {file.name for file in (DOCS / "figures").glob("*.svg")} == {file.name for file in drawn} | {"mechanism.svg"}
 
 
 def test_links_lead_somewhere():

@@ -21,7 +21,7 @@ _STYLE = (
 )
 _LAYERS = 4
 _HEIGHT = 24
-_WIDTH = 772
+_WIDTH = 800
 
 #: The maps of a layer: title, place in the drawing (left, top, width), place in the model.
 _MAPS = {
@@ -323,9 +323,9 @@ def _branches(marks: dict[str, set[str]], layer: int) -> list[str]:
             body.append(_gate(x, _MIDDLE - 20))
     stream = marks.get(f"{layer}:stream:ffn", set())
     if stream:
-        body.append(_bottleneck(748, _MIDDLE))
+        body.append(_bottleneck(758, _MIDDLE))
         if "gate" in stream:
-            body.append(_gate(748, _MIDDLE - 20))
+            body.append(_gate(758, _MIDDLE - 20))
     return body
 
 

@@ -433,7 +433,7 @@ def figure_of(name: str) -> str:
 
 
 #: A method at each port, for the figure of the mechanism.
-PORTS = "lora(targets=[query,value])+prefix(length=3)+prompt(length=3)+modules(norm)"
+PORTS = "lora(targets=[query,value])+series+prefix+prompt+modules(norm)"
 
 
 def _example(name: str) -> Any:

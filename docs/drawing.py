@@ -142,7 +142,9 @@ def _own_marks(site: Any, delta: Any) -> set[str]:
 
 
 def _shown_as(mark: str) -> str:
-    return {"scale-in": "scale", "adapter-beside": "adapter"}.get(mark, mark.partition("-")[0] if "virtual" in mark else mark)
+    if mark.startswith("virtual"):
+        return "virtual"
+    return {"scale-in": "scale", "adapter-beside": "adapter"}.get(mark, mark)
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------
@@ -267,7 +269,9 @@ def _stack(marks: dict[str, set[str]], parts: Sequence[Any], touched: frozenset[
         body.append(_rect("touched" if layer in touched else "frozen", x + 26, y, 58, _HEIGHT))
         body.append(_text(x + 55, y + 16, f"layer {layer}"))
         if layer == shown:
-            body.append(_path("line", f"M{x + 26} {y + _HEIGHT} L8 {y + 62} M{x + 84} {y + _HEIGHT} L{_WIDTH - 8} {y + 62}"))
+            body.append(
+                _path("line", f"M{x + 26} {y + _HEIGHT} L8 {y + 62} M{x + 84} {y + _HEIGHT} L{_WIDTH - 8} {y + 62}")
+            )
         x += 84
     body.append(_arrow(x, y + 12, x + 24, y + 12))
     body.append(_box(x + 26, y, 50, "head", _under(marks, "classifier")))
@@ -278,7 +282,10 @@ def _layer(marks: dict[str, set[str]], layer: int) -> list[str]:
     """One layer: attention and its maps, the feed-forward part, both with their residual adds and norms."""
     prefix = f"bert.encoder.layer.{layer}."
     top, bottom = 92, 286
-    body = [f'<rect class="line" x="8" y="{top}" width="{_WIDTH - 16}" height="{bottom - top}" rx="6" stroke-dasharray="2 3"/>']
+    body = [
+        f'<rect class="line" x="8" y="{top}" width="{_WIDTH - 16}" height="{bottom - top}" rx="6" '
+        'stroke-dasharray="2 3"/>'
+    ]
     body.append(_path("line", f"M10 {_MIDDLE} H{_ENTRY}"))
     for place in ("query", "key", "value"):
         _, x, y, width = _MAPS[f"attention.self.{place}"]
@@ -290,8 +297,15 @@ def _layer(marks: dict[str, set[str]], layer: int) -> list[str]:
     body.append(_path("line", f"M{left + wide} {_MIDDLE} H268 M324 {_MIDDLE} H{_ADD - 9}"))
     body.append(_add(_ADD))
     body.append(_path("line", f"M{_ENTRY} {_MIDDLE} V266 H{_ADD} V{_MIDDLE + 9}"))
-    body.append(_path("line", f"M{_ADD + 9} {_MIDDLE} H398 M442 {_MIDDLE} H484 M524 {_MIDDLE} H566 M610 {_MIDDLE} H{_ADD_2 - 9}"))
-    body.append(f'<circle class="frozen" cx="545" cy="{_MIDDLE}" r="8"/>' + _path("line", f"M540 {_MIDDLE + 2} H545 L549 {_MIDDLE - 4}"))
+    body.append(
+        _path(
+            "line", f"M{_ADD + 9} {_MIDDLE} H398 M442 {_MIDDLE} H484 M524 {_MIDDLE} H566 M610 {_MIDDLE} H{_ADD_2 - 9}"
+        )
+    )
+    body.append(
+        f'<circle class="frozen" cx="545" cy="{_MIDDLE}" r="8"/>'
+        + _path("line", f"M540 {_MIDDLE + 2} H545 L549 {_MIDDLE - 4}")
+    )
     body.append(_path("line", f"M{_SPLIT} {_MIDDLE} V236 H{_ADD_2} V{_MIDDLE + 9}"))
     body.append(_add(_ADD_2))
     body.append(_path("line", f"M{_ADD_2 + 9} {_MIDDLE} H684"))
@@ -318,7 +332,9 @@ def _branches(marks: dict[str, set[str]], layer: int) -> list[str]:
             body.append(_bottleneck(x, _MIDDLE))
         if "adapter-beside" in found:
             body.append(_path("path", f"M{entry} {_MIDDLE} V{high} H{add} V{_MIDDLE - 9}"))
-            body.append(_rect("touched", (entry + add) / 2 - 17, high - 12, 34, 24, 4) + _bow((entry + add) / 2, high, 12, 8))
+            body.append(
+                _rect("touched", (entry + add) / 2 - 17, high - 12, 34, 24, 4) + _bow((entry + add) / 2, high, 12, 8)
+            )
         if "gate" in found:
             body.append(_gate(x, _MIDDLE - 20))
     stream = marks.get(f"{layer}:stream:ffn", set())
@@ -341,7 +357,8 @@ def _legend(marks: Sequence[str]) -> list[str]:
             _rect("trained", x + right, y + down, 5, 5, 1) for right, down in ((3, 3), (11, 10), (17, 4))
         ),
         "rows": lambda x: _rect("frozen", x, y, 24, 18) + _rect("trained", x, y + 12, 24, 6, 2),
-        "mask": lambda x: _rect("frozen", x, y, 24, 18) + _path("path", f"M{x + 3} {y + 18} l7 -7 M{x + 12} {y + 18} l7 -7"),
+        "mask": lambda x: _rect("frozen", x, y, 24, 18)
+        + _path("path", f"M{x + 3} {y + 18} l7 -7 M{x + 12} {y + 18} l7 -7"),
         "adapter": lambda x: _rect("touched", x - 3, y - 3, 30, 24, 4) + _bow(x + 12, y + 9, 11, 7),
         "virtual": lambda x: _virtual(x, y + 4, 2, 10),
         "gate": lambda x: _gate(x + 14, y + 9),

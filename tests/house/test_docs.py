@@ -140,7 +140,10 @@ def test_every_verb_and_every_method_has_its_page(generate):
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert {page.stem for page in (DOCS / "verbs").glob("*.md")} == set(VERBS)
     assert {page.stem for page in (DOCS / "methods").glob("*.md")} <= {*METHODS, "index"}
-    for page in (*(f"verbs/{name}.md" for name in VERBS), *(f"methods/{generate.page_of(name)[0].name}" for name in METHODS)):
+    for page in (
+        *(f"verbs/{name}.md" for name in VERBS),
+        *(f"methods/{generate.page_of(name)[0].name}" for name in METHODS),
+    ):
         assert page in navigation
     index = (DOCS / "methods" / "index.md").read_text()
     for name in METHODS:

@@ -14,6 +14,7 @@ from graftlm.methods import (
     IA3,
     MAM,
     METHODS,
+    AdaLoRA,
     Attempt,
     BitFit,
     DoRA,
@@ -31,16 +32,23 @@ from graftlm.methods import (
     PiSSA,
     PrefixTuning,
     PromptTuning,
+    Prune,
     PTuning,
     ReZero,
     RsLoRA,
     SeriesAdapter,
+    Sparse,
     UniPELT,
+    VeRA,
 )
 from models_for_tests import DECODERS, MODELS
 
 #: Example settings of every entry of METHODS; `test_examples_are_complete` fails for a method without one.
 EXAMPLES: dict[str, Method] = {
+    "prune": Prune(0.3),
+    "sparse": Sparse(fraction=0.05),
+    "vera": VeRA(rank=8),
+    "adalora": AdaLoRA(rank=4, target_rank=2),
     "attempt": Attempt(length=2, sources=3, bottleneck=4, temperature=2.0),
     "bitfit": BitFit(),
     "dora": DoRA(rank=4),
@@ -70,6 +78,11 @@ EXAMPLES: dict[str, Method] = {
 
 #: Settings that take other paths through a method, and sums.
 VARIANTS: dict[str, Method] = {
+    "sparse-random": Sparse(fraction=0.02, score="random", scope="tensor", targets="attention"),
+    "prune+lora": Prune(pattern="2:4", targets="output") + LoRA(rank=2),
+    "prune+sparse": Prune(0.4, scope="tensor") + Sparse(fraction=0.05),
+    "ia3+prefix": IA3() + PrefixTuning(length=2),
+    "series+prompt": SeriesAdapter(width=4) + PromptTuning(length=2),
     "lora-all": LoRA(rank=3, targets="all-linear"),
     "lora-patterns": LoRA(rank=4, rank_pattern={r".*\.1\..*": 2}, alpha_pattern={r".*\.0\..*": 5.0}),
     "lora-dropout": LoRA(rank=4, dropout=0.3),
@@ -124,6 +137,7 @@ _NO_BIAS = (
 REFUSALS: dict[tuple[str, str], str] = {
     # Bloom's attention code does not say which columns of its fused map are keys.
     **{(case, "bloom"): "C105" for case in ("ia3", "ia3-queries", "ia3+lora", "bitfit-parts")},
+    ("ia3+prefix", "bloom"): "C105 T150",
     **{(case, "bloom"): "C105" for case in ("lora-parts", "dora-parts", "pissa-parts")},  # its roles come from names
     **{("lora-experts", model): "C101" for model in MODELS if model not in ("mixtral", "qwen3_moe")},
     **{(case, model): "T109" for case in ("bitfit-existing",) for model in _NO_BIAS},

@@ -31,7 +31,8 @@ def test_a_copy_has_deltas_of_its_own(case, model_name, how):
     assert own.model is twin
     perturb(own, seed=7)
     changed = logits_of(twin)
-    assert not torch.equal(changed, acted)
+    if own.parameter_count:
+        assert not torch.equal(changed, acted)
     assert torch.equal(logits_of(model), acted)
     perturb(adapter, seed=8)
     assert torch.equal(logits_of(twin), changed)

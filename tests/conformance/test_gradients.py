@@ -54,6 +54,8 @@ def assert_same(found, wanted, tolerance=1e-5):
 def test_every_delta_gets_a_gradient(case, model_name):
     model = tiny(model_name).train()
     adapter = attach(model, CASES[case])
+    if not adapter.parameter_count:  # a mask on the base trains nothing
+        return
     perturb(adapter)
     # Many tokens, so that every expert and every row of every table is met.
     _, found = step(model, adapter, inputs_for(model, rows=8, tokens=12))
@@ -67,6 +69,8 @@ def test_every_delta_gets_a_gradient(case, model_name):
 def test_gradient_checkpointing_gives_the_same_gradients(case, model_name):
     model = tiny(model_name).train()
     adapter = attach(model, CASES[case])
+    if not adapter.parameter_count:
+        return
     perturb(adapter)
     loss, wanted = step(model, adapter)
     again, found = step(checkpointed(model), adapter)

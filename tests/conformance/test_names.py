@@ -254,7 +254,8 @@ def test_state_goes_round(case, model_name):
     perturb(first)
     wanted = logits_of(model)
     state = {key: value.clone() for key, value in first.state().items()}
-    assert all(value.dtype == torch.float32 for value in state.values())
+    assert all(value.dtype == torch.float32 for value in first.parameters())
+    assert not any(value.dtype in (torch.float16, torch.bfloat16) for value in state.values())
     buffers = sum(buffer.numel() for part in first.parts for buffer in part.delta.buffers())
     assert sum(value.numel() for value in state.values()) == first.parameter_count + buffers
     second = attach(model, CASES[case], name="b")

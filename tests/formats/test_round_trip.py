@@ -54,7 +54,7 @@ def test_every_method_comes_back(case, family, tmp_path):
     assert loaded.name == "support"
     assert loaded.state().keys() == state.keys()
     assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.state().items())
-    assert all(tensor.dtype == torch.float32 for tensor in loaded.state().values())
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.parameters())
     if baked.method == method:
         assert torch.equal(logits(fresh), wanted)
     torch.testing.assert_close(logits(fresh), wanted, rtol=1e-5, atol=1e-5)

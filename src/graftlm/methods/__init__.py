@@ -17,6 +17,7 @@ from typing import Any
 
 from graftlm.core import Method
 from graftlm.errors import Finding, GraftError, MethodError, nearest
+from graftlm.methods.adalora import AdaLoRA
 from graftlm.methods.attempt import Attempt
 from graftlm.methods.bitfit import BitFit
 from graftlm.methods.dora import DoRA
@@ -33,14 +34,18 @@ from graftlm.methods.norm import NormTuning
 from graftlm.methods.parallel import ParallelAdapter
 from graftlm.methods.prefix import PrefixTuning
 from graftlm.methods.prompt import PromptTuning
+from graftlm.methods.prune import Prune
 from graftlm.methods.ptuning import PTuning
 from graftlm.methods.rezero import ReZero
 from graftlm.methods.series import SeriesAdapter
+from graftlm.methods.sparse import Sparse
+from graftlm.methods.vera import VeRA
 
 __all__ = [
     "IA3",
     "MAM",
     "METHODS",
+    "AdaLoRA",
     "Attempt",
     "BitFit",
     "DoRA",
@@ -59,15 +64,19 @@ __all__ = [
     "PiSSA",
     "PrefixTuning",
     "PromptTuning",
+    "Prune",
     "ReZero",
     "RsLoRA",
     "SeriesAdapter",
+    "Sparse",
     "UniPELT",
+    "VeRA",
     "method",
     "read_method",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
+    "adalora": AdaLoRA,
     "attempt": Attempt,
     "bitfit": BitFit,
     "dora": DoRA,
@@ -87,11 +96,14 @@ METHODS: dict[str, type[Method]] = {
     "pissa": PiSSA,
     "prefix": PrefixTuning,
     "prompt": PromptTuning,
+    "prune": Prune,
     "ptuning": PTuning,
     "rezero": ReZero,
     "rslora": RsLoRA,
     "series": SeriesAdapter,
+    "sparse": Sparse,
     "unipelt": UniPELT,
+    "vera": VeRA,
 }
 
 #: Names that other tools use for settings of our methods.

@@ -1,0 +1,112 @@
+"""Scores of parameters: how much each entry of a weight matters, by its size, its gradient, or its Fisher information.
+
+`magnitude` |w| and `random` need no data. From data, with g the gradient of an example's mean loss: `gradient` the
+mean of |g|, `snip` the mean of |w g| (Lee et al. 2019), `empirical-fisher` the mean of g^2 with the true labels, and
+`fisher` the same with labels drawn from the model's own distribution (Sung et al. 2021, "Training Neural Networks
+with Fixed Sparse Masks", section 3). The Fisher scores take one example at a time: the mean of squares is not the
+square of the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftlm.core import Samples
+
+__all__ = ["FROM_DATA", "SCORES", "best", "scores_from_data"]
+
+FROM_DATA = ("gradient", "snip", "empirical-fisher", "fisher")
+SCORES = ("magnitude", "random", *FROM_DATA)
+
+
+def scores_from_data(model: nn.Module, parameters: Sequence[nn.Parameter], kind: str, samples: Samples) -> list[Tensor]:
+    """The score of every entry of `parameters`, float32, each of its parameter's shape; the model is left as it was.
+
+    Every batch is taken row by row. Gradients and modes are put back afterwards.
+    """
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    totals = [torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device) for parameter in parameters]
+    count = 0
+    try:
+        model.eval()
+        for parameter in flags:
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            for batch in samples.batches:
+                for row in _rows(batch):
+                    loss = _own_loss(model, row) if kind == "fisher" else samples.loss(model, row)
+                    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                    for total, parameter, gradient in zip(totals, parameters, gradients, strict=True):
+                        if gradient is not None:
+                            total += _score(kind, parameter.detach().float(), gradient.float())
+                    count += 1
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
+    return [total / max(count, 1) for total in totals]
+
+
+def _score(kind: str, weight: Tensor, gradient: Tensor) -> Tensor:
+    if kind == "gradient":
+        return gradient.abs()
+    if kind == "snip":
+        return (weight * gradient).abs()
+    return gradient.square()
+
+
+def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The batch as batches of one row."""
+    count = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim())
+    return [
+        {
+            name: value[row : row + 1] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
+            for name, value in batch.items()
+        }
+        for row in range(count)
+    ]
+
+
+def _own_loss(model: nn.Module, row: Mapping[str, Any]) -> Tensor:
+    """Minus the mean log-probability of labels drawn from the model's own distribution.
+
+    Where the row has labels, only where they stand (a causal model's logits speak of the next token).
+    """
+    labels = row.get("labels")
+    logits: Tensor = model(**{name: value for name, value in row.items() if name != "labels"}).logits
+    logits = logits.float()
+    if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1] and labels.dim() > 1:
+        causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        causal = causal and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        logits = logits[:, :-1][labels[:, 1:] != -100] if causal else logits[labels != -100]
+    else:
+        logits = logits.reshape(-1, logits.shape[-1])
+    drawn = torch.multinomial(logits.detach().softmax(dim=-1), 1)[:, 0]
+    return F.cross_entropy(logits, drawn)
+
+
+def best(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The flat indices of the `count` highest entries over all `scores`, by tensor, each in rising order.
+
+    Never more than one tensor's candidates and the winners so far are held together.
+    """
+    values = torch.empty(0)
+    places = torch.empty(0, 2, dtype=torch.long)
+    for number, score in enumerate(scores):
+        flat = score.detach().flatten()
+        top, index = flat.topk(min(count, flat.numel()))
+        values = torch.cat([values, top.float().cpu()])
+        places = torch.cat([places, torch.stack([torch.full_like(index, number), index], dim=1).cpu()])
+        if len(values) > count:
+            values, order = values.topk(count)
+            places = places[order]
+    return [places[places[:, 0] == number, 1].sort().values for number in range(len(scores))]

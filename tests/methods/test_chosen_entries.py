@@ -1,0 +1,221 @@
+"""Methods that choose: sparse entries by score, masks on the base, ranks by importance, vectors around shared maps."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from graftlm.core import Samples, attach, use
+from graftlm.errors import MethodError
+from graftlm.methods import AdaLoRA, LoRA, Prune, Sparse, VeRA
+from graftlm.methods.scoring import FROM_DATA, best
+from models_for_tests import inputs_for, logits_of, loss_of, perturb, tiny
+
+
+def batches(model):
+    return [{**batch, "labels": batch["input_ids"]} for batch in (inputs_for(model, seed=s) for s in (1, 2))]
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_the_best_over_all_tensors_are_those_of_sorting_everything(count):
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(shape, generator=generator) for shape in ((3, 4), (5, 6), (2, 2))]
+    threshold = torch.cat([score.flatten() for score in scores]).sort(descending=True).values[count - 1]
+    found = best(scores, count)
+    assert sum(map(len, found)) == count
+    for score, index in zip(scores, found, strict=True):
+        assert torch.equal(index, (score.flatten() >= threshold).nonzero().flatten())
+
+
+def test_empirical_fisher_is_the_mean_of_squares_of_single_examples():
+    model = tiny("llama")
+    data = batches(model)
+    method = Sparse(fraction=0.01, score="empirical-fisher", targets="value")
+    adapter = attach(model, method, samples=data)
+    chosen = [part.delta.index for part in adapter.parts]
+    adapter.detach()
+    weights = [layer.self_attn.v_proj.weight for layer in model.model.layers]
+    totals = [torch.zeros_like(weight) for weight in weights]
+    for batch, row in itertools.product(data, range(3)):
+        loss = model(**{name: tensor[row : row + 1] for name, tensor in batch.items()}).loss
+        for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
+            total += gradient**2
+    wanted = best(totals, int(0.01 * sum(weight.numel() for weight in weights)))
+    assert all(torch.equal(one.long(), other) for one, other in zip(chosen, wanted, strict=True))
+
+
+@pytest.mark.parametrize("score", FROM_DATA)
+@pytest.mark.parametrize("model_name", ["gpt2", "bert"])
+def test_scores_from_data_leave_the_model_as_it_was(score, model_name):
+    model = tiny(model_name)
+    data = batches(model)
+    if model_name == "bert":
+        data = [{**batch, "labels": torch.tensor([0, 1, 1])} for batch in data]
+    plain = logits_of(model)
+    other = attach(model, LoRA(rank=2), name="other")
+    perturb(other)
+    with pytest.raises(MethodError) as caught:
+        attach(model, Sparse(score=score))
+    assert caught.value.findings[0].code == "T122"
+    adapter = attach(model, Sparse(fraction=0.02, score=score), name="few", samples=Samples(data))
+    assert torch.equal(logits_of(model), plain)
+    assert all(parameter.grad is None for parameter in (*model.parameters(), *other.parameters()))
+    entries = sum(part.site.in_features * part.site.out_features for part in adapter.parts)
+    assert adapter.parameter_count == int(0.02 * entries)
+    perturb(adapter)
+    changed = logits_of(model)
+    assert not torch.equal(changed, plain)
+    adapter.merge()
+    assert torch.allclose(logits_of(model), changed, rtol=1e-5, atol=1e-6)
+
+
+def test_the_optimiser_holds_as_many_numbers_as_are_trained():
+    model = tiny("llama").train()
+    adapter = attach(model, Sparse(fraction=0.01))
+    optimiser = torch.optim.AdamW(adapter.groups(1e-2))
+    loss_of(model).backward()
+    optimiser.step()
+    moments = sum(v.numel() for s in optimiser.state.values() for k, v in s.items() if k != "step")
+    assert moments == 2 * adapter.parameter_count
+    assert {part.delta.index.dtype for part in adapter.parts} == {torch.int32}
+
+
+def test_masks_of_each_kind():
+    for method, share in ((Prune(0.5), 0.5), (Prune(0.25, scope="tensor"), 0.25), (Prune(pattern="2:4"), 0.5)):
+        for name in ("llama", "gpt2"):
+            adapter = attach(tiny(name), method)
+            for part in adapter.parts:
+                gone = (~part.delta.mask).float()
+                assert abs(float(gone.mean()) - share) < 0.02
+                by_row = gone.T if part.site.kind == "conv1d" else gone
+                if method.pattern:
+                    assert bool((by_row.reshape(by_row.shape[0], -1, 4).sum(-1) == 2).all())
+                elif method.scope == "row":
+                    assert by_row.sum(1).unique().numel() == 1
+
+
+def test_wanda_is_the_weight_times_the_norm_of_its_input():
+    model = tiny("llama")
+    seen = []
+    place = model.model.layers[1].mlp.down_proj
+    handle = place.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].reshape(-1, 48)))
+    data = batches(model)
+    for batch in data:
+        with torch.no_grad():
+            model(**batch)
+    handle.remove()
+    adapter = attach(model, Prune(0.5, score="wanda", targets="down"), samples=data)
+    score = place.weight.abs() * torch.cat(seen).norm(dim=0)
+    gone = torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(24, dim=1, largest=False).indices, True)
+    assert torch.equal(adapter.parts[1].delta.mask, ~gone)
+
+
+def test_a_pruning_schedule_ends_at_its_sparsity_and_stores_the_mask_alone(tmp_path):
+    from graftlm.formats import load_adapter
+
+    model = tiny("llama")
+    adapter = attach(model, Prune(0.6, initial=0.1, begin=0.2, end=0.8))
+    shares = []
+    for step in range(1, 11):
+        adapter.after_step(step, 10)
+        shares.append(float((~adapter.parts[0].delta.mask).float().mean()))
+    assert shares == sorted(shares)
+    assert abs(shares[0] - 0.1) < 0.04
+    assert abs(shares[-1] - 0.6) < 0.04
+    adapter.save(tmp_path / "a")
+    fresh = tiny("llama")
+    loaded = load_adapter(fresh, tmp_path / "a")
+    assert torch.equal(logits_of(fresh), logits_of(model))
+    assert "scores" not in " ".join(loaded.state())
+
+
+def test_adalora_hands_out_its_budget_as_planned():
+    method = AdaLoRA(rank=4, target_rank=1, begin=0.1, end=0.5, every=5)
+    budgets = [method.budget(step, 100, 6) for step in range(1, 101)]
+    assert budgets[:10] == [24] * 10
+    assert budgets == sorted(budgets, reverse=True)
+    assert budgets[49:] == [6] * 51
+    assert budgets[29] == 6 + -(-18 // 8)  # half-way the cubic has an eighth left
+
+
+def test_adalora_keeps_the_triplets_that_matter():
+    model = tiny("llama").train()
+    method = AdaLoRA(rank=4, target_rank=1, begin=0.0, end=0.5, every=1)
+    adapter = attach(model, method)
+    with torch.no_grad():
+        for part in adapter.parts:
+            part.delta.lora_E.fill_(1e-3)
+        adapter.parts[0].delta.lora_E.fill_(5.0)  # this site works hardest
+        adapter.parts[0].delta.lora_A.mul_(20)
+    optimiser = torch.optim.SGD(adapter.groups(0.0))
+    for step in range(1, 7):
+        loss_of(model).backward()
+        optimiser.step()
+        adapter.after_step(step, 10)
+        optimiser.zero_grad()
+    kept = [int(part.delta.kept.sum()) for part in adapter.parts]
+    assert sum(kept) == len(adapter.parts)
+    assert kept[0] == 4
+    assert all(torch.equal(p.delta.lora_E == 0, p.delta.kept == 0) for p in adapter.parts)
+    attached = logits_of(model)
+    baked = adapter.baked()
+    assert isinstance(baked.method, LoRA)
+    state = baked.state()
+    adapter.detach()
+    attach(model, baked.method, state=state)
+    assert torch.allclose(logits_of(model), attached, rtol=1e-5, atol=1e-6)
+
+
+def test_adalora_penalty_is_zero_for_orthonormal_factors():
+    model = tiny("llama")
+    adapter = attach(model, AdaLoRA(rank=4, target_rank=2))
+    assert float(adapter.penalty()) > 0.5
+    for part in adapter.parts:
+        torch.nn.init.orthogonal_(part.delta.lora_A)
+        torch.nn.init.orthogonal_(part.delta.lora_B)
+    assert float(adapter.penalty()) < 1e-5
+
+
+def test_vera_draws_pefts_numbers_and_shares_them():
+    import peft
+
+    theirs = peft.get_peft_model(
+        tiny("llama"), peft.VeraConfig(r=8, target_modules=["q_proj", "o_proj"], projection_prng_key=3)
+    )
+    model = tiny("llama")
+    adapter = attach(model, VeRA(rank=8, targets="query,output", seed=3))
+    shared = adapter.parts[0].delta.shared
+    assert all(part.delta.shared is shared for part in adapter.parts)
+    assert torch.equal(shared.vera_A, theirs.base_model.vera_A["default"])
+    assert torch.equal(shared.vera_B, theirs.base_model.vera_B["default"])
+    assert adapter.parameter_count == 4 * (32 + 8)
+    perturb(adapter)
+    with torch.no_grad():
+        for part in adapter.parts:
+            place = theirs.get_submodule(f"base_model.model.{part.site.path}")
+            place.vera_lambda_b["default"].copy_(part.delta.vera_lambda_b)
+            place.vera_lambda_d["default"].copy_(part.delta.vera_lambda_d)
+    assert torch.allclose(logits_of(model), logits_of(theirs.eval()), rtol=1e-5, atol=1e-5)
+
+
+def test_mixed_rows_of_every_kind_of_choice():
+    model = tiny("llama")
+    for name, method in {
+        "s": Sparse(0.02),
+        "p": Prune(0.3),
+        "v": VeRA(rank=8),
+        "a": AdaLoRA(rank=4, target_rank=2),
+    }.items():
+        perturb(attach(model, method, name=name))
+    batch = inputs_for(model, rows=5)
+    spec = ["s", None, ("p", "v"), "a", ("s", "p", "a")]
+    alone = []
+    for row, choice in enumerate(spec):
+        use(model, choice)
+        alone.append(logits_of(model, {name: tensor[row : row + 1] for name, tensor in batch.items()}))
+    use(model, spec)
+    found = logits_of(model, batch)
+    assert F.l1_loss(found, torch.cat(alone)) < 1e-6

@@ -8,7 +8,7 @@ import torch
 from conformance.cases import CASES, Scale, cross, only
 from graftlm.core import adapters, attach, use
 from graftlm.errors import GraftError, RoutingError
-from graftlm.methods import Full, LoRA
+from graftlm.methods import Full, Head, LoRA
 from models_for_tests import DECODERS, ENCODER_DECODERS, MODELS, inputs_for, logits_of, perturb, tiny
 
 ROWS = [None, "a", "b", ("a", "b")]
@@ -301,3 +301,14 @@ def test_rows_given_by_position():
         with pytest.raises(GraftError):
             model(batch["input_ids"][:3])
     assert len(adapters(model)) == 2
+
+
+def test_heads_of_different_widths_in_one_batch_are_refused():
+    model = tiny("bert")
+    attach(model, Head(outputs=5), name="five")
+    batch = inputs_for(model, rows=2)
+    assert logits_of(model, batch).shape == (2, 5)
+    use(model, ["five", None])
+    with pytest.raises(RoutingError) as caught:
+        logits_of(model, batch)
+    assert caught.value.findings[0].code == "R117"

@@ -219,3 +219,11 @@ def test_mixed_rows_of_every_kind_of_choice():
     use(model, spec)
     found = logits_of(model, batch)
     assert F.l1_loss(found, torch.cat(alone)) < 1e-6
+
+
+@pytest.mark.parametrize("method", [Sparse(targets="query"), Prune(targets="value")], ids=str)
+def test_a_part_of_a_fused_weight_is_refused(method):
+    with pytest.raises(MethodError) as caught:
+        attach(tiny("gpt2"), method)
+    assert caught.value.findings[0].code == "T161"
+    assert caught.value.findings[0].fix == "targets=c_attn"

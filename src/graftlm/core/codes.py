@@ -34,6 +34,7 @@ CODES: dict[str, str] = {
     "R113": "cached keys and values were computed under other virtual tokens than those that act now",
     "R114": "a row has another number of slots for virtual tokens than the prompt has virtual tokens",
     "R115": "virtual tokens meet packed documents or a mask that they cannot be put into",
+    "R117": "adapters of one batch give outputs of different widths, such as heads of different label counts",
     "R116": "positions must be moved for an adapter, and the model takes none",
     "R201": "the method's change cannot be folded into a weight, so the adapter cannot be merged",
     "T102": "a setting of a method has a value that it cannot take",

@@ -588,7 +588,16 @@ class _Rows:
         return parts
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The reverse of `split`."""
+        """The reverse of `split`. Raises RoutingError where the parts are of different widths."""
+        if len({part.shape[1:] for part in parts}) > 1:
+            widths = sorted({int(part.shape[-1]) for part in parts})
+            raise RoutingError(
+                Finding(
+                    "R117",
+                    f"the adapters of this batch give outputs of different widths ({', '.join(map(str, widths))})",
+                    fix="one batch for each: use(model, NAME)",
+                )
+            )
         whole = torch.cat(list(parts))
         return whole if self.back is None else whole.index_select(0, self.back)
 

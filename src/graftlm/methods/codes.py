@@ -24,6 +24,7 @@ CODES: dict[str, str] = {
     "T141": "a target of an adapter at sublayers is none of the model's: there are attention, cross and ffn",
     "T142": "a gate of zero is put around a method that starts at zero: neither would get a gradient",
     "T143": "a gate is put around a change that it cannot scale: virtual tokens, or what is not added",
+    "T161": "the method changes whole weights, and a part of a fused one was named",
     "T160": "head is given a number of outputs in a model whose head stands for the vocabulary",
     "T150": "keys and values cannot be put into the attention code of this model",
     "T151": "a prefix is to shift positions in a model that counts them for itself",

@@ -1,18 +1,19 @@
-"""What the methods have in common that train whole parameters: a trained copy stands for each (the `param` port).
+"""What methods at existing parameters have in common (the `param` port): trained copies of them, and whole weights.
 
 The base's own tensors stay as they are, so the adapter can be routed, saved and taken off like any other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from graftlm.core import Method, Site, WholeParameterDelta
 from graftlm.errors import Finding, MethodError
 
-__all__ = ["Parameters", "trained_copy"]
+__all__ = ["Parameters", "trained_copy", "weight_of", "weights_at"]
 
 
 def trained_copy(method: Method, site: Site, module: nn.Module) -> WholeParameterDelta:
@@ -37,3 +38,31 @@ class Parameters(Method):
     def build(self, site: Site, module: nn.Module) -> WholeParameterDelta:
         """A trained copy of the parameter at `site`."""
         return trained_copy(self, site, module)
+
+
+def weights_at(method: Method, sites: Sequence[Site]) -> list[Site]:
+    """The weights of the maps at `sites`, as sites. Raises MethodError for a part of a fused map: its weight is one."""
+    parts = sorted({site.part for site in sites if site.part})
+    if parts:
+        whole = next(site.path.rpartition(".")[2] for site in sites if site.part)
+        raise MethodError(
+            Finding(
+                "T161",
+                f"{method.name} changes whole weights, and {', '.join(parts)} are parts of {whole}",
+                fix=f"targets={whole}",
+            )
+        )
+    return [replace(site, parameter="weight") for site in sites]
+
+
+def weight_of(method: Method, site: Site, module: nn.Module) -> nn.Parameter:
+    """The weight at `site`. Raises MethodError where it is stored as whole numbers."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    if not weight.dtype.is_floating_point:
+        raise MethodError(
+            Finding(
+                "T133", f"{method.name}: {site.key} is stored as {weight.dtype}", fix="load the base without quantize"
+            )
+        )
+    return weight

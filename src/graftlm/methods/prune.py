@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from graftlm.core import Method, ParameterDelta, Part, Samples, Site, Survey, Targets
-from graftlm.methods.sparse import weight_of
+from graftlm.methods.parameters import weight_of, weights_at
 
 __all__ = ["Prune", "PruneDelta"]
 
@@ -74,7 +74,7 @@ class Prune(Method):
     def sites(self, survey: Survey) -> list[Site]:
         """The weights of the linear maps that `targets` name in `layers`."""
         found = survey.select(self.targets, layers=self.layers, exclude=self.exclude, kinds=("linear", "conv1d"))
-        return [replace(site, parameter="weight") for site in found if not site.part]
+        return weights_at(self, found)
 
     def build(self, site: Site, module: nn.Module) -> PruneDelta:
         """The mask of the weight at `site`, by magnitude until something is measured."""

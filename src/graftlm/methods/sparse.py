@@ -11,14 +11,14 @@ tensor by itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, device_of
-from graftlm.errors import Finding, MethodError
+from graftlm.methods.parameters import weight_of, weights_at
 from graftlm.methods.scoring import FROM_DATA, SCORES, best, scores_from_data
 
 __all__ = ["Sparse", "SparseDelta"]
@@ -58,7 +58,7 @@ class Sparse(Method):
     def sites(self, survey: Survey) -> list[Site]:
         """The weights of the linear maps that `targets` name in `layers`."""
         found = survey.select(self.targets, layers=self.layers, exclude=self.exclude, kinds=("linear", "conv1d"))
-        return [replace(site, parameter="weight") for site in found if not site.part]
+        return weights_at(self, found)
 
     def build_all(self, sites: Sequence[Site], modules: Mapping[str, nn.Module], *, values: bool) -> list[Delta]:
         """A delta for each weight; its entries are chosen here, or by `apply_measured` for scores from data."""
@@ -97,19 +97,6 @@ class Sparse(Method):
         del model
         for part, index in zip(parts, measured, strict=True):
             cast(SparseDelta, part.delta).choose(index)
-
-
-def weight_of(method: Method, site: Site, module: nn.Module) -> nn.Parameter:
-    """The weight at `site`. Raises MethodError where it is stored as whole numbers."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    if not weight.dtype.is_floating_point:
-        raise MethodError(
-            Finding(
-                "T133", f"{method.name}: {site.key} is stored as {weight.dtype}", fix="load the base without quantize"
-            )
-        )
-    return weight
 
 
 class SparseDelta(ParameterDelta):

@@ -88,7 +88,7 @@ def test_what_a_method_would_train_is_what_it_trains(cli: Callable, folders: Pat
 
 @pytest.mark.parametrize(
     ("method", "said"),
-    [("lorra", "Did you mean lora?"), ("bitfit", "no biases to train"), ("lora(targets=qproj)", "q_proj")],
+    [("lorra", "Did you mean lora?"), ("bitfit(add=false)", "no biases to train"), ("lora(targets=qproj)", "q_proj")],
 )
 def test_methods_that_do_not_fit(cli: Callable, folders: Path, method: str, said: str) -> None:
     answer = cli("inspect", str(folders / "llama"), "--method", method)

@@ -79,7 +79,9 @@ def drawing_of(name: str, method: Any) -> str:
     numbered = [layer for layer in layers if layer is not None]
     shown = max(numbered, default=_LAYERS - 1)
     body = [*_stack(marks, parts, frozenset(numbered), shown), *_layer(marks, shown)]
-    used = {"frozen", *(mark for found in marks.values() for mark in found)}
+    used = {"frozen", *(mark for found in marks.values() for mark in found if mark != "bias" or "whole" not in found)}
+    if "bias" in _embeddings(marks):
+        used.add("bias")
     body += _legend([mark for mark in _LEGEND if mark in {_shown_as(each) for each in used}])
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} 330" width="{_WIDTH}" role="img" '
@@ -207,9 +209,10 @@ def _box(x: float, y: float, width: float, title: str, marks: set[str]) -> str:
     else:
         drawn.append(_rect("frozen", x, y, width, _HEIGHT))
         if "mask" in marks:
-            steps = [x + 5 + 8 * number for number in range(int(width // 8))]
-            drawn.append(_path("path", " ".join(f"M{at:g} {y + _HEIGHT:g} l7 -7" for at in steps)))
-            drawn.append(_path("path", " ".join(f"M{at:g} {y + 7:g} l7 -7" for at in steps if at + 7 < x + width)))
+            # Above and below the title, which stays readable.
+            steps = [x + 4 + 7 * number for number in range(int((width - 8) // 7))]
+            for edge in (y + 6, y + _HEIGHT - 1):
+                drawn.append(_path("path", " ".join(f"M{at:g} {edge:g} l5 -5" for at in steps)))
         if "values" in marks:
             spots = [(0.1, 4), (0.28, 19), (0.46, 3), (0.62, 19), (0.8, 4), (0.9, 17)]
             drawn += [_rect("trained", x + share * width - 2, y + down - 2, 5, 5, 1) for share, down in spots]
@@ -226,7 +229,7 @@ def _box(x: float, y: float, width: float, title: str, marks: set[str]) -> str:
     if "scale" in marks:
         drawn.append(_factor(x + width + 9, middle))
     if "scale-in" in marks:
-        drawn.append(_factor(x - 9, middle))
+        drawn.append(_factor(x - 8, middle - 13))
     if "gate" in marks:
         drawn.append(_gate(x + width + 1, y - 9))
     return "".join(drawn)
@@ -237,6 +240,13 @@ def _box(x: float, y: float, width: float, title: str, marks: set[str]) -> str:
 
 def _under(marks: dict[str, set[str]], path: str) -> set[str]:
     return {mark for at, found in marks.items() if at == path or at.startswith(path + ".") for mark in found}
+
+
+def _embeddings(marks: dict[str, set[str]]) -> set[str]:
+    """The marks of the tables; a norm trained behind them leaves the tables as they are, and is a strip."""
+    path = "bert.embeddings.LayerNorm"
+    rest = {at: found for at, found in marks.items() if at != path}
+    return _under(rest, "bert.embeddings") | ({"bias"} if path in marks else set())
 
 
 def _stack(marks: dict[str, set[str]], parts: Sequence[Any], touched: frozenset[int], shown: int) -> list[str]:
@@ -262,7 +272,7 @@ def _stack(marks: dict[str, set[str]], parts: Sequence[Any], touched: frozenset[
         body.append(_gate(16 + 14 * len(cells) + 8, y + 12))
     at = 150
     body.append(_arrow(24 + 14 * len(cells), y + 12, at - 2, y + 12))
-    body.append(_box(at, y, 84, "embeddings", _under(marks, "bert.embeddings")))
+    body.append(_box(at, y, 84, "embeddings", _embeddings(marks)))
     x = at + 84
     for layer in range(_LAYERS):
         body.append(_arrow(x, y + 12, x + 24, y + 12))
@@ -318,7 +328,7 @@ def _layer(marks: dict[str, set[str]], layer: int) -> list[str]:
         for y, said in ((170, "P&#8342;"), (218, "P&#7525;")):
             body.append(_virtual(146, y + 8, 3, 9) + _text(162, y + 4, said, "s"))
         if "gate" in kv:
-            body.append(_gate(166, 214))
+            body.append(_gate(180, 205))
     body += _branches(marks, layer)
     return body
 

@@ -94,7 +94,7 @@ def measured(name: str) -> str:
     """What the benchmark of all methods found for one, by data set."""
     results = _results()
     if not results:
-        return "Not measured yet; `python -m benchmarks methods` does it.\n"
+        return "Not measured yet; `python -m benchmarks.methods` does it.\n"
     return results_of(results, name)
 
 
@@ -340,8 +340,36 @@ def _results() -> Any:
 
 
 def results_of(results: Any, name: str) -> str:
-    """A table of the results of one method."""
-    raise NotImplementedError
+    """A table of the results of one method, in every form that was measured, with full fine-tuning beside it."""
+    texts: dict[str, str] = results["methods"]
+    own = [key for key in texts if key == name or key.startswith(f"{name}-")]
+    own = own or [key for key in texts if name in key.split("+")]
+    rows, notes = [], []
+    for task, told in results["tasks"].items():
+        found = results["summary"].get(task, {})
+        times, digits, unit = (100, 1, " %") if told["metric"] == "accuracy" else (1, 3, " nats")
+
+        def shown(value: float | None, sign: str = "", times: int = times, digits: int = digits) -> str:
+            return "" if value is None else f"{times * value:{sign}.{digits}f}"
+
+        for key in [key for key in own if key in found]:
+            row = found[key]
+            error = "" if row["gain_se"] is None else f" ± {shown(row['gain_se'])}"
+            full = shown(found["full"]["score"]) if "full" in found else ""
+            rows.append(
+                (
+                    told["title"], f"`{texts[key]}`", shown(row["score"]) + unit, shown(row["gain"], "+") + error, full,
+                    f"{100 * row['trainable_share']:.2f} %", f"{row['adapter_bytes'] / 1e3:,.0f} kB",
+                    f"{1000 * row['step_seconds']:.0f} ms",
+                )
+            )  # fmt: skip
+            if row.get("why"):
+                notes.append(f"{told['title']}: {escaped(row['why'])}\n")
+    if not rows:
+        return "The benchmark does not have it.\n"
+    head = ("data and base", "method", "score", "gain", "full", "trained", "file", "step")
+    said = "Gain over the frozen base with its head, ± standard error; accuracy in %, or loss in nats a token.\n"
+    return "\n".join([table(head, rows), said, *notes])
 
 
 @cache

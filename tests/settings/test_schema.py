@@ -27,11 +27,11 @@ def test_import_is_light_and_without_torch():
             check=True,
             env={"PYTHONPATH": str(ROOM.parents[1])},
         )
-        for _ in range(2)  # the first may compile
+        for _ in range(6)  # the first may compile, and a busy machine only ever adds: the fastest counts
     ]
-    seconds, torch, click = runs[-1].stdout.split()
-    assert (torch, click) == ("False", "False")
-    assert float(seconds) < 0.25
+    found = [run.stdout.split() for run in runs]
+    assert all(each[1:] == ["False", "False"] for each in found)
+    assert min(float(each[0]) for each in found) < 0.25
 
 
 @pytest.mark.parametrize("name", ["schema", "faults", "foreign", "reading", "writing", ""])

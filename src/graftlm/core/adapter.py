@@ -475,7 +475,7 @@ def _place(name: str, parts: Sequence[Part], modules: dict[str, nn.Module], foun
         if isinstance(part.delta, EmbedDelta):
             entry = at(part.site.path)
             entry.causal = part.site.causal
-            entry.keeps_length = part.site.stack == "encoder"
+            entry.keeps_virtual = part.site.stack == "encoder"
             for other in found.sequences if part.site.stack == "encoder" else ():
                 if other.stack == "decoder":
                     at(other.path).encoder = entry

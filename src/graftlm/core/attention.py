@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core.delta import KeyValueDelta
-from graftlm.core.routing import entries
+from graftlm.core.groups import Group, Rows
 from graftlm.errors import Finding, RoutingError
 
 if TYPE_CHECKING:
-    from graftlm.core.junction import Group, Junction
+    from graftlm.core.junction import Junction
 
 __all__ = ["IMPLEMENTATIONS", "Splice", "attention_function", "implementation_of", "recorded_keys_values"]
 
@@ -69,48 +69,41 @@ class Splice:
         """
         x, batch = self.x, self.junction.switch.batch
         count = int(key.shape[0])
-        if self.groups[0].rows is None:
-            keys, values = _joined(self.groups[0].prefixes, x, batch.mask_like(x), key)
-            return keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1), None
-        total = sum(len(group.rows or ()) for group in self.groups)
-        if count % total:
-            raise RoutingError(
-                Finding("R106", f"cannot tell rows apart at {self.junction.path}: {count} entries for {total} rows")
-            )
-        longest = max(sum(delta.length for delta in group.prefixes) for group in self.groups)
-        shape = (count, key.shape[1], longest, key.shape[3])
-        all_keys, all_values = key.new_zeros(shape), key.new_zeros(shape)
-        real = torch.zeros(count, longest, dtype=torch.bool, device=key.device)
-        for group in self.groups:
-            length = sum(delta.length for delta in group.prefixes)
-            if not length:
-                continue
-            index = entries(group.rows or (), count, total, key.device)
-            own = x.index_select(0, index) if x.shape[0] == count else x
-            keys, values = _joined(group.prefixes, own, batch.mask_like(x, index), key)
-            wide = (len(index), -1, -1, -1)
-            pad = (0, 0, longest - length, 0)
-            all_keys = all_keys.index_copy(0, index, nn.functional.pad(keys.expand(wide), pad))
-            all_values = all_values.index_copy(0, index, nn.functional.pad(values.expand(wide), pad))
-            real[index, longest - length :] = True
-        return all_keys, all_values, None if bool(real.all()) else real
+        lengths = [sum(delta.length for delta in group.prefixes) for group in self.groups]
+        longest = max(lengths)
+        cut = Rows.of(self.groups, count, key.device)
+        given = cut.split(x) if x.shape[0] == count else (x,) * len(self.groups)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        real: list[Tensor] = []
+        for group, index, own, size, length in zip(self.groups, cut.indices, given, cut.sizes, lengths, strict=True):
+            pair = (key.new_zeros(1, key.shape[1], 0, key.shape[3]),) * 2
+            if length:
+                pair = _joined(group.prefixes, own, batch.mask_like(x, index), key)
+            for parts, part in zip((keys, values), pair, strict=True):
+                parts.append(nn.functional.pad(part, (0, 0, longest - length, 0)).expand(size, -1, -1, -1))
+            real.append((torch.arange(longest, device=key.device) >= longest - length).expand(size, -1))
+        alike = min(lengths) == longest
+        return cut.join(keys), cut.join(values), None if alike else cut.join(real)
 
 
 def _substitute(junction: Junction, config: Any) -> Any:
     """A copy of `config` that names our attention function; kept, and made again where the original changed."""
     kept = junction.substitute
     if kept is None or kept[0] is not config or kept[1] != config._attn_implementation:
-        _register()
-        twin = copy.copy(config)
-        twin._attn_implementation_internal = _NAME
+        twin = _naming(config, _NAME, _attend)
         junction.substitute = kept = (config, config._attn_implementation, twin)
     return kept[2]
 
 
-def _register() -> None:
+def _naming(config: Any, name: str, function: Callable[..., Any]) -> Any:
+    """A copy of `config` whose attention implementation is `function`, under `name`."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(_NAME, _attend)
+    AttentionInterface.register(name, function)
+    twin = copy.copy(config)
+    twin._attn_implementation_internal = name
+    return twin
 
 
 def _joined(deltas: Sequence[KeyValueDelta], x: Tensor, mask: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,9 +179,6 @@ def recorded_keys_values(model: nn.Module, ids: Tensor, paths: Sequence[str]) ->
     Each is [key-value heads, tokens, head width], as the cache would hold it: with its positions, before grouping. An
     encoder-decoder reads the same ids on both sides.
     """
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_RECORDER, _record)
     modules = dict(model.named_modules())
     configs = {path: getattr(modules[path], "config", None) for path in paths}
     rows = ids[None].to(next(model.parameters()).device)
@@ -199,9 +189,7 @@ def recorded_keys_values(model: nn.Module, ids: Tensor, paths: Sequence[str]) ->
         for path, config in configs.items():
             module: Any = modules[path]
             module.__dict__[_RECORD] = (str(implementation_of(module)), [])
-            twin = copy.copy(config)
-            twin._attn_implementation_internal = _RECORDER  # type: ignore[union-attr]
-            module.config = twin
+            module.config = _naming(config, _RECORDER, _record)
         with torch.no_grad():
             model(**inputs)
         return {path: modules[path].__dict__[_RECORD][1][0] for path in paths}

@@ -27,12 +27,13 @@ from graftlm.core.delta import (
     ParameterDelta,
     acts,
 )
-from graftlm.core.routing import Batch, Choice, Routing, entries
+from graftlm.core.groups import Group, Rows, Slice, total_rows
+from graftlm.core.routing import Batch, Choice, Routing
 from graftlm.core.sequence import Layout, check_cache, positions_by_mask
 from graftlm.core.sites import Site, linear_kind
 from graftlm.errors import Finding, RoutingError
 
-__all__ = ["Group", "Junction", "Replay", "Switch", "columns_of", "junction_of"]
+__all__ = ["Junction", "Replay", "Switch", "columns_of", "junction_of"]
 
 _KEY = "_graftlm_junction"
 
@@ -119,65 +120,6 @@ class Replay:
         return self.checkpoint(replayed, *args, **kwargs)
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """The deltas at one part of a fused map."""
-
-    columns: tuple[tuple[int, int], ...]
-    deltas: tuple[LinearDelta, ...]
-
-
-@dataclass(frozen=True)
-class Group:
-    """The deltas that act on some rows at one module: `rows` None means all."""
-
-    rows: tuple[int, ...] | None
-    befores: tuple[LinearDelta, ...] = ()
-    adds: tuple[tuple[LinearDelta, bool], ...] = ()  # with whether it asks the base
-    afters: tuple[LinearDelta, ...] = ()
-    slices: tuple[_Slice, ...] = ()
-    parameters: tuple[tuple[str, tuple[ParameterDelta, ...]], ...] = ()
-    branches: tuple[tuple[Site, BranchDelta], ...] = ()
-    streams: tuple[BranchDelta, ...] = ()  # before the module, which is the norm behind the add
-    prefixes: tuple[KeyValueDelta, ...] = ()
-    prompts: tuple[EmbedDelta, ...] = ()
-    #: How far positions of tokens are moved by virtual tokens at attention calls.
-    shift: int = 0
-    #: Whether there are prefixes at the attention calls behind this sequence.
-    prefixed: bool = False
-    #: Whether a linear delta acts, and whether one asks the base.
-    acts: bool = field(init=False, default=False)
-    asks_base: bool = field(init=False, default=False)
-
-    def __post_init__(self) -> None:
-        # Asked at every call: worked out once.
-        asking = any(over for _, over in self.adds) or any(
-            acts(delta, "add_over") for part in self.slices for delta in part.deltas
-        )
-        object.__setattr__(self, "acts", bool(self.adds or self.afters or self.slices))
-        object.__setattr__(self, "asks_base", asking)
-
-    @property
-    def idle(self) -> bool:
-        """True where nothing acts."""
-        return not (self.shift or self.prefixed or self.everything)
-
-    @property
-    def everything(self) -> tuple[Delta, ...]:
-        """Every delta of the group."""
-        return (
-            *self.befores,
-            *(delta for delta, _ in self.adds),
-            *self.afters,
-            *(delta for part in self.slices for delta in part.deltas),
-            *(delta for _, deltas in self.parameters for delta in deltas),
-            *(delta for _, delta in self.branches),
-            *self.streams,
-            *self.prefixes,
-            *self.prompts,
-        )
-
-
 class Junction:
     """The deltas attached at one module, by adapter, and the plan of the routing in force."""
 
@@ -188,14 +130,16 @@ class Junction:
         self.watchers: set[str] = set()
         #: By how many positions an adapter with prefixes moves the tokens of this sequence.
         self.shifts: dict[str, int] = {}
+        #: Whether any adapter has virtual tokens here.
+        self.prompted = False
         self._planned: tuple[Routing, tuple[Group, ...]] | None = None
         self._followed: tuple[Any, ...] = ()
-        self._kept_rows: tuple[tuple[Group, ...], int, torch.device, _Rows] | None = None
+        self._kept_rows: tuple[tuple[Group, ...], int, torch.device, Rows] | None = None
         self._taken: dict[str, Tensor | None] = {}
         #: Of a stack's entry: whether its tokens see only earlier ones, whether its output keeps virtual tokens, and
         #: the entry of the encoder whose output it reads, of a decoder.
         self.causal = False
-        self.keeps_length = False
+        self.keeps_virtual = False
         self.encoder: Junction | None = None
         #: A module's configuration, its attention implementation, and the copy that it is given instead.
         self.substitute: tuple[Any, Any, Any] | None = None
@@ -210,7 +154,7 @@ class Junction:
     def put(self, adapter: str, delta: Delta, site: Site, parameter: str = "") -> None:
         """Attach `delta` for `adapter`; `parameter` names what a parameter delta stands for."""
         self.deltas.setdefault(adapter, []).append((site, parameter, delta))
-        self._planned = None
+        self._changed_deltas()
 
     def take(self, adapter: str, module: nn.Module) -> None:
         """Remove what `adapter` put here; the last one out removes the junction itself."""
@@ -218,13 +162,18 @@ class Junction:
         self.deltas.pop(adapter, None)
         self.watchers.discard(adapter)
         self.shifts.pop(adapter, None)
-        self._planned = None
+        self._changed_deltas()
         if self.encoder is not None and not self.encoder.deltas:
             self.encoder = None
         if not (self.deltas or self.watchers or self.shifts or self.encoder):
             for handle in self._handles:
                 handle.remove()
             module.__dict__.pop(_KEY, None)
+
+    def _changed_deltas(self) -> None:
+        # Asked at every call, also of the many where nothing acts: worked out when something comes or goes.
+        self.prompted = any(isinstance(delta, EmbedDelta) for placed in self.deltas.values() for _, _, delta in placed)
+        self._planned = None
 
     # --- the plan ---
 
@@ -267,7 +216,7 @@ class Junction:
                 (delta, acts(delta, "add_over")) for delta in linear if acts(delta, "add") or acts(delta, "add_over")
             ),
             afters=tuple(delta for delta in linear if acts(delta, "after")),
-            slices=tuple(_Slice(columns, tuple(deltas)) for columns, deltas in slices.items()),
+            slices=tuple(Slice(columns, tuple(deltas)) for columns, deltas in slices.items()),
             parameters=tuple((name, tuple(deltas)) for name, deltas in parameters.items()),
             shift=sum(self.shifts.get(name, 0) for name in choice),
             prefixed=any(name in self.shifts for name in choice),
@@ -313,11 +262,6 @@ class Junction:
                 x = branch.branch(module.forward(x), x, self.switch.batch.mask_like(x))
             return _with_input(args, kwargs, at, x)
         return self._enter_rows(module, args, kwargs, at, x, groups)
-
-    @property
-    def prompted(self) -> bool:
-        """Whether any adapter has virtual tokens here."""
-        return any(isinstance(delta, EmbedDelta) for placed in self.deltas.values() for _, _, delta in placed)
 
     def for_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A decoder's arguments, with the mask of this encoder's output as its virtual tokens widened it."""
@@ -470,6 +414,7 @@ class Junction:
         parts = list(_split_output(output, rows, count))
         for place, (group, index) in enumerate(zip(groups, rows.indices, strict=True)):
             if group.parameters:
+                assert index is not None
                 # The rows again, with this group's parameters; module.forward, so that no hook runs twice.
                 self._replace(module, group)
                 try:
@@ -484,11 +429,11 @@ class Junction:
                 parts[place] = self._changed(module, group, given[place], parts[place], index, x)
         return _join_output(output, parts, rows, count)
 
-    def _rows(self, groups: tuple[Group, ...], count: int, device: torch.device) -> _Rows:
+    def _rows(self, groups: tuple[Group, ...], count: int, device: torch.device) -> Rows:
         """How `count` entries fall to the groups; kept, since every step of a batch asks the same."""
         kept = self._kept_rows
         if kept is None or kept[0] is not groups or kept[1:3] != (count, device):
-            self._kept_rows = kept = (groups, count, device, _Rows.of(groups, count, device))
+            self._kept_rows = kept = (groups, count, device, Rows.of(groups, count, device))
         return kept[3]
 
     def _replace(self, module: nn.Module, group: Group) -> None:
@@ -528,7 +473,7 @@ class Junction:
         return self._splice
 
 
-def _change_slice(part: _Slice, x: Tensor, output: Tensor, base: Base | None) -> Tensor:
+def _change_slice(part: Slice, x: Tensor, output: Tensor, base: Base | None) -> Tensor:
     """`output` with the columns of one part of a fused map changed."""
     index = columns_of(part.columns, output.device)
     y = output.index_select(-1, index)
@@ -562,47 +507,7 @@ def dense(module: nn.Module) -> Tensor:
     return weight
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The entries of each group, and how to cut a tensor into groups and put it together again at one copy."""
-
-    indices: tuple[Tensor, ...]
-    sizes: tuple[int, ...]
-    there: Tensor | None  # entries in the order of the groups; None where they are in that order already
-    back: Tensor | None
-
-    @classmethod
-    def of(cls, groups: tuple[Group, ...], count: int, device: torch.device) -> _Rows:
-        total = total_rows(groups)
-        indices = tuple(entries(group.rows or (), count, total, device) for group in groups)
-        order = torch.cat(indices)
-        if bool((order == torch.arange(count, device=device)).all()):
-            return cls(indices, tuple(map(len, indices)), None, None)
-        return cls(indices, tuple(map(len, indices)), order, order.argsort())
-
-    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """The entries of each group; views where the order allows it."""
-        if self.there is not None:
-            whole = whole.index_select(0, self.there)
-        parts: tuple[Tensor, ...] = torch.split(whole, list(self.sizes))
-        return parts
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The reverse of `split`. Raises RoutingError where the parts are of different widths."""
-        if len({part.shape[1:] for part in parts}) > 1:
-            widths = sorted({int(part.shape[-1]) for part in parts})
-            raise RoutingError(
-                Finding(
-                    "R117",
-                    f"the adapters of this batch give outputs of different widths ({', '.join(map(str, widths))})",
-                    fix="one batch for each: use(model, NAME)",
-                )
-            )
-        whole = torch.cat(list(parts))
-        return whole if self.back is None else whole.index_select(0, self.back)
-
-
-def _split_output(output: Any, rows: _Rows, count: int) -> Iterable[Any]:
+def _split_output(output: Any, rows: Rows, count: int) -> Iterable[Any]:
     """`output` (a tensor, or a tuple: a router's, a block's) by group; what has no entry a row goes to every group."""
     if isinstance(output, Tensor):
         return rows.split(output)
@@ -613,18 +518,13 @@ def _split_output(output: Any, rows: _Rows, count: int) -> Iterable[Any]:
     return zip(*by_part, strict=True)
 
 
-def _join_output(output: Any, parts: Sequence[Any], rows: _Rows, count: int) -> Any:
+def _join_output(output: Any, parts: Sequence[Any], rows: Rows, count: int) -> Any:
     if isinstance(output, Tensor):
         return rows.join(parts)
     return tuple(
         rows.join([part[place] for part in parts]) if isinstance(each, Tensor) and each.shape[0] == count else each
         for place, each in enumerate(output)
     )
-
-
-def total_rows(groups: tuple[Group, ...]) -> int:
-    """How many rows the groups have together."""
-    return sum(len(group.rows or ()) for group in groups)
 
 
 def junction_of(module: nn.Module) -> Junction | None:

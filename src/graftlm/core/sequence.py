@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graftlm.core.routing import entries
+from graftlm.core.groups import Group, Rows
 from graftlm.errors import Finding, RoutingError
 
 if TYPE_CHECKING:
-    from graftlm.core.junction import Group, Junction
+    from graftlm.core.junction import Junction
 
 __all__ = ["Layout", "check_cache", "positions_by_mask", "takes"]
 
@@ -109,15 +109,12 @@ class Layout:
             )
         rows, tokens = int(source.shape[0]), int(source.shape[1])
         by_row = _by_row(groups, rows)
-        lengths = [sum(d.length for d in group.prompts if d.position != "slots") for group in by_row]
+        lengths = [group.inserted for group in by_row]
         shift = torch.tensor([group.shift for group in by_row], device=source.device)
         longest = max(lengths)
         filled = int(cache.get_seq_length()) if cache is not None else 0
         if filled and (longest or getattr(cache, _MARK, None) is not None):
             return cls._later(module, given, cache, lengths, shift, tokens, filled)
-        if not longest and not any(group.prompts for group in groups):
-            _move(module, given, shift, tokens, filled)
-            return cls(given, None, None)
         if not filled:
             _put_in_slots(module, junction, groups, given)
         if not longest:
@@ -135,20 +132,15 @@ class Layout:
         rows, tokens, width = embeddings.shape
         longest = max(lengths)
         order = _Order.of(by_row, mask, rows, tokens, longest, junction.causal, embeddings.device)
-        virtual = embeddings.new_zeros(rows, longest, width)
-        for group in groups:
-            if not group.prompts or not (length := sum(d.length for d in group.prompts if d.position != "slots")):
-                continue
-            index = _entries(groups, group, rows, embeddings.device)
-            own = embeddings if index is None else embeddings.index_select(0, index)
-            own_mask = None if mask is None else (mask if index is None else mask.index_select(0, index)).bool()
-            pieces = [
-                delta.tokens(own, own_mask).to(embeddings).expand(own.shape[0], -1, -1)
-                for delta in group.prompts
-                if delta.position != "slots"
+        cut = Rows.of(groups, rows, embeddings.device)
+        virtual = cut.join(
+            [
+                nn.functional.pad(torch.cat(pieces, dim=1), (0, 0, 0, longest - group.inserted))
+                if (pieces := _vectors(group, own, own_mask))
+                else own.new_zeros(own.shape[0], longest, width)
+                for group, own, own_mask in zip(groups, cut.split(embeddings), _masks(cut, mask), strict=True)
             ]
-            placed = nn.functional.pad(torch.cat(pieces, dim=1), (0, 0, 0, longest - length))
-            virtual = placed if index is None else virtual.index_copy(0, index, placed)
+        )
         given = dict(given)
         given.pop("input_ids", None)
         together = torch.cat([embeddings, virtual], dim=1)
@@ -175,7 +167,7 @@ class Layout:
             given["token_type_ids"] = wide.gather(1, order.order)
         junction.switch.batch.mask = order.mask if mask is not None or not full else None
         remembered = _Remembered(tuple(lengths), longest, tokens, given.get("attention_mask"))
-        return cls(given, None if junction.keeps_length else order.back, remembered)
+        return cls(given, None if junction.keeps_virtual else order.back, remembered)
 
     @classmethod
     def _later(
@@ -230,7 +222,7 @@ class Layout:
         """The mask of an encoder's output that has virtual tokens, out of the mask of its rows' own tokens."""
         rows = int(states.shape[0])
         by_row = _by_row(groups, rows)
-        lengths = [sum(d.length for d in group.prompts if d.position != "slots") for group in by_row]
+        lengths = [group.inserted for group in by_row]
         longest = max(lengths)
         if not longest or (mask is None and min(lengths) == longest):
             return mask
@@ -311,24 +303,27 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _entries(groups: Sequence[Group], group: Group, rows: int, device: torch.device) -> Tensor | None:
-    if group.rows is None:
-        return None
-    return entries(group.rows, rows, sum(len(each.rows or ()) for each in groups), device)
+def _masks(cut: Rows, mask: Tensor | None) -> Sequence[Tensor | None]:
+    """Which tokens are real, by group."""
+    return [None] * len(cut.sizes) if mask is None else cut.split(mask.bool())
+
+
+def _vectors(group: Group, embeddings: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """What a group puts in between its rows' tokens, each [rows, length, width]."""
+    return [
+        delta.tokens(embeddings, mask).to(embeddings).expand(embeddings.shape[0], -1, -1)
+        for delta in group.prompts
+        if delta.position != "slots"
+    ]
 
 
 def _by_row(groups: Sequence[Group], rows: int) -> list[Group]:
     """The group of each of `rows` rows. Raises RoutingError where rows cannot be told apart."""
-    if groups[0].rows is None:
-        return [groups[0]] * rows
-    total = sum(len(group.rows or ()) for group in groups)
-    if rows % total:
-        raise RoutingError(Finding("R104", f"the routing has {total} choices, the batch has {rows} rows"))
-    found: list[Group] = [groups[0]] * rows
-    for group in groups:
-        for place in entries(group.rows or (), rows, total, torch.device("cpu")).tolist():
-            found[place] = group
-    return found
+    cut = Rows.of(groups, rows, torch.device("cpu"))
+    order = torch.arange(len(groups)).repeat_interleave(torch.tensor(cut.sizes))
+    if cut.back is not None:
+        order = order[cut.back]
+    return [groups[place] for place in order.tolist()]
 
 
 def _embedded(module: nn.Module, given: Mapping[str, Any]) -> Tensor:
@@ -342,18 +337,20 @@ def _embedded(module: nn.Module, given: Mapping[str, Any]) -> Tensor:
 
 def _put_in_slots(module: nn.Module, junction: Junction, groups: Sequence[Group], given: dict[str, Any]) -> None:
     """Replace the tokens that mark a slot by virtual tokens."""
-    for group in groups:
+    if not any(delta.position == "slots" for group in groups for delta in group.prompts):
+        return
+    ids = given.get("input_ids")
+    if ids is None:
+        raise RoutingError(
+            Finding("R114", f"the slots at {junction.path or 'the model'} are token ids, and none were given")
+        )
+    cut = Rows.of(groups, int(ids.shape[0]), ids.device)
+    parts = list(cut.split(_embedded(module, given)))
+    masks = _masks(cut, given.get("attention_mask"))
+    for place, (group, own_ids, own_mask) in enumerate(zip(groups, cut.split(ids), masks, strict=True)):
         for delta in group.prompts:
             if delta.position != "slots":
                 continue
-            ids = given.get("input_ids")
-            if ids is None:
-                raise RoutingError(
-                    Finding("R114", f"the slots at {junction.path or 'the model'} are token ids, and none were given")
-                )
-            rows = int(ids.shape[0])
-            index = _entries(groups, group, rows, ids.device)
-            own_ids = ids if index is None else ids.index_select(0, index)
             marked = own_ids == delta.slot_token
             counts = marked.sum(dim=1)
             if bool((counts != delta.length).any()):
@@ -365,15 +362,11 @@ def _put_in_slots(module: nn.Module, junction: Junction, groups: Sequence[Group]
                         f"{delta.length} virtual tokens",
                     )
                 )
-            embeddings = _embedded(module, given)
-            own = embeddings if index is None else embeddings.index_select(0, index)
-            mask = given.get("attention_mask")
-            own_mask = None if mask is None else (mask if index is None else mask.index_select(0, index)).bool()
-            virtual = delta.tokens(own, own_mask).to(embeddings).expand(own.shape[0], -1, -1)
-            own = own.masked_scatter(marked[:, :, None].expand_as(own), virtual)
-            given["inputs_embeds"] = own if index is None else embeddings.index_copy(0, index, own)
-    if given.get("inputs_embeds") is not None:
-        given.pop("input_ids", None)
+            own = parts[place]
+            virtual = delta.tokens(own, own_mask).to(own).expand(own.shape[0], -1, -1)
+            parts[place] = own.masked_scatter(marked[:, :, None].expand_as(own), virtual)
+    given["inputs_embeds"] = cut.join(parts)
+    given.pop("input_ids", None)
 
 
 def _move(module: nn.Module, given: dict[str, Any], shift: Tensor, tokens: int, filled: int) -> None:

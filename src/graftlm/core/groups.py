@@ -1,0 +1,133 @@
+"""Groups: the deltas that act together on some rows of a batch at one module, and how a tensor falls to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graftlm.core.delta import BranchDelta, Delta, EmbedDelta, KeyValueDelta, LinearDelta, ParameterDelta, acts
+from graftlm.core.routing import entries
+from graftlm.core.sites import Site
+from graftlm.errors import Finding, RoutingError
+
+__all__ = ["Group", "Rows", "Slice", "total_rows"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The deltas at one part of a fused map."""
+
+    columns: tuple[tuple[int, int], ...]
+    deltas: tuple[LinearDelta, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The deltas that act on some rows at one module: `rows` None means all."""
+
+    rows: tuple[int, ...] | None
+    befores: tuple[LinearDelta, ...] = ()
+    adds: tuple[tuple[LinearDelta, bool], ...] = ()  # with whether it asks the base
+    afters: tuple[LinearDelta, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    parameters: tuple[tuple[str, tuple[ParameterDelta, ...]], ...] = ()
+    branches: tuple[tuple[Site, BranchDelta], ...] = ()
+    streams: tuple[BranchDelta, ...] = ()  # before the module, which is the norm behind the add
+    prefixes: tuple[KeyValueDelta, ...] = ()
+    prompts: tuple[EmbedDelta, ...] = ()
+    #: How far positions of tokens are moved by virtual tokens at attention calls.
+    shift: int = 0
+    #: Whether there are prefixes at the attention calls behind this sequence.
+    prefixed: bool = False
+    #: Whether a linear delta acts, and whether one asks the base.
+    acts: bool = field(init=False, default=False)
+    asks_base: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        # Asked at every call: worked out once.
+        asking = any(over for _, over in self.adds) or any(
+            acts(delta, "add_over") for part in self.slices for delta in part.deltas
+        )
+        object.__setattr__(self, "acts", bool(self.adds or self.afters or self.slices))
+        object.__setattr__(self, "asks_base", asking)
+
+    @property
+    def inserted(self) -> int:
+        """How many virtual tokens are put in between the rows' own; those in slots take the place of tokens."""
+        return sum(delta.length for delta in self.prompts if delta.position != "slots")
+
+    @property
+    def idle(self) -> bool:
+        """True where nothing acts."""
+        return not (self.shift or self.prefixed or self.everything)
+
+    @property
+    def everything(self) -> tuple[Delta, ...]:
+        """Every delta of the group."""
+        return (
+            *self.befores,
+            *(delta for delta, _ in self.adds),
+            *self.afters,
+            *(delta for part in self.slices for delta in part.deltas),
+            *(delta for _, deltas in self.parameters for delta in deltas),
+            *(delta for _, delta in self.branches),
+            *self.streams,
+            *self.prefixes,
+            *self.prompts,
+        )
+
+
+def total_rows(groups: Sequence[Group]) -> int:
+    """How many rows the groups have together."""
+    return sum(len(group.rows or ()) for group in groups)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The entries of each group, and how to cut a tensor into groups and put it together again at one copy.
+
+    One group for all rows is the whole tensor, with an index of None.
+    """
+
+    indices: tuple[Tensor | None, ...]
+    sizes: tuple[int, ...]
+    there: Tensor | None  # entries in the order of the groups; None where they are in that order already
+    back: Tensor | None
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], count: int, device: torch.device) -> Rows:
+        """How `count` entries fall to `groups`. Raises RoutingError where rows cannot be told apart."""
+        if groups[0].rows is None:
+            return cls((None,), (count,), None, None)
+        total = total_rows(groups)
+        if count % total:
+            raise RoutingError(Finding("R104", f"the routing has {total} choices, the batch has {count} rows"))
+        indices = tuple(entries(group.rows or (), count, total, device) for group in groups)
+        order = torch.cat(indices)
+        if bool((order == torch.arange(count, device=device)).all()):
+            return cls(indices, tuple(map(len, indices)), None, None)
+        return cls(indices, tuple(map(len, indices)), order, order.argsort())
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """The entries of each group; views where the order allows it."""
+        if self.there is not None:
+            whole = whole.index_select(0, self.there)
+        parts: tuple[Tensor, ...] = torch.split(whole, list(self.sizes))
+        return parts
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The reverse of `split`. Raises RoutingError where the parts are of different widths."""
+        if len({part.shape[1:] for part in parts}) > 1:
+            widths = sorted({int(part.shape[-1]) for part in parts})
+            raise RoutingError(
+                Finding(
+                    "R117",
+                    f"the adapters of this batch give outputs of different widths ({', '.join(map(str, widths))})",
+                    fix="one batch for each: use(model, NAME)",
+                )
+            )
+        whole = torch.cat(list(parts))
+        return whole if self.back is None else whole.index_select(0, self.back)

@@ -278,3 +278,13 @@ def test_unipelt_on_bert_base():
 def test_a_gate_learns_at_the_rate_of_what_is_behind_it():
     assert ReZero(SeriesAdapter()).learning_rate == SeriesAdapter.learning_rate
     assert Gated(LoRA() + SeriesAdapter()).learning_rate == min(LoRA.learning_rate, SeriesAdapter.learning_rate)
+
+
+def test_a_gate_at_a_module_without_tensors_is_where_the_model_is():
+    """BERT's series adapters stand at Dropout modules, which have no tensor to tell a device."""
+    with torch.device("meta"):
+        model = tf.BertForSequenceClassification(
+            tf.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+        )
+    adapter = attach(model, ReZero(SeriesAdapter(width=4)))
+    assert {parameter.device.type for parameter in adapter.parameters()} == {"meta"}

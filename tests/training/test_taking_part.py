@@ -338,6 +338,7 @@ def test_positions_taken() -> None:
         ("prompt(length=7,position=slots,slot_token=3)", 0),
         ("prefix(length=7)", 0),
         ("prefix(length=7,positions=shifted)+ptuning(length=2)", 9),
+        ("gated(prefix(length=7,positions=shifted))", 7),  # what is inside a gate takes its room too
     ):
         assert positions_taken(read_method(text)) == wanted
 

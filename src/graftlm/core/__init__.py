@@ -12,6 +12,7 @@ from graftlm.core.adapter import (
     parts_of,
     trainable,
     use,
+    without_adapters,
 )
 from graftlm.core.delta import (
     Base,
@@ -24,7 +25,7 @@ from graftlm.core.delta import (
     Port,
     WholeParameterDelta,
 )
-from graftlm.core.method import Method, Part, Samples, Sum, device_at, device_of, model_loss
+from graftlm.core.method import Method, Part, Samples, Sum, device_at, in_eval_mode, model_loss
 from graftlm.core.routing import Routing
 from graftlm.core.sites import ROLE_GROUPS, ROLES, Site, Survey, Targets, linear_kind
 from graftlm.core.summary import Summary, summary
@@ -56,7 +57,7 @@ __all__ = [
     "adapters",
     "attach",
     "device_at",
-    "device_of",
+    "in_eval_mode",
     "linear_kind",
     "model_loss",
     "original_parameters",
@@ -65,4 +66,5 @@ __all__ = [
     "survey",
     "trainable",
     "use",
+    "without_adapters",
 ]

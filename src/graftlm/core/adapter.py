@@ -40,7 +40,18 @@ from graftlm.core.sites import Site, Survey, linear_kind
 from graftlm.core.survey import survey
 from graftlm.errors import AdapterError, Finding, GraftError, MethodError, NotMergeable, RoutingError, nearest
 
-__all__ = ["Adapter", "Part", "Using", "adapters", "attach", "original_parameters", "parts_of", "trainable", "use"]
+__all__ = [
+    "Adapter",
+    "Part",
+    "Using",
+    "adapters",
+    "attach",
+    "original_parameters",
+    "parts_of",
+    "trainable",
+    "use",
+    "without_adapters",
+]
 
 _KEY = "_graftlm"
 _ENTRY = "_graftlm_entry"
@@ -453,8 +464,7 @@ def _measure(
         )
     given = samples if isinstance(samples, Samples) else Samples(list(samples))
     given = replace(given, batches=list(given.batches))
-    graft = _graft_of(model)
-    with use(model, graft.switch.merged or None) if graft else contextlib.nullcontext():
+    with without_adapters(model):
         for kind in needing:
             own = [part for part in parts if part.method is kind]
             kind.apply_measured(own, kind.measure(model, [part.site for part in own], given), model)
@@ -576,6 +586,17 @@ def use(model: nn.Module, spec: Spec) -> Using:
     before = graft.switch.asked
     graft.switch.route(routing)
     return Using(graft, before)
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The base alone for the block, with what is merged into it; the routing is put back afterwards."""
+    graft = _graft_of(model)
+    if graft is None:
+        yield
+        return
+    with use(model, graft.switch.merged or None):
+        yield
 
 
 def _at_entry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

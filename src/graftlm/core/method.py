@@ -11,9 +11,10 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from graftlm.core.delta import Delta
 from graftlm.core.sites import Site, Survey
 from graftlm.errors import Finding, MethodError
 
-__all__ = ["Method", "Part", "Samples", "Sum", "device_at", "device_of", "model_loss"]
+__all__ = ["Method", "Part", "Samples", "Sum", "device_at", "in_eval_mode", "model_loss"]
 
 #: Texts that need no quotes in a method's text: they cannot be read as anything else.
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(-[A-Za-z_][A-Za-z0-9_]*)*")
@@ -106,6 +107,11 @@ class Method:
         """Set up fresh deltas by what `measure` gave; called once, before they are attached."""
         raise NotImplementedError
 
+    @property
+    def context_taken(self) -> int:
+        """How many positions of the base's context its virtual tokens take."""
+        return 0
+
     def learning_rate_factor(self, parameter: str) -> float:
         """What the run's learning rate is multiplied by for the delta's parameter of that name (LoRA+)."""
         return 1.0
@@ -163,10 +169,16 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where `module` computes."""
-    tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
-    return tensor.device if tensor is not None else torch.device("cpu")
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; every module has its own mode back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def device_at(modules: Mapping[str, nn.Module], path: str) -> torch.device:

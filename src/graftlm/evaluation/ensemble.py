@@ -16,7 +16,6 @@ all say the same, however unsure each one is.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from graftlm.core import adapters, use
+from graftlm.core.sequence import takes
 from graftlm.errors import AdapterError, Finding, RoutingError
 from graftlm.evaluation.losses import evaluating
 
@@ -124,7 +124,7 @@ def _positions(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     generates = getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
     if mask is None or mask.dim() != 2 or not generates or "position_ids" in tensors or bool(mask[:, 0].all()):
         return {}
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes(model, "position_ids"):
         return {}
     return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 

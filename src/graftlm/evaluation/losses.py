@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from graftlm.core import in_eval_mode
 from graftlm.objectives import Objective
 
 __all__ = ["RowLosses", "batches", "evaluating", "losses", "text_scores"]
@@ -42,13 +43,8 @@ class RowLosses:
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """No gradients and evaluation mode for the block; the mode is put back after."""
-    before = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(before)
+    with in_eval_mode(model), torch.inference_mode():
+        yield
 
 
 def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

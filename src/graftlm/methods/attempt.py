@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import EmbedDelta, Method, Site, Survey, device_of
+from graftlm.core import EmbedDelta, Method, Site, Survey, device_at
 from graftlm.errors import Finding, MethodError
 from graftlm.methods.prompt import sequences, vocabulary_rows
 
@@ -60,6 +60,11 @@ class Attempt(Method):
             (self.temperature > 0, f"temperature {self.temperature} is not above 0", "temperature=2000"),
         )
 
+    @property
+    def context_taken(self) -> int:
+        """Those of the virtual tokens."""
+        return self.length
+
     def sites(self, survey: Survey) -> list[Site]:
         """The sequence of embeddings; of an encoder-decoder the encoder's."""
         return sequences(survey, "encoder", self.name)
@@ -82,7 +87,7 @@ class Attempt(Method):
             count = self.length * (self.sources + 1)
             shape = (self.sources + 1, self.length, site.in_features)
             rows = vocabulary_rows(module, count) if values else torch.empty(count, site.in_features, device="meta")
-            with torch.device(device_of(module) if values else torch.device("meta")):
+            with torch.device(device_at(modules, site.path) if values else torch.device("meta")):
                 deltas.append(AttemptDelta(rows.view(shape), self))
         return deltas
 

@@ -30,7 +30,7 @@ from graftlm.core import (
     Samples,
     Site,
     Survey,
-    device_of,
+    device_at,
 )
 from graftlm.core.delta import acts
 from graftlm.errors import Finding, MethodError
@@ -226,7 +226,7 @@ class GatedMethod(Method):
         gates: list[Gate] = []
         for number, delta in enumerate(self.method.build_all(sites, modules, values=values)):
             site, owner = sites[number], self.owner_of(number, sites)
-            with torch.device(device_of(modules[site.path]) if values else torch.device("meta")):
+            with torch.device(device_at(modules, site.path) if values else torch.device("meta")):
                 gate = gates[owner] if owner < number else self.gate_of(site, modules[site.path], delta)
             gates.append(gate)
             kind = _kind_of(delta)
@@ -250,6 +250,11 @@ class GatedMethod(Method):
     def apply_measured(self, parts: Sequence[Part], measured: Any, model: nn.Module) -> None:
         """As the method inside."""
         self.method.apply_measured(self._inside(parts), measured, model)
+
+    @property
+    def context_taken(self) -> int:
+        """As the method inside."""
+        return self.method.context_taken
 
     def learning_rate_factor(self, parameter: str) -> float:
         """As the method inside says; one for gates."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core import KeyValueDelta, Method, Part, Site, Survey, Targets, adapters, device_of, use
+from graftlm.core import KeyValueDelta, Method, Part, Site, Survey, Targets, device_at, in_eval_mode, without_adapters
 from graftlm.core.attention import recorded_keys_values
 from graftlm.core.sequence import takes
 from graftlm.core.sites import parse_layers
@@ -84,6 +84,11 @@ class PrefixTuning(Method):
             (not (self.mlp and self.tokens), "an MLP cannot start from tokens", "mlp=0"),
         )
 
+    @property
+    def context_taken(self) -> int:
+        """Those of the virtual tokens where they move the tokens'."""
+        return self.length if self.positions == "shifted" else 0
+
     def sites(self, survey: Survey) -> list[Site]:
         """The attention calls that `targets` name in `layers`."""
         found = attentions(survey, self.targets, self.layers, self.name)
@@ -118,7 +123,7 @@ class PrefixTuning(Method):
             kinds.setdefault(site.stack, []).append(site)
         made: dict[str, PrefixDelta] = {}
         for own in kinds.values():
-            with torch.device(device_of(modules[own[0].path]) if values else torch.device("meta")):
+            with torch.device(device_at(modules, own[0].path) if values else torch.device("meta")):
                 widths = [2 * site.kv_heads * site.head_width for site in own]
                 mlp = PrefixMLP(self.length, own[0].in_features, self.mlp, sum(widths))
                 for number, site in enumerate(own):
@@ -130,17 +135,8 @@ class PrefixTuning(Method):
 
     def _start_from_tokens(self, sites: Sequence[Site], deltas: Sequence[PrefixDelta], model: nn.Module) -> None:
         ids = torch.tensor([self.tokens[place % len(self.tokens)] for place in range(self.length)])
-        merged = tuple(name for name, adapter in adapters(model).items() if adapter.merged)
-        before = model.training
-        model.eval()
-        try:
-            if adapters(model):
-                with use(model, merged):
-                    found = recorded_keys_values(model, ids, [site.path for site in sites])
-            else:
-                found = recorded_keys_values(model, ids, [site.path for site in sites])
-        finally:
-            model.train(before)
+        with without_adapters(model), in_eval_mode(model):
+            found = recorded_keys_values(model, ids, [site.path for site in sites])
         for site, delta in zip(sites, deltas, strict=True):
             for own, recorded in zip((delta.prefix_key, delta.prefix_value), found[site.path], strict=True):
                 assert own is not None

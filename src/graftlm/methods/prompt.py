@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import EmbedDelta, Method, Site, Survey, device_of
+from graftlm.core import EmbedDelta, Method, Site, Survey
 from graftlm.errors import Finding, MethodError
 
 __all__ = ["POSITIONS", "PromptDelta", "PromptTuning", "embedded", "sequences", "vocabulary_rows"]
@@ -85,6 +85,11 @@ class PromptTuning(Method):
         ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
         return cls(**{"length": len(ids), "start": "text", "tokens": ids, **settings})
 
+    @property
+    def context_taken(self) -> int:
+        """Those of the virtual tokens, unless these stand in place of tokens."""
+        return 0 if self.position == "slots" else self.length
+
     def sites(self, survey: Survey) -> list[Site]:
         """The sequence of embeddings; of an encoder-decoder the encoder's, or both."""
         return sequences(survey, self.stack, self.name)
@@ -103,8 +108,8 @@ class PromptTuning(Method):
         ]
 
     def _start(self, site: Site, module: nn.Module) -> Tensor:
-        device = device_of(module)
         if self.start == "uniform":
+            device = module.get_input_embeddings().weight.device  # type: ignore[operator]
             return torch.empty(self.length, site.in_features, dtype=torch.float32, device=device).uniform_(-0.5, 0.5)
         if self.start == "text":
             return embedded(module, [self.tokens[place % len(self.tokens)] for place in range(self.length)])

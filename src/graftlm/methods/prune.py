@@ -21,7 +21,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import Method, ParameterDelta, Part, Samples, Site, Survey, Targets
+from graftlm.core import Method, ParameterDelta, Part, Samples, Site, Survey, Targets, in_eval_mode
 from graftlm.methods.parameters import weight_of, weights_at
 
 __all__ = ["Prune", "PruneDelta"]
@@ -81,8 +81,14 @@ class Prune(Method):
         weight = weight_of(self, site, module)
         delta = PruneDelta(tuple(weight.shape), self.initial is not None)
         if not delta.mask.is_meta:
-            self._set(delta, site, weight.detach().float().abs(), self._first)
+            self._begin(delta, site, weight.detach().float().abs())
         return delta
+
+    def _begin(self, delta: PruneDelta, site: Site, score: Tensor) -> None:
+        """Start from `score`, which a schedule keeps."""
+        if delta.scores is not None:
+            delta.scores.copy_(score)
+        self._set(delta, site, score, self._first)
 
     @property
     def _first(self) -> float:
@@ -90,8 +96,6 @@ class Prune(Method):
 
     def _set(self, delta: PruneDelta, site: Site, score: Tensor, sparsity: float) -> None:
         """Put the mask of `sparsity` in place; rows are outputs, whatever way round the weight is stored."""
-        if delta.scores is not None:
-            delta.scores.copy_(score)
         across = site.kind == "conv1d"
         by_row = score.T if across else score
         mask = _mask(by_row, sparsity, self.scope, self.pattern)
@@ -113,20 +117,16 @@ class Prune(Method):
 
             return hook
 
-        modes = {module: module.training for module in model.modules()}
         handles = [
             model.get_submodule(site.path).register_forward_pre_hook(note(number)) for number, site in enumerate(sites)
         ]
         try:
-            model.eval()
-            with torch.no_grad():
+            with in_eval_mode(model), torch.no_grad():
                 for batch in samples.batches:
                     samples.loss(model, batch)
         finally:
             for handle in handles:
                 handle.remove()
-            for module, mode in modes.items():
-                module.training = mode
         return [total.sqrt() for total in totals]
 
     def apply_measured(self, parts: Sequence[Part], measured: Any, model: nn.Module) -> None:
@@ -135,7 +135,7 @@ class Prune(Method):
             weight = weight_of(self, part.site, model.get_submodule(part.site.path)).detach().float().abs()
             norms = norms.to(weight.device)
             score = weight * (norms[:, None] if part.site.kind == "conv1d" else norms)
-            self._set(cast(PruneDelta, part.delta), part.site, score, self._first)
+            self._begin(cast(PruneDelta, part.delta), part.site, score)
 
     def share(self, step: int, total: int) -> float:
         """The share of zeros after optimizer step `step` of `total`."""
@@ -153,7 +153,7 @@ class Prune(Method):
         for part in parts:
             delta = cast(PruneDelta, part.delta)
             if delta.scores is not None:
-                self._set(delta, part.site, delta.scores.clone(), self.share(step, total))
+                self._set(delta, part.site, delta.scores, self.share(step, total))
 
     def bake(self, part: Part) -> Part:
         """The mask alone: what a schedule needs is dropped."""

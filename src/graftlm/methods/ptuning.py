@@ -64,6 +64,11 @@ class PTuning(Method):
             (self.stack in ("encoder", "both"), f"stack {self.stack!r} is not encoder or both", "stack=both"),
         )
 
+    @property
+    def context_taken(self) -> int:
+        """Those of the virtual tokens, unless these stand in place of tokens."""
+        return 0 if self.position == "slots" else self.length
+
     def sites(self, survey: Survey) -> Sequence[Site]:
         """The sequence of embeddings; of an encoder-decoder the encoder's, or both."""
         return sequences(survey, self.stack, self.name)

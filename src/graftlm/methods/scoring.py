@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core import Samples
+from graftlm.core import Samples, in_eval_mode
 
 __all__ = ["FROM_DATA", "SCORES", "best", "scores_from_data"]
 
@@ -30,16 +30,14 @@ def scores_from_data(model: nn.Module, parameters: Sequence[nn.Parameter], kind:
     Every batch is taken row by row. Gradients and modes are put back afterwards.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
     totals = [torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device) for parameter in parameters]
     count = 0
     try:
-        model.eval()
         for parameter in flags:
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with torch.enable_grad():
+        with in_eval_mode(model), torch.enable_grad():
             for batch in samples.batches:
                 for row in _rows(batch):
                     loss = _own_loss(model, row) if kind == "fisher" else samples.loss(model, row)
@@ -51,8 +49,6 @@ def scores_from_data(model: nn.Module, parameters: Sequence[nn.Parameter], kind:
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
     return [total / max(count, 1) for total in totals]
 
 

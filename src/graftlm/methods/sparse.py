@@ -17,7 +17,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, device_of
+from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, device_at
 from graftlm.methods.parameters import weight_of, weights_at
 from graftlm.methods.scoring import FROM_DATA, SCORES, best, scores_from_data
 
@@ -73,7 +73,7 @@ class Sparse(Method):
             scores = [torch.rand(w.shape) if self.score == "random" else w.detach().float().abs() for w in weights]
             found = [SparseDelta(i, n) for i, n in zip(self._chosen(scores), numel, strict=True)]
         return [
-            delta.to(device_of(modules[site.path])) if values else delta
+            delta.to(device_at(modules, site.path)) if values else delta
             for site, delta in zip(sites, found, strict=True)
         ]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core import Delta, LinearDelta, Method, Site, Survey, Targets, device_of
+from graftlm.core import Delta, LinearDelta, Method, Site, Survey, Targets, device_at
 
 __all__ = ["VeRA", "VeRADelta"]
 
@@ -63,7 +63,7 @@ class VeRA(Method):
         width_out = max(site.out_features for site in sites)
         deltas: list[VeRADelta] = []
         for site in sites:
-            with torch.device(device_of(modules[site.path]) if values else torch.device("meta")):
+            with torch.device(device_at(modules, site.path) if values else torch.device("meta")):
                 owner = deltas[0].shared if deltas else Projection(self.rank, width_in, width_out, self.seed)
                 delta = VeRADelta(site, self.rank, self.start, self.dropout, owner)
                 if not deltas:

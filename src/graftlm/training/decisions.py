@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from graftlm.core import Method, Sum
-from graftlm.methods import Attempt, Full, Head, Modules, PrefixTuning, PromptTuning, PTuning
+from graftlm.methods import Full, Head, Modules
 
 __all__ = [
     "context_of", "decide_epochs", "decide_learning_rate", "decide_learning_rates", "decide_length",
@@ -93,12 +93,7 @@ def positions_taken(method: Method) -> int:
         >>> positions_taken(LoRA() + PromptTuning(length=20))
         20
     """
-    return sum(
-        part.length
-        for part in method.parts
-        if (isinstance(part, (Attempt, PromptTuning, PTuning)) and getattr(part, "position", "start") != "slots")
-        or (isinstance(part, PrefixTuning) and part.positions == "shifted")
-    )
+    return sum(part.context_taken for part in method.parts)
 
 
 def decide_length(config: Any, method: Method | None = None) -> int:

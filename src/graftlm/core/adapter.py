@@ -9,7 +9,9 @@ bit-exact.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,13 +27,13 @@ from torch.utils.hooks import RemovableHandle
 from graftlm.core.attention import IMPLEMENTATIONS, attention_function, implementation_of
 from graftlm.core.delta import (
     BranchDelta,
-    Delta,
     EmbedDelta,
     KeyValueDelta,
     LinearDelta,
     ParameterDelta,
     WholeParameterDelta,
     acts,
+    folds,
 )
 from graftlm.core.junction import Junction, Replay, Switch, columns_of, junction_of
 from graftlm.core.method import Method, Part, Samples, device_at
@@ -202,10 +204,7 @@ class Adapter:
             methods += found or [kind]
         if list(map(id, methods)) == list(map(id, self.method.parts)):
             return Adapter(self.model, self.name, self.method, tuple(parts))
-        whole, *others = methods
-        for other in others:
-            whole = whole + other
-        return Adapter(self.model, self.name, whole, tuple(parts))
+        return Adapter(self.model, self.name, functools.reduce(operator.add, methods), tuple(parts))
 
     # --- what it does ---
 
@@ -224,7 +223,7 @@ class Adapter:
         if self.merged:
             return self
         for part in self.parts:
-            if not _folds(part.delta):
+            if not folds(part.delta):
                 why = f": {reason}" if (reason := getattr(part.delta, "why_not", "")) else ""
                 raise NotMergeable(
                     Finding("R201", f"{part.method.name} at {part.site.key} cannot be folded into a weight" + why)
@@ -521,14 +520,6 @@ def _adopt(part: Part, state: Mapping[str, Tensor]) -> None:
     delta.to(device)
     for parameter in delta.parameters():
         parameter.requires_grad_(trained)
-
-
-def _folds(delta: Delta) -> bool:
-    """Whether there is a merged form: for a parameter always, for a linear map where the delta says how."""
-    own = getattr(delta, "folds", None)
-    if isinstance(delta, ParameterDelta):
-        return own is not False
-    return bool(own) if own is not None else isinstance(delta, LinearDelta) and type(delta).fold is not LinearDelta.fold
 
 
 # --- routing --------------------------------------------------------------------------------------------------------

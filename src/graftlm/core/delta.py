@@ -190,3 +190,14 @@ def acts(delta: Delta, step: str) -> bool:
     if own is not None:
         return bool(own(step))
     return getattr(type(delta), step, None) is not getattr(LinearDelta, step)
+
+
+def folds(delta: Delta) -> bool:
+    """Whether there is a merged form: for a parameter always, for a linear map where the delta says how.
+
+    A delta for which it depends says so by an attribute `folds` of its own.
+    """
+    own = getattr(delta, "folds", None)
+    if isinstance(delta, ParameterDelta):
+        return own is not False
+    return bool(own) if own is not None else isinstance(delta, LinearDelta) and type(delta).fold is not LinearDelta.fold

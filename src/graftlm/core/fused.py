@@ -27,7 +27,7 @@ def qkv_columns(
 
     `args` and `kwargs` are those of a call of it. Empty where the parts overlap or leave columns out.
     """
-    free = _free_output(attention, fused, args)
+    free = _free_output(attention, fused)
     _run(attention, args, kwargs)
     query, key, value, _ = attention.__dict__["_graftlm_calls"][-1]
     found: dict[str, Tensor] = {}
@@ -45,7 +45,7 @@ def gate_up_columns(
 ) -> dict[str, Columns]:
     """The halves of a fused gate and up map: the down map's input is linear in the up half; empty where in none."""
     seen: list[Tensor] = []
-    free = _free_output(feed_forward, fused, args)
+    free = _free_output(feed_forward, fused)
     down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     half = int(free.shape[-1]) // 2
     with torch.no_grad():
@@ -60,9 +60,8 @@ def gate_up_columns(
     return {}
 
 
-def _free_output(owner: nn.Module, fused: nn.Module, args: tuple[Any, ...]) -> Tensor:
+def _free_output(owner: nn.Module, fused: nn.Module) -> Tensor:
     """Make `owner` runnable on the CPU without weights; returns the tensor that stands for the output of `fused`."""
-    del args
     width = _width(fused)
     free = torch.randn(3, 5, width, generator=_generator()).requires_grad_(True)
     for module in owner.modules():

@@ -95,11 +95,7 @@ def survey(model: nn.Module) -> Survey:
             role = None
         if layer is not None and kind is not None and not in_head:
             layers.add(layer)
-        stack = ""
-        if two_stacks:
-            stack = next((s for s in ("encoder", "decoder") if s in path.split(".")), "")
-            if flow and path in flow.cross:
-                stack = "cross"
+        stack = "cross" if two_stacks and flow and path in flow.cross else _stack_of(path, two_stacks)
         width_in, width_out = _widths(module, kind)
         site = Site(
             path=path,

@@ -114,8 +114,8 @@ class Codec(ABC):
 
     def shapes(self, parts: Sequence[Planned]) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of the file."""
-        keys = self.keys(parts)
-        return {keys[part.state_key(name)]: shape for part in parts for name, shape in part.shapes}
+        shapes = {part.state_key(name): shape for part in parts for name, shape in part.shapes}
+        return {key: shapes[name] for name, key in self.keys(parts).items()}
 
     def pack(self, parts: Sequence[Planned], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The file's tensors out of the adapter's state."""
@@ -421,12 +421,6 @@ class LoRACodec(Codec):
                 if not name.startswith("start_"):  # of the base, and not in the file
                     found[part.state_key(name)] = self.key(path, name)
         return found
-
-    def shapes(self, parts: Sequence[Planned]) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor of the file."""
-        keys = self.keys(parts)
-        shapes = {part.state_key(name): shape for part in parts for name, shape in part.shapes}
-        return {key: shapes[name] for name, key in keys.items()}
 
     def complete(self, parts: Sequence[Planned], state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """`state` with A0 and B0 of PiSSA and OLoRA, as they follow from this base's weights."""

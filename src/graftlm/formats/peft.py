@@ -9,8 +9,10 @@ unpickled, and no code is taken from a folder. Loading checks everything before 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,17 +149,16 @@ def _from_data(value: Any) -> Any:
 
 def _inner_method(items: list[Any]) -> Method:
     """The method that a method's setting is. Raises ValueError for one that is not known."""
-    whole: Method | None = None
+    if not items:
+        raise ValueError("no method inside")
+    parts: list[Method] = []
     for item in items:
         name = item.get("name") if isinstance(item, dict) else None
         kind = METHODS.get(str(name))
         if kind is None:
             raise ValueError(f"method {name!r} is not known")
-        part = kind(**_from_data(item.get("settings", {})))
-        whole = part if whole is None else whole + part
-    if whole is None:
-        raise ValueError("no method inside")
-    return whole
+        parts.append(kind(**_from_data(item.get("settings", {}))))
+    return functools.reduce(operator.add, parts)
 
 
 def _as_os_error(error: SafetensorError) -> OSError:
@@ -505,10 +506,7 @@ def _method_of(stored: _Stored, model: nn.Module) -> Method:
             faults.append(Finding("A215", f"method {name!r} cannot be read: {error}", place=place))
     if faults:
         raise AdapterError(faults)
-    whole, *others = parts
-    for other in others:
-        whole = whole + other
-    return whole
+    return functools.reduce(operator.add, parts)
 
 
 def _with_stored_embeddings(stored: _Stored, method: Method, model: nn.Module, check_base: bool) -> Method:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
+import operator
 import re
 from typing import Any
 
@@ -159,12 +161,8 @@ method = read_method
 def _read_sum(node: ast.expr, faults: list[Finding]) -> Method | None:
     """The method that a text or a part of it names; None, and what is wrong in `faults`, where it names none."""
     parts = [_read_part(summand, faults) for summand in _summands(node)]
-    whole: Method | None = None
-    for part in parts:
-        if part is None:
-            return None
-        whole = part if whole is None else whole + part
-    return whole
+    known = [part for part in parts if part is not None]
+    return functools.reduce(operator.add, known) if len(known) == len(parts) else None
 
 
 def _setting(kind: type[Method], key: str, node: ast.expr, faults: list[Finding]) -> Any:

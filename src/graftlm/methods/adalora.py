@@ -87,13 +87,18 @@ class AdaLoRA(Method):
     def budget(self, step: int, total: int, sites: int) -> int:
         """How many triplets may act after optimizer step `step` of `total`, over all `sites`."""
         start, goal = self.rank * sites, self.target_rank * sites
-        first, last = int(self.begin * total), max(int(self.end * total), int(self.begin * total) + 1)
+        first, last = self._span(total)
         if step < first:
             return start
         if step >= last:
             return goal
         left = 1 - (step - first) / (last - first)
         return goal + math.ceil((start - goal) * left**3)
+
+    def _span(self, total: int) -> tuple[int, int]:
+        """The steps between which the budget falls."""
+        first = int(self.begin * total)
+        return first, max(int(self.end * total), first + 1)
 
     def penalty(self, parts: Sequence[Part]) -> Tensor | None:
         """How far A's rows and B's columns are from orthonormal, times `orthogonality`."""
@@ -110,12 +115,12 @@ class AdaLoRA(Method):
     def after_step(self, parts: Sequence[Part], step: int, total: int) -> None:
         """Smooth the importances; hand the budget out where its turn is, and after the end keep what was chosen."""
         deltas = [cast(AdaLoRADelta, part.delta) for part in parts]
-        last = max(int(self.end * total), int(self.begin * total) + 1)
+        first, last = self._span(total)
         with torch.no_grad():
             if step <= last:
                 for delta in deltas:
                     delta.smooth(self.smoothing)
-            if int(self.begin * total) <= step <= last and (step % self.every == 0 or step == last):
+            if first <= step <= last and (step % self.every == 0 or step == last):
                 scores = torch.cat([delta.importance().cpu() for delta in deltas])
                 kept = torch.zeros_like(scores, dtype=torch.bool)
                 kept[scores.topk(self.budget(step, total, len(deltas))).indices] = True

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.core import Site, Survey, Targets
-from graftlm.core.sites import parse_layers
+from graftlm.core.sites import parse_layers, selectors
 from graftlm.errors import Finding, MethodError, nearest
 
-__all__ = ["ACTIVATIONS", "STARTS", "Bottleneck", "branch_sites", "width_of"]
+__all__ = ["ACTIVATIONS", "STARTS", "Bottleneck", "branch_sites", "width_checks", "width_of"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -46,7 +46,7 @@ def branch_sites(method: str, survey: Survey, kind: str, targets: Targets, layer
     """
     pool = [site for site in survey.branches if site.kind == kind]
     wanted = parse_layers(layers, survey.layer_count)
-    words = [word.strip() for word in (targets.split(",") if isinstance(targets, str) else targets)]
+    words = selectors(targets)
     chosen: set[str] = set()
     faults: list[Finding] = []
     if not pool:
@@ -86,6 +86,18 @@ def _is_meant(selector: str, site: Site) -> bool:
 def width_of(features: int, width: int, reduction: int | None) -> int:
     """The width m of the bottleneck between maps of `features`: `features / reduction` where that is given."""
     return max(1, features // reduction) if reduction else width
+
+
+def width_checks(width: int, reduction: int | None) -> tuple[tuple[bool, str, str], ...]:
+    """What `Method.require` must check of a bottleneck's width."""
+    return (
+        (isinstance(width, int) and width >= 1, f"width {width!r} is not a whole number from 1", "width=64"),
+        (
+            reduction is None or (isinstance(reduction, int) and reduction >= 1),
+            f"reduction {reduction!r} is not a whole number from 1",
+            "reduction=16",
+        ),
+    )
 
 
 class Bottleneck(nn.Module):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from graftlm.core import Base, LinearDelta, Site
 from graftlm.errors import Finding
-from graftlm.methods.lora import LoRA, weight_at
+from graftlm.methods.lora import LoRA, draw, weight_at
 
 __all__ = ["DoRA", "DoRADelta"]
 
@@ -87,10 +87,7 @@ class DoRADelta(LinearDelta):
         self.lora_magnitude_vector = nn.Parameter(torch.ones(width_out, dtype=torch.float32))
         self.dropout = nn.Dropout(dropout) if dropout else None
         self._known: tuple[Any, Tensor] | None = None  # the squared norms of a weight's rows, by what tells it apart
-        if start == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / rank)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        draw(self.lora_A, start, rank)
 
     def wake(self) -> None:
         """Start with B as A is."""

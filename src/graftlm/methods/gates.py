@@ -32,7 +32,7 @@ from graftlm.core import (
     Survey,
     device_at,
 )
-from graftlm.core.delta import acts
+from graftlm.core.delta import acts, folds
 from graftlm.errors import Finding, MethodError
 
 __all__ = ["Gate", "GatedBranchDelta", "GatedKeyValueDelta", "GatedLinearDelta", "GatedMethod", "GatedParameterDelta"]
@@ -102,9 +102,7 @@ class GatedLinearDelta(_Gated, LinearDelta):
     def folds(self) -> bool:
         """Whether there is a merged form: one step of a delta that has one, by a factor that is the same for all."""
         steps = {"add" if step == "add_over" else step for step in _STEPS if acts(self.inner, step)}
-        own = getattr(self.inner, "folds", None)
-        foldable = bool(own) if own is not None else type(self.inner).fold is not LinearDelta.fold
-        return foldable and not self.gate.reads_input and len(steps) == 1
+        return folds(self.inner) and not self.gate.reads_input and len(steps) == 1
 
     def before(self, x: Tensor) -> Tensor:
         """x + g (before(x) - x)."""

@@ -26,7 +26,26 @@ __all__ = ["MAM", "UniPELT"]
 
 
 @dataclass(frozen=True)
-class MAM(Method):
+class Recipe(Method):
+    """A method that stands for a sum of others."""
+
+    starts_as_identity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _ = self.parts  # says what is wrong with the settings
+
+    @cached_property
+    def parts(self) -> tuple[Method, ...]:  # made once: adapters tell them by identity
+        """The methods that it is the sum of."""
+        return self.summands()
+
+    def summands(self) -> tuple[Method, ...]:
+        """Those methods, with this one's settings."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MAM(Recipe):
     """Mix-and-match adapters: a prefix and scaled parallel adapters (He et al. 2021).
 
     `length` and `mlp` are those of the prefix, `width` and `scale` those of the adapters beside the feed-forward parts.
@@ -41,28 +60,19 @@ class MAM(Method):
     title: ClassVar[str] = "MAM adapter"
     learning_rate: ClassVar[float] = 1e-4
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 3e-3)
-    starts_as_identity: ClassVar[bool] = False
 
     length: int = 30
     mlp: int = 800
     width: int = 512
     scale: float = 4.0
 
-    def __post_init__(self) -> None:
-        _ = self._parts  # says what is wrong with the settings
-
-    @cached_property
-    def _parts(self) -> tuple[Method, ...]:
-        return (PrefixTuning(length=self.length, mlp=self.mlp), ParallelAdapter(width=self.width, scale=self.scale))
-
-    @property
-    def parts(self) -> tuple[Method, ...]:
+    def summands(self) -> tuple[Method, ...]:
         """The prefix and the adapters."""
-        return self._parts
+        return (PrefixTuning(length=self.length, mlp=self.mlp), ParallelAdapter(width=self.width, scale=self.scale))
 
 
 @dataclass(frozen=True)
-class UniPELT(Method):
+class UniPELT(Recipe):
     """A prefix, Pfeiffer adapters and LoRA, each behind a gate that reads the input (Mao et al. 2022).
 
     `length` and `mlp` are those of the prefix, `reduction` that of the adapters, `rank` that of LoRA.
@@ -78,25 +88,16 @@ class UniPELT(Method):
     title: ClassVar[str] = "UniPELT"
     learning_rate: ClassVar[float] = 5e-4
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 3e-3)
-    starts_as_identity: ClassVar[bool] = False
 
     length: int = 10
     mlp: int = 512
     reduction: int = 16
     rank: int = 8
 
-    def __post_init__(self) -> None:
-        _ = self._parts  # says what is wrong with the settings
-
-    @cached_property
-    def _parts(self) -> tuple[Method, ...]:
+    def summands(self) -> tuple[Method, ...]:
+        """The prefix, the adapters and LoRA, each behind its gates."""
         return (
             Gated(PrefixTuning(length=self.length, mlp=self.mlp)),
             Gated(SeriesAdapter(reduction=self.reduction, variant="pfeiffer")),
             Gated(LoRA(rank=self.rank, alpha=self.rank, targets="query,value")),
         )
-
-    @property
-    def parts(self) -> tuple[Method, ...]:
-        """The prefix, the adapters and LoRA, each behind its gates."""
-        return self._parts

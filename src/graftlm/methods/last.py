@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from graftlm.core import Site, Survey
 from graftlm.errors import Finding, MethodError
-from graftlm.methods.parameters import Parameters
+from graftlm.methods.parameters import Parameters, in_layers
 
 __all__ = ["Last"]
 
@@ -44,10 +44,4 @@ class Last(Parameters):
                     fix=f"count={survey.layer_count}",
                 )
             )
-        heads = {site.path for site in survey.with_role("head")}
-        first = survey.layer_count - self.count
-        return [
-            site
-            for site in survey.parameters
-            if site.layer is not None and site.layer >= first and site.path not in heads
-        ]
+        return in_layers(survey, range(survey.layer_count - self.count, survey.layer_count))

@@ -13,7 +13,7 @@ from typing import ClassVar
 from graftlm.core import Site, Survey
 from graftlm.core.sites import parse_layers
 from graftlm.errors import Finding, MethodError
-from graftlm.methods.parameters import Parameters
+from graftlm.methods.parameters import Parameters, in_layers
 
 __all__ = ["Layers"]
 
@@ -39,9 +39,7 @@ class Layers(Parameters):
     def sites(self, survey: Survey) -> list[Site]:
         """Every parameter of the chosen layers."""
         wanted = parse_layers(self.layers, survey.layer_count)
-        heads = {site.path for site in survey.with_role("head")}
-        found = [s for s in survey.parameters if s.layer is not None and s.path not in heads]
-        chosen = [site for site in found if wanted is None or site.layer in wanted]
+        chosen = in_layers(survey, range(survey.layer_count) if wanted is None else wanted)
         if not chosen:
             raise MethodError(Finding("T111", f"layers: {self.layers!r} names no layer of {survey.model_name}"))
         return chosen

@@ -41,10 +41,11 @@ from torch.nn import functional as F
 from graftlm.core import Delta, LinearDelta, Method, ParameterDelta, Part, Site, Survey, Targets
 from graftlm.core.junction import columns_of, dense
 from graftlm.errors import Finding, MethodError
+from graftlm.methods.parameters import need_values
 
 __all__ = [
     "ExpertsLoRADelta", "LoRA", "LoRADelta", "LoRAEmbeddingDelta", "LoRAPlus", "OLoRA", "PiSSA", "RsLoRA",
-    "start_of", "weight_at",
+    "draw", "start_of", "weight_at",
 ]  # fmt: skip
 
 #: Starts that A and B take from the base's weight.
@@ -282,14 +283,7 @@ def weight_at(site: Site, module: nn.Module, name: str, stored: Tensor | None = 
     Raises MethodError (in the method's `name`) where the module holds no weight of floating-point numbers.
     """
     weight = (dense(module) if stored is None else stored).detach()
-    if not weight.is_floating_point():
-        raise MethodError(
-            Finding(
-                "T133",
-                f"{name} needs the values of {site.path}, which are stored as {weight.dtype}",
-                fix="use method lora, or load the base without quantize",
-            )
-        )
+    need_values(name, site.path, weight)
     weight = weight.T if site.kind == "conv1d" else weight
     return weight[columns_of(site.columns, weight.device)] if site.columns else weight
 
@@ -336,6 +330,14 @@ def _output_scale(module: nn.Module) -> float:
     return float(scale)
 
 
+def draw(down: Tensor, start: str, rank: int) -> None:
+    """Fill A at random: uniform in +-1/sqrt(in), or normal with deviation 1/r (`gaussian`)."""
+    if start == "gaussian":
+        nn.init.normal_(down, std=1 / rank)
+    else:
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+
+
 class LoRADelta(LinearDelta):
     """The low-rank change s B A x (+ s c) at one linear map; s (B A - B0 A0) x where it starts from the weight."""
 
@@ -354,10 +356,8 @@ class LoRADelta(LinearDelta):
         from_weight = start in _FROM_WEIGHT
         self.register_buffer("start_down", torch.empty_like(self.lora_A, requires_grad=False) if from_weight else None)
         self.register_buffer("start_up", torch.empty_like(self.lora_B, requires_grad=False) if from_weight else None)
-        if start == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / rank)
-        elif not from_weight:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if not from_weight:
+            draw(self.lora_A, start, rank)
 
     def begin(self, down: Tensor, up: Tensor) -> None:
         """Start at A = A0 = `down` [rank, in] and B = B0 = `up` [out, rank], where nothing is changed."""
@@ -414,22 +414,12 @@ class ExpertsLoRADelta(ParameterDelta):
         super().__init__()
         base = module._parameters[site.parameter or ""]
         assert base is not None
-        if not base.is_floating_point():
-            raise MethodError(
-                Finding(
-                    "T133",
-                    f"lora needs the values of {site.key}, which are stored as {base.dtype}",
-                    fix="load the base without quantize",
-                )
-            )
+        need_values("lora", site.key, base)
         self.scale, self.experts = scale, int(base.shape[0])
         self.transposed = bool(getattr(module, "is_transposed", False))
         self.lora_A = nn.Parameter(torch.empty(self.experts * rank, site.in_features, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(site.out_features, rank * self.experts, dtype=torch.float32))
-        if start == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / rank)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        draw(self.lora_A, start, rank)
 
     def wake(self) -> None:
         """Start with B as A is."""

@@ -19,7 +19,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from graftlm.core import BranchDelta, Method, Site, Survey, Targets
-from graftlm.methods.bottleneck import ACTIVATIONS, Bottleneck, branch_sites, width_of
+from graftlm.methods.bottleneck import ACTIVATIONS, Bottleneck, branch_sites, width_checks, width_of
 
 __all__ = ["ParallelAdapter", "ParallelDelta"]
 
@@ -51,10 +51,7 @@ class ParallelAdapter(Method):
 
     def __post_init__(self) -> None:
         self.require(
-            (isinstance(self.width, int) and self.width >= 1, f"width {self.width!r} is not a whole number from 1",
-             "width=64"),
-            (self.reduction is None or (isinstance(self.reduction, int) and self.reduction >= 1),
-             f"reduction {self.reduction!r} is not a whole number from 1", "reduction=16"),
+            *width_checks(self.width, self.reduction),
             (self.scale > 0, f"scale {self.scale} is not above 0", "scale=4"),
             (self.activation in ACTIVATIONS, f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}",
              "activation=relu"),

@@ -5,15 +5,15 @@ The base's own tensors stay as they are, so the adapter can be routed, saved and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
-from graftlm.core import Method, Site, WholeParameterDelta
+from graftlm.core import Method, Site, Survey, WholeParameterDelta
 from graftlm.errors import Finding, MethodError
 
-__all__ = ["Parameters", "trained_copy", "weight_of", "weights_at"]
+__all__ = ["Parameters", "in_layers", "need_values", "trained_copy", "weight_of", "weights_at"]
 
 
 def trained_copy(method: Method, site: Site, module: nn.Module) -> WholeParameterDelta:
@@ -40,6 +40,12 @@ class Parameters(Method):
         return trained_copy(self, site, module)
 
 
+def in_layers(survey: Survey, wanted: Container[int]) -> list[Site]:
+    """The parameters of the `wanted` layers, without the head's."""
+    heads = {site.path for site in survey.with_role("head")}
+    return [site for site in survey.parameters if site.layer in wanted and site.path not in heads]
+
+
 def weights_at(method: Method, sites: Sequence[Site]) -> list[Site]:
     """The weights of the maps at `sites`, as sites. Raises MethodError for a part of a fused map: its weight is one."""
     parts = sorted({site.part for site in sites if site.part})
@@ -59,10 +65,17 @@ def weight_of(method: Method, site: Site, module: nn.Module) -> nn.Parameter:
     """The weight at `site`. Raises MethodError where it is stored as whole numbers."""
     weight = module._parameters["weight"]
     assert weight is not None
-    if not weight.dtype.is_floating_point:
+    need_values(method.name, site.key, weight)
+    return weight
+
+
+def need_values(name: str, place: str, tensor: Tensor) -> None:
+    """Raise MethodError in the name of a method where the numbers at `place` are stored as whole numbers."""
+    if not tensor.dtype.is_floating_point:
         raise MethodError(
             Finding(
-                "T133", f"{method.name}: {site.key} is stored as {weight.dtype}", fix="load the base without quantize"
+                "T133",
+                f"{name} needs the values of {place}, which are stored as {tensor.dtype}",
+                fix="use method lora, or load the base without quantize",
             )
         )
-    return weight

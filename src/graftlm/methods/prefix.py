@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from graftlm.core import KeyValueDelta, Method, Part, Site, Survey, Targets, device_at, in_eval_mode, without_adapters
 from graftlm.core.attention import recorded_keys_values
 from graftlm.core.sequence import takes
-from graftlm.core.sites import parse_layers
+from graftlm.core.sites import parse_layers, selectors
 from graftlm.errors import Finding, MethodError, SiteError
 
 __all__ = ["PrefixDelta", "PrefixMLP", "PrefixTuning", "attentions"]
@@ -167,7 +167,7 @@ def attentions(survey: Survey, targets: Targets, layers: str | int | Sequence[in
                 fix="prompt",
             )
         )
-    words = [word.strip() for word in (targets.split(",") if isinstance(targets, str) else targets)]
+    words = selectors(targets)
     have = list(dict.fromkeys(word for site in survey.attentions for word in _words_of(site)))
     if wrong := [word for word in words if word not in have]:
         raise SiteError(

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.core import BranchDelta, Method, Site, Survey
-from graftlm.methods.bottleneck import ACTIVATIONS, STARTS, Bottleneck, branch_sites, width_of
+from graftlm.methods.bottleneck import ACTIVATIONS, STARTS, Bottleneck, branch_sites, width_checks, width_of
 
 __all__ = ["SeriesAdapter", "SeriesDelta"]
 
@@ -70,10 +70,7 @@ class SeriesAdapter(Method):
 
     def __post_init__(self) -> None:
         self.require(
-            (isinstance(self.width, int) and self.width >= 1, f"width {self.width!r} is not a whole number from 1",
-             "width=64"),
-            (self.reduction is None or (isinstance(self.reduction, int) and self.reduction >= 1),
-             f"reduction {self.reduction!r} is not a whole number from 1", "reduction=16"),
+            *width_checks(self.width, self.reduction),
             (self.variant in _VARIANTS, f"variant {self.variant!r} is none of {', '.join(_VARIANTS)}",
              "variant=houlsby"),
             (self.activation is None or self.activation in ACTIVATIONS,

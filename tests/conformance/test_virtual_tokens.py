@@ -463,3 +463,20 @@ def test_layers_and_targets_of_a_prefix():
         attach(model, PrefixTuning(targets="query"), name="d")
     shared = attach(model, PrefixTuning(length=2, mlp=4), name="e")
     assert sum(name.endswith("mlp.embedding") for name in shared.state()) == 3  # one for each kind of attention
+
+
+@pytest.mark.parametrize("model_name", ["llama", "t5"])
+def test_each_layer_takes_its_own_rows_of_the_shared_network(model_name):
+    """All layers of one kind of attention share W_1 and E; the rows of W_2 are laid side by side, each used once."""
+    adapter = attach(tiny(model_name), PrefixTuning(length=3, mlp=8))
+    kinds = {}
+    for part in adapter.parts:
+        kinds.setdefault(part.site.stack, []).append(part)
+    assert len(kinds) == (3 if model_name == "t5" else 1)
+    for parts in kinds.values():
+        mlp = parts[0].delta.mlp
+        assert all(part.delta.mlp is None for part in parts[1:])
+        whole = mlp.last(torch.tanh(mlp.first(mlp.embedding)))
+        laid = torch.cat([flat for part in parts for flat in part.delta.flat()], dim=1)
+        assert torch.equal(laid, whole) or torch.allclose(laid, whole, atol=1e-6)
+        assert laid.shape[1] == mlp.last.out_features

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from graftlm.core import Samples, attach, use
 from graftlm.errors import MethodError
-from graftlm.methods import AdaLoRA, LoRA, Prune, Sparse, VeRA
+from graftlm.methods import AdaLoRA, LoRA, Prune, ReZero, Sparse, VeRA
 from graftlm.methods.scoring import FROM_DATA, best
+from graftlm.methods.sparse import SparseDelta
 from models_for_tests import inputs_for, logits_of, loss_of, perturb, tiny
 
 
@@ -227,3 +228,47 @@ def test_a_part_of_a_fused_weight_is_refused(method):
         attach(tiny("gpt2"), method)
     assert caught.value.findings[0].code == "T161"
     assert caught.value.findings[0].fix == "targets=c_attn"
+
+
+@pytest.mark.parametrize("model_name", ["llama", "gpt2"])  # weights [out, in] and [in, out]
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_sparse_product_beside_the_map_is_the_changed_weight(model_name, gated, tokens, monkeypatch):
+    model = tiny(model_name).double()
+    method = Sparse(fraction=0.05, score="random")
+    adapter = attach(model, ReZero(method, start=0.5) if gated else method)
+    perturb(adapter)
+    for part in adapter.parts:  # as another tool might have stored them
+        delta = part.delta.inner if gated else part.delta
+        delta.index.copy_(delta.index[torch.randperm(len(delta.index))])
+    batch = inputs_for(model, rows=1, tokens=tokens)
+
+    def values_and_gradients():
+        adapter.requires_grad_()
+        logits = model(**batch).logits
+        found = torch.autograd.grad(logits.square().sum(), list(adapter.parameters()))
+        with torch.no_grad():
+            return logits, model(**batch).logits, *found
+
+    counted = []
+    add = SparseDelta.add
+    monkeypatch.setattr(SparseDelta, "add", lambda self, x: counted.append(1) or add(self, x))
+    beside = values_and_gradients()
+    # Without gradients and for many tokens it is cheaper to build the weight.
+    assert len(counted) == (2 if tokens == 1 else 1) * len(adapter.parts)
+    monkeypatch.setattr(SparseDelta, "adds", lambda self, x, rows: False)
+    for found, wanted in zip(beside, values_and_gradients(), strict=True):
+        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()  # llama has its norms in float32
+
+
+def test_training_a_few_entries_keeps_no_weight_for_the_backward_pass():
+    model = tiny("llama").train()
+    adapter = attach(model, Sparse(fraction=0.01))
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shapes = {part.delta.shape for part in adapter.parts}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss_of(model).backward()
+    others = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in own]
+    assert others
+    assert not shapes & {shape for tensor in others for shape in (tuple(tensor.shape), tuple(tensor.shape[::-1]))}

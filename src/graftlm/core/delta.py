@@ -101,9 +101,21 @@ class LinearDelta(Delta):
 
 
 class ParameterDelta(Delta):
-    """A delta that stands for one parameter of a module. Several at one parameter add up their changes."""
+    """A delta that stands for one parameter of a module. Several at one parameter add up their changes.
+
+    Where it stands for the weight of a linear map it may have an `add` too, the same change beside the map: `add(x)` is
+    then what a changed weight adds to the output, and `adds` says when that is the cheaper way.
+    """
 
     port: ClassVar[Port] = "param"
+
+    def adds(self, x: Tensor, rows: bool) -> bool:
+        """Whether `add` is to be called for the input `x` instead of `parameter`; `rows`: for some rows of a batch."""
+        return False
+
+    def add(self, x: Tensor) -> Tensor:
+        """What the changed weight adds to the output of its map, [..., out], for the input `x` [..., in]."""
+        raise NotImplementedError
 
     def parameter(self, base: Tensor) -> Tensor:
         """The parameter that the module computes with, in the type of `base`; differentiable in the delta's own."""

@@ -34,6 +34,7 @@ class Group:
     afters: tuple[LinearDelta, ...] = ()
     slices: tuple[Slice, ...] = ()
     parameters: tuple[tuple[str, tuple[ParameterDelta, ...]], ...] = ()
+    products: tuple[ParameterDelta, ...] = ()  # those of `parameters` that may act beside their map
     branches: tuple[tuple[Site, BranchDelta], ...] = ()
     streams: tuple[BranchDelta, ...] = ()  # before the module, which is the norm behind the add
     prefixes: tuple[KeyValueDelta, ...] = ()
@@ -53,6 +54,10 @@ class Group:
         )
         object.__setattr__(self, "acts", bool(self.adds or self.afters or self.slices))
         object.__setattr__(self, "asks_base", asking)
+
+    def beside(self, x: Tensor) -> tuple[ParameterDelta, ...]:
+        """The parameter deltas that act beside their map for this input, not through a changed weight."""
+        return tuple(delta for delta in self.products if delta.adds(x, self.rows is not None))
 
     @property
     def inserted(self) -> int:

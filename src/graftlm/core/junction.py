@@ -125,6 +125,8 @@ class Junction:
 
     def __init__(self, module: nn.Module, path: str, rows: str, switch: Switch) -> None:
         self.path, self.rows, self.switch = path, rows, switch
+        #: Whether the module is a linear map.
+        self.maps = linear_kind(module) in ("linear", "conv1d")
         self.deltas: dict[str, list[tuple[Site, str, Delta]]] = {}  # adapter -> (site, parameter name, delta)
         #: Adapters with a delta elsewhere that reads what this module is given.
         self.watchers: set[str] = set()
@@ -177,6 +179,10 @@ class Junction:
 
     # --- the plan ---
 
+    def _products(self, parameters: Iterable[ParameterDelta]) -> tuple[ParameterDelta, ...]:
+        """Those of the weight's `parameters` that may act beside the map."""
+        return tuple(delta for delta in parameters if type(delta).adds is not ParameterDelta.adds) if self.maps else ()
+
     def plan(self) -> tuple[Group, ...]:
         """The groups of the routing in force, without idle ones where one choice holds for all rows."""
         routing = self.switch.current()
@@ -209,8 +215,10 @@ class Junction:
                     others["streams"].append(delta)
                 else:
                     others["branches"].append((site, delta))
+        asking = any(acts(delta, "add_over") for delta in (*linear, *(d for part in slices.values() for d in part)))
         return Group(
             rows,
+            products=() if asking else self._products(parameters.get("weight", ())),
             befores=tuple(delta for delta in linear if acts(delta, "before")),
             adds=tuple(
                 (delta, acts(delta, "add_over")) for delta in linear if acts(delta, "add") or acts(delta, "add_over")
@@ -253,7 +261,7 @@ class Junction:
             self._splice = Splice(module, self, groups, x)
         if groups[0].rows is None:
             group = groups[0]
-            self._replace(module, group)
+            self._replace(module, group, group.beside(x))
             if not (group.befores or group.streams):
                 return None
             for delta in group.befores:
@@ -349,6 +357,8 @@ class Junction:
 
         `index` are its entries in the `whole` input, None for all.
         """
+        for product in group.beside(x) if group.products else ():
+            output = output + product.add(x).to(output.dtype)
         if group.acts:
             base = self._base(module, output, index, whole) if group.asks_base else None
             for delta, over in group.adds:
@@ -413,10 +423,11 @@ class Junction:
             )
         parts = list(_split_output(output, rows, count))
         for place, (group, index) in enumerate(zip(groups, rows.indices, strict=True)):
-            if group.parameters:
+            beside = group.beside(given[place])
+            if len(beside) < sum(len(deltas) for _, deltas in group.parameters):
                 assert index is not None
                 # The rows again, with this group's parameters; module.forward, so that no hook runs twice.
-                self._replace(module, group)
+                self._replace(module, group, beside)
                 try:
                     part_args, part_kwargs = _split(args, kwargs, count, index)
                     part = module.forward(*part_args, **part_kwargs)
@@ -425,7 +436,7 @@ class Junction:
                     parts[place] = self._changed(module, group, given[place], part, index, x)
                 finally:
                     self._put_back(module)
-            elif group.acts or group.branches:
+            elif group.acts or group.branches or beside:
                 parts[place] = self._changed(module, group, given[place], parts[place], index, x)
         return _join_output(output, parts, rows, count)
 
@@ -436,8 +447,13 @@ class Junction:
             self._kept_rows = kept = (groups, count, device, Rows.of(groups, count, device))
         return kept[3]
 
-    def _replace(self, module: nn.Module, group: Group) -> None:
+    def _replace(self, module: nn.Module, group: Group, beside: Sequence[ParameterDelta]) -> None:
+        """Put the parameters of `group` in place; what acts `beside` its map is left out."""
         for name, deltas in group.parameters:
+            if beside:
+                deltas = tuple(delta for delta in deltas if not any(delta is other for other in beside))
+                if not deltas:
+                    continue
             now = module._parameters[name]
             assert now is not None
             self._taken[name] = now

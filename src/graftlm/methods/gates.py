@@ -145,6 +145,16 @@ class GatedParameterDelta(_Gated, ParameterDelta):
         """W + g (parameter(W) - W)."""
         return base + self.gate.factor(base, None) * (self.inner.parameter(base) - base)
 
+    def adds(self, x: Tensor, rows: bool) -> bool:
+        """As the delta inside."""
+        return self.inner.adds(x, rows)
+
+    def add(self, x: Tensor) -> Tensor:
+        """g add(x)."""
+        change = self.inner.add(x)
+        factor: Tensor = self.gate.factor(change, None)
+        return factor * change
+
 
 class GatedBranchDelta(_Gated, BranchDelta):
     """A gate around a delta at a sublayer; a gate that reads the input reads what the delta inside reads."""

@@ -3,25 +3,33 @@
     W' = W + scatter(index, value),   k entries in all, chosen once by score (`graftlm.methods.scoring`)
 
 Only the indices (int32 where they fit) and the values are held and optimised, so a step's memory beyond the forward
-is that of k numbers; masking gradients instead would keep full-size moments and decay what is not chosen. Start:
-values zero. Parameters: k = int(fraction * N) over the N entries of the targeted weights (`scope=global`), or of each
-tensor by itself.
+is that of k numbers; masking gradients instead would keep full-size moments and decay what is not chosen. Where few
+entries change, the map stays as it is and the change is a sparse product beside it, so that no changed weight and no
+gradient of a whole weight is ever built. Start: values zero. Parameters: k = int(fraction * N) over the N entries of
+the targeted weights (`scope=global`), or of each tensor by itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, device_at
 from graftlm.methods.parameters import weight_of, weights_at
 from graftlm.methods.scoring import FROM_DATA, SCORES, best, scores_from_data
 
 __all__ = ["Sparse", "SparseDelta"]
+
+#: A weight of fewer than one changed entry in so many is multiplied beside the map where that saves a product.
+_SPARSE = 8
+#: How many entries of a weight are built in the time of one multiplication by a chosen entry.
+_BUILT = 4
 
 
 @dataclass(frozen=True)
@@ -67,11 +75,14 @@ class Sparse(Method):
         if not values or self.score in FROM_DATA:
             # How many fall to each tensor is known later; an even share stands for it.
             with torch.device("meta" if not values else "cpu"):
-                counts = [max(1, int(self.fraction * each)) for each in numel]
-                found = [SparseDelta(torch.arange(count), each) for count, each in zip(counts, numel, strict=True)]
+                chosen = [torch.arange(max(1, int(self.fraction * each))) for each in numel]
         else:
             scores = [torch.rand(w.shape) if self.score == "random" else w.detach().float().abs() for w in weights]
-            found = [SparseDelta(i, n) for i, n in zip(self._chosen(scores), numel, strict=True)]
+            chosen = self._chosen(scores)
+        found = [
+            SparseDelta(index, tuple(weight.shape), across=site.kind == "conv1d")
+            for index, weight, site in zip(chosen, weights, sites, strict=True)
+        ]
         return [
             delta.to(device_at(modules, site.path)) if values else delta
             for site, delta in zip(sites, found, strict=True)
@@ -100,16 +111,18 @@ class Sparse(Method):
 
 
 class SparseDelta(ParameterDelta):
-    """Trained values at chosen flat indices of one weight."""
+    """Trained values at chosen flat indices of one weight, stored [out, in], or `across` as [in, out]."""
 
     sizes_from_state: ClassVar[bool] = True
     index: Tensor
 
-    def __init__(self, index: Tensor, numel: int) -> None:
+    def __init__(self, index: Tensor, shape: tuple[int, ...], *, across: bool = False) -> None:
         super().__init__()
-        self.kind = torch.int32 if numel < 2**31 else torch.int64
+        self.shape, self.across = shape, across
+        self.kind = torch.int32 if math.prod(shape) < 2**31 else torch.int64
         self.register_buffer("index", index.to(self.kind))
         self.value = nn.Parameter(torch.zeros(index.shape, dtype=torch.float32, device=index.device))
+        self._kept: tuple[Any, ...] = (None,)
 
     def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Take as many entries as a stored state has."""
@@ -128,3 +141,46 @@ class SparseDelta(ParameterDelta):
         """The weight with the values added at their places."""
         flat = base.detach().reshape(-1)
         return flat.index_add(0, self.index.long(), self.value.to(base.dtype)).view(base.shape)
+
+    def adds(self, x: Tensor, rows: bool) -> bool:
+        """Whether `add` is cheaper than a changed weight for an input `x` [..., in].
+
+        For some `rows` of a batch a changed weight means a product of their own with it, and for training the gradient
+        of all of it; for all rows, only that it is built.
+        """
+        entries, total = self.index.numel(), math.prod(self.shape)
+        if rows or torch.is_grad_enabled():
+            return entries * _SPARSE < total
+        return entries * (x.numel() // x.shape[-1]) * _BUILT < total
+
+    def add(self, x: Tensor) -> Tensor:
+        """What the values add to the map's output, [..., out], for its input x [..., in]."""
+        starts, outputs, inputs, order = self._layout()
+        value = (self.value if order is None else self.value.index_select(0, order)).to(x.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        if len(flat) == 1:
+            change = flat.new_zeros(1, len(starts)).index_add(1, outputs, flat.index_select(1, inputs) * value)
+        else:
+            # A bag for each output: the sum of its inputs' columns, weighted by its values.
+            change = F.embedding_bag(inputs, flat.T.contiguous(), starts, per_sample_weights=value, mode="sum").T
+        return change.view(*x.shape[:-1], -1)
+
+    def _layout(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Where each output's entries start, and each entry's output and input, by output; its place if another."""
+        index = self.index
+        known = (index, None if index.is_inference() else index._version, index.device)
+        if self._kept[0] is not index or self._kept[1:3] != known[1:] or known[1] is None:
+            index = index.long()
+            width = self.shape[1]
+            outputs, inputs = index // width, index % width
+            if self.across:
+                outputs, inputs = inputs, outputs
+            order = None
+            if bool((outputs[1:] < outputs[:-1]).any()):
+                order = outputs.argsort(stable=True)
+                outputs, inputs = outputs[order], inputs[order]
+            counts = outputs.bincount(minlength=self.shape[1 if self.across else 0])
+            small = (tensor.to(self.kind) for tensor in (counts.cumsum(0) - counts, outputs, inputs))
+            self._kept = (*known, (*small, order))
+        found: tuple[Tensor, Tensor, Tensor, Tensor | None] = self._kept[3]
+        return found

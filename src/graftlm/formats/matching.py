@@ -12,15 +12,18 @@ from typing import Any
 
 from torch import nn
 
-from graftlm.core import linear_kind
+from graftlm.core import Survey, linear_kind
+from graftlm.errors import Finding, GraftError, nearest
 
 __all__ = [
     "exactly",
     "kept",
     "parameter_suffixes",
     "pattern_of",
+    "selectors_for",
     "shortest_suffixes",
     "targeted",
+    "targeted_maps",
     "targeted_parameters",
 ]
 
@@ -48,6 +51,31 @@ def targeted(config: Mapping[str, Any], model: nn.Module) -> list[str]:
         if hit:
             found.append(path)
     return found
+
+
+def targeted_maps(
+    config: Mapping[str, Any], model: nn.Module, peft_type: str, kinds: Iterable[str]
+) -> tuple[list[str], list[Finding]]:
+    """As `targeted`, with what is wrong with it: words that match nothing, modules that are none of `kinds`."""
+    words = config.get("target_modules")
+    if not words:
+        return [], []
+    paths = targeted(config, model)
+    modules = dict(model.named_modules())
+    faults = []
+    if not paths:
+        names = {path.rpartition(".")[2] for path, module in modules.items() if linear_kind(module)}
+        shown = words if isinstance(words, str) else ", ".join(map(str, words[:4]))
+        close = [near for word in (words if isinstance(words, list) else [words]) for near in nearest(word, names)]
+        hint = f", nearest: {', '.join(dict.fromkeys(close))}" if close else ""
+        faults.append(Finding("A217", f"target_modules ({shown}) match nothing in {type(model).__name__}{hint}"))
+    allowed = tuple(kinds)
+    faults += [
+        Finding("A217", f"{path} is a {type(modules[path]).__name__}, which {peft_type} cannot target here")
+        for path in paths
+        if linear_kind(modules[path]) not in allowed
+    ]
+    return paths, faults
 
 
 def targeted_parameters(words: Iterable[str], model: nn.Module) -> list[str]:
@@ -86,6 +114,18 @@ def parameter_suffixes(wanted: Iterable[str], model: nn.Module) -> list[str]:
     chosen = set(wanted)
     taken = {suffix for name, _ in model.named_parameters() if name not in chosen for suffix in _suffixes(name)}
     return sorted({next((s for s in _suffixes(name)[1:] if s not in taken), name) for name in chosen})
+
+
+def selectors_for(words: str | Sequence[str], paths: Sequence[str], here: Survey) -> list[str]:
+    """Our selectors for exactly `paths`: PEFT's words where ours mean the same by them, else exact paths."""
+    if not isinstance(words, str):
+        words = sorted(words)
+        try:
+            if {site.path for site in here.select(words)} == set(paths):
+                return list(words)
+        except GraftError:
+            pass
+    return [exactly(path) for path in paths]
 
 
 def exactly(path: str) -> str:

@@ -1,0 +1,24 @@
+"""The table from methods to PEFT's words and back: one codec a method of PEFT's.
+
+`CODECS` lists them; a new one is a subclass of `Codec` in a file of its own or beside its kin, and one entry here.
+"""
+
+from __future__ import annotations
+
+from graftlm.core import Method
+from graftlm.formats.codecs.beside import beside, understood
+from graftlm.formats.codecs.codec import PREFIX, Codec, Planned, lacks
+from graftlm.formats.codecs.lora import LoRACodec
+from graftlm.formats.codecs.virtual import PrefixTuningCodec, PromptTuningCodec, PTuningCodec
+
+__all__ = ["CODECS", "PREFIX", "Codec", "Planned", "beside", "codec_of", "lacks", "understood"]
+
+#: Every codec by PEFT's name of its method.
+CODECS: dict[str, Codec] = {
+    codec.peft_type: codec for codec in (LoRACodec(), PromptTuningCodec(), PTuningCodec(), PrefixTuningCodec())
+}
+
+
+def codec_of(method: Method) -> Codec | None:
+    """The codec that writes `method`, if PEFT has a word for it."""
+    return next((codec for codec in CODECS.values() if isinstance(method, codec.method)), None)

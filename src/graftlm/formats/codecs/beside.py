@@ -1,0 +1,166 @@
+"""What may stand beside any of PEFT's methods: modules trained whole (`modules_to_save`) and biases (`bias`).
+
+They are written and read here for all codecs alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from graftlm.core import Method, Part, Survey, WholeParameterDelta, survey
+from graftlm.errors import AdapterError, Finding, GraftError
+from graftlm.formats.codecs.codec import Codec
+from graftlm.formats.matching import exactly, kept
+from graftlm.methods import BitFit, Head, Modules
+
+__all__ = ["beside", "understood"]
+
+
+def beside(codec: Codec, parts: Sequence[Part], targets: Iterable[str], model: nn.Module) -> dict[str, Any] | None:
+    """`bias`, `modules_to_save` and `task_type` for the parameters that `parts` train; None where PEFT has no words."""
+    if not all(
+        isinstance(part.method, (Head, Modules, BitFit))
+        and isinstance(part.delta, WholeParameterDelta)
+        and not part.site.aliases
+        for part in parts
+    ):
+        return None
+    names = _parameter_names(model)
+    trained = {part.site.key for part in parts}
+    whole: list[str] = []
+    for path, _ in model.named_modules(remove_duplicate=False):
+        own = [name for name in names if name.startswith(path + ".")]
+        inside = any(path.startswith(outer + ".") for outer in whole)
+        if path and own and not inside and trained.issuperset(own):
+            if all(name.endswith(".bias") for name in own):
+                continue  # left to `bias`
+            whole.append(path)
+    rest = {name for name in trained if not _under(whole, name)}
+    bias = "none"
+    if rest:
+        if rest == {name for name in names if name.endswith(".bias") and not _under(whole, name)}:
+            bias = "all"
+        elif rest == {f"{path}.bias" for path in targets} & names.keys():
+            bias = codec.own_biases
+        else:
+            return None
+    words = _words_for(whole, model)
+    if words is None:
+        return None
+    fields: dict[str, Any] = {"bias": bias, "modules_to_save": words or None}
+    if any(field not in codec.defaults and value not in ("none", None) for field, value in fields.items()):
+        return None
+    fields = {field: value for field, value in fields.items() if field in codec.defaults}
+    task = _task_of(model)
+    # PEFT keeps the head of these tasks by itself, and then wants it in the file.
+    if any(path not in whole for path in kept(_HEADS.get(task or "", ()), model)):
+        task = None
+    if task is None:
+        kind = type(model)
+        fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return {**fields, "task_type": task}
+
+
+def understood(codec: Codec, config: Mapping[str, Any], model: nn.Module) -> Method:
+    """The whole method that `config` says: the codec's own, and what `bias` and `modules_to_save` put beside it.
+
+    Raises as `Codec.understand` does.
+    """
+    faults = []
+    if (bias := config.get("bias", "none")) not in ("none", "all", codec.own_biases):
+        faults.append(Finding("A216", f"bias cannot be {bias!r}", fix='"bias": "none"'))
+    heads = _HEADS.get(str(config.get("task_type")), ())
+    config = {**config, "modules_to_save": [*(config.get("modules_to_save") or []), *heads]}
+    try:
+        method = codec.understand(config, model)
+    except GraftError as error:
+        raise AdapterError([*faults, *error.findings]) from None
+    if faults:
+        raise AdapterError(faults)
+    here = survey(model)
+    targets = [site.path for part in method.parts for site in part.sites(here)]
+    for other in _methods_beside(config, targets, model, here):
+        method = method + other
+    return method
+
+
+def _methods_beside(config: Mapping[str, Any], targets: Sequence[str], model: nn.Module, here: Survey) -> list[Method]:
+    found: list[Method] = []
+    names = _parameter_names(model)
+    words = config.get("modules_to_save") or []
+    whole = [path for path in kept(words, model) if any(name.startswith(path + ".") for name in names)]
+    if whole:
+        found.append(_modules(words, whole, here))
+    if (bias := config.get("bias", "none")) != "none":
+        if bias == "all":
+            keys = [name for name in names if name.endswith(".bias") and not _under(whole, name)]
+        else:
+            keys = [f"{path}.bias" for path in targets if f"{path}.bias" in names]
+        everywhere: set[str] = set()
+        with contextlib.suppress(GraftError):  # a model without biases: `bias` then says nothing
+            everywhere = {site.key for site in BitFit(add=False).sites(here)}
+        if keys:
+            found.append(
+                BitFit(add=False)
+                if everywhere == set(keys)
+                else BitFit([exactly(key.removesuffix(".bias")) for key in keys], add=False)
+            )
+    return found
+
+
+def _modules(words: Sequence[str], paths: Sequence[str], here: Survey) -> Modules:
+    """Modules by PEFT's own words where ours mean the same by them, else by exact paths."""
+    exact = Modules([exactly(path) for path in paths])
+    known = [word for word in dict.fromkeys(words) if any(path == word or path.endswith("." + word) for path in paths)]
+    try:
+        by_words = {site.key for site in Modules(known).sites(here)}
+    except GraftError:
+        return exact
+    return Modules(known) if by_words == {site.key for site in exact.sites(here)} else exact
+
+
+#: The modules that PEFT keeps for a task, whether or not its configuration says so.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+
+
+def _task_of(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    if name.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+    return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+
+
+def _parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _under(paths: Iterable[str], name: str) -> bool:
+    return any(name.startswith(path + ".") for path in paths)
+
+
+def _words_for(whole: Sequence[str], model: nn.Module) -> list[str] | None:
+    """Words that mean exactly the modules `whole` to PEFT, which also matches inside a name."""
+    words: set[str] = set()
+    for path in whole:
+        parts = path.split(".")
+        endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+        word = next((word for word in endings if set(kept([word], model)) <= set(whole)), None)
+        if word is None:
+            return None
+        words.add(word)
+    return sorted(words)

@@ -23,7 +23,7 @@ __all__ = [
     "selectors_for",
     "shortest_suffixes",
     "targeted",
-    "targeted_maps",
+    "targeted_or_faults",
     "targeted_parameters",
 ]
 
@@ -53,10 +53,10 @@ def targeted(config: Mapping[str, Any], model: nn.Module) -> list[str]:
     return found
 
 
-def targeted_maps(
-    config: Mapping[str, Any], model: nn.Module, peft_type: str, kinds: Iterable[str]
+def targeted_or_faults(
+    config: Mapping[str, Any], model: nn.Module, peft_type: str, kinds: Iterable[str] | None
 ) -> tuple[list[str], list[Finding]]:
-    """As `targeted`, with what is wrong with it: words that match nothing, modules that are none of `kinds`."""
+    """As `targeted`, with what is wrong with it: words that match nothing, modules of other `kinds` (None: of any)."""
     words = config.get("target_modules")
     if not words:
         return [], []
@@ -64,11 +64,13 @@ def targeted_maps(
     modules = dict(model.named_modules())
     faults = []
     if not paths:
-        names = {path.rpartition(".")[2] for path, module in modules.items() if linear_kind(module)}
+        names = {path.rpartition(".")[2] for path, module in modules.items() if kinds is None or linear_kind(module)}
         shown = words if isinstance(words, str) else ", ".join(map(str, words[:4]))
         close = [near for word in (words if isinstance(words, list) else [words]) for near in nearest(word, names)]
         hint = f", nearest: {', '.join(dict.fromkeys(close))}" if close else ""
         faults.append(Finding("A217", f"target_modules ({shown}) match nothing in {type(model).__name__}{hint}"))
+    if kinds is None:
+        return paths, faults
     allowed = tuple(kinds)
     faults += [
         Finding("A217", f"{path} is a {type(modules[path]).__name__}, which {peft_type} cannot target here")

@@ -62,7 +62,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, facts: Mapping[str, An
         raise AdapterError(Finding("A219", f"facts cannot be written as JSON: {error}")) from None
     model, adapter = adapter.model, adapter.baked()
     config = _describe(adapter)
-    layout = _Layout([_seen(part) for part in adapter.parts], CODECS.get(config["peft_type"]))
+    layout = _Layout(_seen(adapter.parts, model), CODECS.get(config["peft_type"]))
     tensors = {key: tensor.cpu().contiguous() for key, tensor in layout.pack(adapter.state()).items()}
     ours = {
         "base": {
@@ -97,7 +97,7 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
             back = _plan(model, understood(codec, json.loads(json.dumps(config)), model))
         except (GraftError, re.error):
             back = []
-        if _as_set(back) == _as_set([_seen(part) for part in adapter.parts]):
+        if _as_set(back, codec) == _as_set(_seen(adapter.parts, model), codec):
             return config
     return {
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
@@ -169,22 +169,29 @@ def _as_os_error(error: SafetensorError) -> OSError:
 # --- what an adapter holds, before there is one ---------------------------------------------------------------------
 
 
-def _seen(part: Part) -> Planned:
-    tensors = [*part.delta.named_parameters(), *part.delta.named_buffers()]
-    numbers = {k: v for k, v in vars(part.delta).items() if isinstance(v, (int, float)) and k != "training"}
-    return Planned(
-        part.method,
-        part.site,
-        isinstance(part.delta, WholeParameterDelta),
-        tuple((name, tuple(tensor.shape)) for name, tensor in tensors),
-        tuple(sorted(numbers.items())),
-        part.delta.sizes_from_state,
-    )
+def _seen(parts: Sequence[Part], model: nn.Module) -> list[Planned]:
+    maps = {site.path: site for site in survey(model)} if any(part.site.part for part in parts) else {}
+    found = []
+    for part in parts:
+        tensors = [*part.delta.named_parameters(), *part.delta.named_buffers()]
+        numbers = {k: v for k, v in vars(part.delta).items() if isinstance(v, (int, float)) and k != "training"}
+        found.append(
+            Planned(
+                part.method,
+                part.site,
+                isinstance(part.delta, WholeParameterDelta),
+                tuple((name, tuple(tensor.shape)) for name, tensor in tensors),
+                tuple(sorted(numbers.items())),
+                whole=maps[part.site.path] if part.site.part else None,
+                sizes_from_file=part.delta.sizes_from_state,
+            )
+        )
+    return found
 
 
 def _plan(model: nn.Module, method: Method) -> list[Planned]:
     """What `attach` would build for `method`, without its values. Raises SiteError and MethodError as `attach` does."""
-    return [_seen(part) for part in parts_of(model, method)]
+    return _seen(parts_of(model, method), model)
 
 
 class _Layout:
@@ -229,9 +236,10 @@ class _Layout:
         return {**owned, **{name: tensors[key] for name, key in self.keys.items()}}
 
 
-def _as_set(parts: Sequence[Planned]) -> set[tuple[Any, ...]]:
+def _as_set(parts: Sequence[Planned], codec: Codec) -> set[tuple[Any, ...]]:
     found: set[tuple[Any, ...]] = set()
-    for part in parts:
+    owned = [part for part in parts if isinstance(part.method, codec.method)]
+    for part in (*codec.as_written(owned), *(part for part in parts if part not in owned)):
         shapes: tuple[Any, ...] = tuple(name for name, _ in part.shapes) if part.sizes_from_file else part.shapes
         found.add((part.site.key, part.site.places, shapes, part.numbers))
     return found
@@ -274,13 +282,13 @@ def load_adapter(
     """
     stored = _read(_find(Path(folder)))
     faults = stored.faults
-    if stored.codec:
-        stored.tensors = stored.codec.effective(stored.tensors, stored.config)
     if check_base and stored.ours:
         faults += _base_faults(stored.ours, model)
     state: dict[str, Tensor] = {}
     try:
         method = _method_of(stored, model)
+        if stored.codec:
+            stored.tensors = stored.codec.effective(stored.tensors, stored.config, model)
         method = _with_stored_embeddings(stored, method, model, check_base)
         layout = _Layout(_plan(model, method), stored.codec)
     except GraftError as error:

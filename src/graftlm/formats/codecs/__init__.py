@@ -8,14 +8,26 @@ from __future__ import annotations
 from graftlm.core import Method
 from graftlm.formats.codecs.beside import beside, understood
 from graftlm.formats.codecs.codec import PREFIX, Codec, Planned, lacks
-from graftlm.formats.codecs.lora import LoRACodec
+from graftlm.formats.codecs.lora import AdaLoRACodec, LoRACodec
+from graftlm.formats.codecs.parameters import NormTuningCodec
+from graftlm.formats.codecs.vectors import IA3Codec, VeRACodec
 from graftlm.formats.codecs.virtual import PrefixTuningCodec, PromptTuningCodec, PTuningCodec
 
 __all__ = ["CODECS", "PREFIX", "Codec", "Planned", "beside", "codec_of", "lacks", "understood"]
 
 #: Every codec by PEFT's name of its method.
 CODECS: dict[str, Codec] = {
-    codec.peft_type: codec for codec in (LoRACodec(), PromptTuningCodec(), PTuningCodec(), PrefixTuningCodec())
+    codec.peft_type: codec
+    for codec in (
+        LoRACodec(),
+        AdaLoRACodec(),
+        IA3Codec(),
+        VeRACodec(),
+        NormTuningCodec(),
+        PromptTuningCodec(),
+        PTuningCodec(),
+        PrefixTuningCodec(),
+    )
 }
 
 

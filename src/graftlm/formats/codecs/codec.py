@@ -41,6 +41,8 @@ class Planned:
     is_parameter: bool
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     numbers: tuple[tuple[str, float], ...]
+    #: For a part of a fused map: the whole map.
+    whole: Site | None = None
     #: Whether only the file tells the sizes; `shapes` are then those of a fresh delta, and binding in their names only.
     sizes_from_file: bool = False
 
@@ -73,6 +75,10 @@ class Codec(ABC):
     #: Whether PEFT does nothing for a model whose task it has no name for.
     needs_task: ClassVar[bool] = False
 
+    def as_written(self, parts: Sequence[Planned]) -> Sequence[Planned]:
+        """`parts` as they come back from PEFT's words where these cut them up otherwise, and compute the same."""
+        return parts
+
     def key(self, path: str, name: str) -> str:
         """The key in the file of tensor `name` (a parameter's own name, for trained parameters) at module `path`."""
         return f"{self.prefix}{path}.{name}"
@@ -98,8 +104,9 @@ class Codec(ABC):
         """The adapter's state out of the file's tensors; the reverse of `pack`."""
         return {name: tensors[key] for name, key in self.keys(parts).items()}
 
-    def effective(self, tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:  # noqa: ARG002
-        """The file's tensors without what PEFT stores and never uses."""
+    def effective(self, tensors: dict[str, Tensor], config: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+        """The file's tensors as PEFT uses them: without what it stores in vain, with what it computes on loading."""
+        del config, model
         return tensors
 
     def complete(self, parts: Sequence[Planned], state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

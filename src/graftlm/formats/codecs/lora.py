@@ -16,7 +16,7 @@ from graftlm.formats.matching import (
     pattern_of,
     selectors_for,
     shortest_suffixes,
-    targeted_maps,
+    targeted_or_faults,
     targeted_parameters,
 )
 from graftlm.methods import DoRA, LoRA
@@ -176,7 +176,7 @@ class LoRACodec(Codec):
             faults.append(Finding("A216", "target_modules is not set"))
             raise AdapterError(faults)
         config = {"target_modules": None, **config}
-        paths, misplaced = targeted_maps(config, model, self.peft_type, ("linear", "conv1d", "embedding"))
+        paths, misplaced = targeted_or_faults(config, model, self.peft_type, ("linear", "conv1d", "embedding"))
         faults += misplaced
         experts, misfits = self._experts(config, model)
         faults += misfits
@@ -239,3 +239,99 @@ def _patterns(own: Mapping[str, Any], wanted: Mapping[str, float], default: floa
 
 def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
+
+
+class AdaLoRACodec(LoRACodec):
+    """AdaLoRA, read as the plain LoRA that it is after training: each map with the rank that was handed out to it.
+
+    PEFT's scale stays alpha / (init_r + 1e-5) whatever rank is left, and E goes into the rows of A; a map that was left
+    no rank is not changed. Our own AdaLoRA is saved as plain LoRA too, so nothing is written under this name.
+    """
+
+    peft_type = "ADALORA"
+    #: What says how AdaLoRA trained, and nothing about the result.
+    _schedule: ClassVar[dict[str, Any]] = {
+        "beta1": 0.85,
+        "beta2": 0.85,
+        "deltaT": 1,
+        "orth_reg_weight": 0.5,
+        "target_r": 8,
+        "tfinal": 0,
+        "tinit": 0,
+        "total_step": None,
+    }
+    defaults: ClassVar[Mapping[str, Any]] = {**LoRACodec.defaults, **_schedule, "init_r": 12, "rank_pattern": None}
+    reads: ClassVar[Mapping[str, tuple[type, ...]]] = {
+        **{
+            field: LoRACodec.reads[field]
+            for field in (
+                "bias", "exclude_modules", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+                "modules_to_save", "rank_pattern", "target_modules",
+            )
+        },
+        "init_r": (int,),
+    }  # fmt: skip
+    inert = LoRACodec.inert | frozenset(_schedule) | frozenset({"init_lora_weights", "r", "use_rslora"})
+
+    def key(self, path: str, name: str) -> str:
+        """The key in the file of tensor `name` of the delta at module `path`."""
+        return Codec.key(self, path, name)
+
+    def shapes(self, parts: Sequence[Planned]) -> dict[str, tuple[int, ...]]:
+        """The shapes of A, B and E."""
+        ranks = {self.key(part.site.path, "lora_E"): (dict(part.shapes)["lora_A"][0], 1) for part in parts}
+        return {**super().shapes(parts), **ranks}
+
+    def unpack(self, parts: Sequence[Planned], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A with its rows multiplied by E, and B."""
+        found = super().unpack(parts, tensors)
+        for part in parts:
+            scales = tensors[self.key(part.site.path, "lora_E")]
+            found[part.state_key("lora_A")] = scales * found[part.state_key("lora_A")]
+        return found
+
+    def effective(self, tensors: dict[str, Tensor], config: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+        """Without the empty tensors of maps that were left no rank."""
+        del config, model
+        return {key: tensor for key, tensor in tensors.items() if tensor.numel() or ".lora_" not in key}
+
+    def understand(self, config: Mapping[str, Any], model: nn.Module) -> Method:
+        """LoRA at the modules that PEFT would choose by `config`, with the ranks that it says."""
+        faults = []
+        rank, alpha = config.get("init_r", 12), float(config.get("lora_alpha", 8))
+        if rank < 1:
+            faults.append(Finding("A216", f"init_r cannot be {rank}"))
+        if not config.get("target_modules"):
+            faults.append(Finding("A216", "target_modules is not set"))
+        paths, misplaced = targeted_or_faults(config, model, self.peft_type, ("linear", "conv1d"))
+        faults += misplaced
+        left = {}
+        for name, chosen in (config.get("rank_pattern") or {}).items():
+            if (
+                not isinstance(chosen, list)
+                or len(chosen) != rank
+                or not all(isinstance(each, bool) for each in chosen)
+            ):
+                faults.append(Finding("A216", f"rank_pattern of {name} is no list of {rank} times true or false"))
+            else:
+                left[name.partition(".lora_E")[0]] = sum(chosen)
+        if not faults and paths and not any(left.get(path, rank) for path in paths):
+            faults.append(Finding("A216", "rank_pattern leaves no map a rank, so that there is nothing to load"))
+        if faults:
+            raise AdapterError(faults)
+        kept = [path for path in paths if left.get(path, rank)]
+        words = config["target_modules"] if kept == paths else ""
+        changed = {f"^{re.escape(path)}": left[path] for path in kept if left.get(path, rank) != rank}
+        return LoRA(
+            rank=rank,
+            alpha=_adalora_alpha(alpha, rank, rank),
+            dropout=float(config.get("lora_dropout", 0.0)),
+            targets=selectors_for(words, kept, survey(model)),
+            rank_pattern=changed,
+            alpha_pattern={pattern: _adalora_alpha(alpha, count, rank) for pattern, count in changed.items()},
+        )
+
+
+def _adalora_alpha(alpha: float, rank: int, start: int) -> float:
+    """The alpha with which plain LoRA of `rank` has the scale of AdaLoRA that started from rank `start`."""
+    return (alpha if alpha > 0 else float(rank)) * rank / (start + 1e-5)

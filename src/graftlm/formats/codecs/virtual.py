@@ -67,8 +67,9 @@ class PromptTuningCodec(_VirtualCodec):
         {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"}
     )
 
-    def effective(self, tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    def effective(self, tensors: dict[str, Tensor], config: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
         """Without the decoder's half, which PEFT never reads."""
+        del model
         found, length = tensors.get("prompt_embeddings"), config.get("num_virtual_tokens")
         if found is None or not isinstance(length, int) or config.get("num_transformer_submodules") != 2:
             return tensors

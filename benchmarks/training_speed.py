@@ -119,12 +119,12 @@ def ours(size: Size, case: Case, dtype: str, recompute: str) -> tuple[Callable[[
 
     model, batch = build(size, dtype), batch_of(size, case)
     adapter = graftlm.attach(model, graftlm.method(case.method))
-    objective = CausalLM(tail_only=True)
+    objective = CausalLM.of(model)
     count = objective.count(batch)
     assert recompute == "none"
 
     def loss() -> Any:
-        return objective.loss_sum(model(**objective.inputs(batch)), batch) / count
+        return objective.loss_sum(objective.outputs(model, batch), batch) / count
 
     return loss, list(adapter.parameters())
 
@@ -295,11 +295,17 @@ def table(found: dict[str, Any]) -> str:
     ]
     for name, entry in found["contenders"].items():
         losses = f"{entry['losses'][0]:.4f} to {entry['losses'][-1]:.4f}" if entry["losses"][0] is not None else ""
-        lines.append(
-            f"| {name} | {entry['cpu_s']:.3f} s | {entry['time_against']:.2f} | {entry['peak_over_rest_mib']:.0f} MiB | "
-            f"{entry['memory_against']:.2f} | {entry['tokens_per_cpu_s']} | {entry.get('products_share', 0):.2f} | "
-            f"{losses} |"
-        )
+        cells = [
+            name,
+            f"{entry['cpu_s']:.3f} s",
+            f"{entry['time_against']:.2f}",
+            f"{entry['peak_over_rest_mib']:.0f} MiB",
+            f"{entry['memory_against']:.2f}",
+            f"{entry['tokens_per_cpu_s']}",
+            f"{entry.get('products_share', 0):.2f}",
+            losses,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

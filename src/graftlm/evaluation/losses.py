@@ -62,7 +62,7 @@ def losses(
     with evaluating(model):
         for part in batches(order, batch):
             together = {k: v.to(model.device) for k, v in collate([items[at] for at in part]).items()}
-            outputs = model(**objective.inputs(together))
+            outputs = objective.outputs(model, together)
             for at, total, count in zip(part, *objective.row_losses(outputs, together), strict=True):
                 sums[at], counts[at] = total, count
     return RowLosses(sums, counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,20 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from graftlm.kernels import IGNORED, LossHead
 from graftlm.objectives.objective import Objective
 
 __all__ = ["IGNORED", "CausalLM"]
-
-#: The label of a position that costs nothing (prompts, padding).
-IGNORED = -100
 
 
 @dataclass(frozen=True)
 class CausalLM(Objective):
     """Cross-entropy of the labelled tokens; labels [rows, tokens] are not shifted, -100 where nothing is learned.
 
-    `tail_only` asks the model for logits from the first labelled position on, where the model can (transformers'
-    `logits_to_keep`): the prompt's part of the [tokens, vocabulary] matrix is never computed.
+    With the model's `head` (see `graftlm.kernels.LossHead`) no [tokens, vocabulary] matrix is ever held, and logits are
+    made where there are labels only. `tail_only` is for models whose head is not known: it asks the model for logits
+    from the first labelled position on, where the model can (transformers' `logits_to_keep`).
 
     Example:
         >>> import torch
@@ -35,16 +35,28 @@ class CausalLM(Objective):
     unit: ClassVar[str] = "tokens"
 
     tail_only: bool = False
+    head: LossHead | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> CausalLM:
+        """The objective for `model`, with its head where that is known."""
+        return cls(tail_only="logits_to_keep" in inspect.signature(model.forward).parameters, head=LossHead.of(model))
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """Token ids, mask and positions; no key-value cache."""
         names = ("input_ids", "attention_mask", "position_ids")
         found: dict[str, Any] = {name: batch[name] for name in names if name in batch} | {"use_cache": False}
-        if self.tail_only:
+        if self.tail_only and self.head is None:
             labelled = (batch["labels"][:, 1:] != IGNORED).any(0).nonzero()
             first = int(labelled[0]) if len(labelled) else batch["labels"].shape[1] - 1
             found["logits_to_keep"] = batch["labels"].shape[1] - first
         return found
+
+    def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
+        """The loss of each token [rows, tokens], or what the model returns where its head is not known."""
+        if self.head is None:
+            return super().outputs(model, batch)
+        return self.head.losses(model, self.inputs(batch), batch["labels"])
 
     def count(self, batch: Mapping[str, Tensor]) -> int:
         """Labelled positions that have a token before them."""
@@ -52,11 +64,15 @@ class CausalLM(Objective):
 
     def loss_sum(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The summed negative log-likelihood in nats; logits [rows, tokens, vocabulary] are read where labels are."""
+        if isinstance(outputs, Tensor):
+            return outputs.sum()
         logits, labels, wanted = self._aligned(outputs, batch)
         return F.cross_entropy(logits[wanted].float(), labels[wanted], reduction="sum")
 
     def row_losses(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
         """Nats and labelled tokens of each row."""
+        if isinstance(outputs, Tensor):
+            return outputs.double().sum(1).tolist(), (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
         logits, labels, wanted = self._aligned(outputs, batch)
         each = torch.zeros(labels.shape, device=logits.device)
         each[wanted] = F.cross_entropy(logits[wanted].float(), labels[wanted], reduction="none")

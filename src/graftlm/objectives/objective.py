@@ -21,6 +21,10 @@ class Objective(ABC):
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the model is called with."""
 
+    def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
+        """What `loss_sum` and `row_losses` are given: the model's outputs for the batch."""
+        return model(**self.inputs(batch))
+
     @abstractmethod
     def count(self, batch: Mapping[str, Tensor]) -> int:
         """How many losses the batch sums."""

@@ -380,7 +380,7 @@ class _Work:
         objective = _objective(prepared.task, model)
 
         def loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-            return objective.loss_sum(model(**objective.inputs(batch)), batch) / max(objective.count(batch), 1)
+            return objective.loss_sum(objective.outputs(model, batch), batch) / max(objective.count(batch), 1)
 
         on_device = [{k: v.to(model.device) for k, v in batch.items() if k != "row"} for batch in batches]
         self.voice.say("", f"{method} looks at {len(chosen)} rows first")
@@ -551,7 +551,7 @@ class _Work:
                 wanted = "" if line["predicted"] == line["label"] else f", wanted {line['label']}"
                 self.voice.say("" if at else "sample", f"{_clip(line['text'], 76)}  ->  {said}{wanted}")
         else:
-            results = score_text(model, CausalLM(), prepared.eval, self.collate, adapter=name)
+            results = score_text(model, CausalLM.of(model), prepared.eval, self.collate, adapter=name)
             samples = write_samples(
                 model,
                 tokenizer,
@@ -662,11 +662,7 @@ def _codes(text: str | None) -> set[str]:
 
 def _objective(task: str, model: Any) -> Objective:
     kind = OBJECTIVES[task]
-    if kind is not CausalLM:
-        return kind()
-    import inspect
-
-    return CausalLM(tail_only="logits_to_keep" in inspect.signature(model.forward).parameters)
+    return CausalLM.of(model) if kind is CausalLM else kind()
 
 
 def _width(model: Any) -> int:

@@ -180,7 +180,7 @@ def evaluate(
     collate = Collator(opened.tokenizer.pad_token_id, max_length=opened.max_length)
     name = opened.adapter.method.parts[0].title
     if opened.task != "classify":
-        return score_text(opened.model, CausalLM(), held, collate, adapter=name)
+        return score_text(opened.model, CausalLM.of(opened.model), held, collate, adapter=name)
     assert opened.labels is not None
     # The baselines learn from the rows of the run; for other data they are not at hand.
     known = prepared.train if data is None else ()

@@ -90,7 +90,7 @@ class GraftTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The micro-batch's share of the step's mean loss."""
-        outputs = model(**self.objective.inputs(inputs))
+        outputs = self.objective.outputs(model, inputs)
         count = self.objective.count(inputs) if num_items_in_batch is None else int(num_items_in_batch)
         loss = self.objective.loss_sum(outputs, inputs) / max(count, 1)
         if not torch.isfinite(loss):

@@ -19,7 +19,7 @@ $(DEVELOP): pyproject.toml constraints.txt
 install: $(DEVELOP) ## install graftlm and everything for working on it into .venv
 
 test: $(DEVELOP) ## run the tests (minutes)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 test-slow: $(DEVELOP) ## run the tests that take long: real trainings, every block of the docs
 	$(BIN)/pytest -m slow

@@ -27,3 +27,12 @@ settings.load_profile("repeatable")
 def _seeded() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """The name of a parameter, the same in every process: those that share the work must collect the same names."""
+    if isinstance(val, (set, frozenset)):
+        return "{" + ", ".join(sorted(map(str, val))) + "}"
+    if isinstance(val, (list, tuple)):
+        return str(val) if "<" not in str(val) else None
+    return getattr(val, "__name__", None) if callable(val) else None

@@ -15,10 +15,12 @@ from graftlm.cli.usage import Verb
 
 _SCRIPT = """
 import sys, time
+import click, pydantic, rich.console, ruamel.yaml
+below_s = time.process_time()
 from graftlm.cli import main
 code = main(sys.argv[1:])
 heavy = [name for name in ("torch", "transformers", "sklearn", "datasets") if name in sys.modules]
-print(f"{code} {time.process_time():.3f} {heavy}", file=sys.stderr)
+print(f"{code} {below_s:.3f} {time.process_time():.3f} {heavy}", file=sys.stderr)
 """
 
 
@@ -26,9 +28,10 @@ print(f"{code} {time.process_time():.3f} {heavy}", file=sys.stderr)
 def test_help_is_short_quick_and_light(verb: str) -> None:
     words = [verb, "--help"] if verb else ["--help"]
     ran = subprocess.run([sys.executable, "-c", _SCRIPT, *words], capture_output=True, text=True, check=True)
-    code, cpu_s, heavy = ran.stderr.strip().splitlines()[-1].split(" ", 2)
+    code, below_s, cpu_s, heavy = ran.stderr.strip().splitlines()[-1].split(" ", 3)
     assert (code, heavy) == ("0", "[]")
-    assert float(cpu_s) < 0.5  # of processor time: a busy machine must not fail the test
+    # Processor time, and at most four times what Python and the libraries below take: a slow machine must not fail it.
+    assert float(cpu_s) < max(0.5, 4 * float(below_s))
     lines = ran.stdout.splitlines()
     assert 5 < len(lines) <= 60
     at = lines.index("Examples:")

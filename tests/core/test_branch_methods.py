@@ -222,7 +222,6 @@ def test_houlsby_on_bert_large(width, published):
         (bart_large, ParallelAdapter(width=1024), 50_380_800),
         (bart_large, SeriesAdapter(width=600, variant="pfeiffer"), 29_530_176),
     ],
-    ids=str,
 )
 def test_published_sizes(model, method, published):
     assert count(model(), method) == published

@@ -24,7 +24,6 @@ CHOICES = st.none() | NAMES | st.lists(NAMES, unique=True, max_size=3).map(tuple
         (["a", None, ("a", "b")], Routing(rows=(("a",), (), ("a", "b"))), "a, base, a + b"),
         ([None], Routing(rows=((),)), "base"),
     ],
-    ids=str,
 )
 def test_specs(spec, routing, text):
     assert read_spec(spec) == routing
@@ -35,7 +34,6 @@ def test_specs(spec, routing, text):
     ("spec", "code"),
     [([], "R101"), (("a", "a"), "R102"), ([("b", "b")], "R102"), (3, "R103"), ([3], "R103"), ([["a"]], "R103"),
      (("a", None), "R103"), ({"a": 1}, "R103"), (b"a", "R103")],
-    ids=str,
 )  # fmt: skip
 def test_bad_specs(spec, code):
     with pytest.raises(RoutingError) as caught:

@@ -58,7 +58,6 @@ _FFN = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
         (r".*\.[a-z]{1,1}_proj", both(*_ATTENTION)),
         ([r".*q_proj", "down"], both("self_attn.q_proj", "mlp.down_proj")),
     ],
-    ids=str,
 )
 def test_selectors(llama, targets, wanted):
     assert names(llama.select(targets)) == wanted
@@ -86,7 +85,6 @@ def test_norms_are_no_targets_unless_asked_for(llama):
 @pytest.mark.parametrize(
     ("layers", "wanted"),
     [("0", {0}), (1, {1}), ("-1", {1}), ("-1:", {1}), (":1", {0}), ("0-1", {0, 1}), ([0], {0}), ("0,1", {0, 1})],
-    ids=str,
 )
 def test_layers(llama, layers, wanted):
     assert {site.layer for site in llama.select("attention", layers=layers)} == wanted
@@ -220,7 +218,6 @@ def test_experts_have_no_maps_to_select():
         ("encoder/q", {"encoder"}, 2),
         (["encoder/query", "cross/key"], {"encoder", "cross"}, 4),
     ],
-    ids=str,
 )
 def test_stacks(t5, targets, stacks, count):
     found = t5.select(targets)
@@ -277,7 +274,6 @@ def test_no_layers_means_all(nothing):
     ("text", "wanted"),
     [("3", {3}), ("-1", {5}), ("0-3", {0, 1, 2, 3}), ("-4:", {2, 3, 4, 5}), (":2", {0, 1}), ("0, 2,-1", {0, 2, 5}),
      ("2:4", {2, 3}), (":", set(range(6))), (0, {0}), ([0, -1], {0, 5}), ("4:99", {4, 5})],
-    ids=str,
 )  # fmt: skip
 def test_layers_are_read(text, wanted):
     assert parse_layers(text, 6) == wanted

@@ -111,7 +111,7 @@ def commands_of_readme() -> list[str]:
 def test_readme_has_two_commands_and_ci_runs_the_second():
     first, second = commands_of_readme()
     assert first.endswith(".venv/bin/graftlm train")
-    assert second.endswith(".venv/bin/pytest")
+    assert second.endswith(".venv/bin/pytest -n auto")
     for command in (first, second):
         assert "\n" not in command
         assert "-c constraints.txt" in command

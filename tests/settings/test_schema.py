@@ -14,14 +14,18 @@ from graftlm.settings import CODES, FLAGS, SETTINGS, DataSettings, RunSettings, 
 ROOM = Path(__file__).parents[2] / "src" / "graftlm" / "settings"
 
 
+_IMPORTED = """
+import sys, time
+start = time.process_time(); import pydantic, ruamel.yaml; below_s = time.process_time() - start
+start = time.process_time(); import graftlm.settings; above_s = time.process_time() - start
+print(below_s, above_s, 'torch' in sys.modules, 'click' in sys.modules)
+"""
+
+
 def test_import_is_light_and_without_torch():
-    code = (
-        "import sys, time; start = time.process_time(); import graftlm.settings; "
-        "print(time.process_time() - start, 'torch' in sys.modules, 'click' in sys.modules)"
-    )
     runs = [
         subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", _IMPORTED],
             capture_output=True,
             text=True,
             check=True,
@@ -30,8 +34,10 @@ def test_import_is_light_and_without_torch():
         for _ in range(6)  # the first may compile, and a busy machine only ever adds: the fastest counts
     ]
     found = [run.stdout.split() for run in runs]
-    assert all(each[1:] == ["False", "False"] for each in found)
-    assert min(float(each[0]) for each in found) < 0.25
+    assert all(each[2:] == ["False", "False"] for each in found)
+    # Against the libraries below, measured in the same process: seconds differ twofold between machines.
+    below_s, above_s = (min(float(each[at]) for each in found) for at in (0, 1))
+    assert above_s < 4 * below_s, (above_s, below_s)
 
 
 @pytest.mark.parametrize("name", ["schema", "faults", "foreign", "reading", "writing", ""])

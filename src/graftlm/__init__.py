@@ -23,6 +23,7 @@ _HOMES = {
     ),
     "graftlm.evaluation": ("Ensemble", "ensemble"),
     "graftlm.models": ("load_base",),
+    "graftlm.planning": ("Plan", "plan"),
     "graftlm.formats": ("load_adapter", "save_adapter"),
     "graftlm.training": ("Run", "train"),
     "graftlm.errors": ("GraftError",),
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
         read_method,
     )
     from graftlm.models import load_base
+    from graftlm.planning import Plan, plan
     from graftlm.training import Run, train
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "MethodError",
     "ModelError",
     "NotMergeable",
+    "PlanError",
     "RoutingError",
     "RunError",
     "SettingsError",
@@ -116,6 +117,10 @@ class AdapterError(GraftError, ValueError):
 
 class RunError(GraftError, RuntimeError):
     """A run cannot start, go on or resume. Codes U1xx."""
+
+
+class PlanError(GraftError, ValueError):
+    """What a run would take cannot be told. Codes P1xx."""
 
 
 class EnvironmentFault(GraftError, RuntimeError):

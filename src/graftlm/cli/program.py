@@ -27,6 +27,7 @@ from graftlm.errors import Finding, GraftError, nearest
 __all__ = ["VERBS", "main", "program"]
 
 VERBS: dict[str, str] = {
+    "plan": "Say what a run would take, before it is started",
     "train": "Train an adapter on a data file",
     "evaluate": "Score an adapter beside its untouched base",
     "predict": "Label texts with a trained classifier",
@@ -39,6 +40,7 @@ VERBS: dict[str, str] = {
 """Every verb with its line in the help; the verb `x` is `verb` in the module `graftlm.cli.x`."""
 
 _OTHER_NAMES = {
+    "plan": "estimate memory cost budget fits",
     "train": "finetune fine-tune tune fit sft learn",
     "evaluate": "eval test score validate",
     "predict": "classify infer inference label",

@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import click
 
-from graftlm.cli.usage import UsageFault, Verb
-from graftlm.errors import Finding
-from graftlm.settings import FLAGS, Flag, Resolved, resolve
+from graftlm.cli.run_flags import resolved_from, run_flags
+from graftlm.cli.usage import Verb
 
 __all__ = ["verb"]
-
-_METAVARS = {"a number": "NUMBER", "a whole number": "COUNT", "a file": "FILE", "name=value": "NAME=VALUE"}
-
-
-def _option(flag: Flag) -> Callable[[Any], Any]:
-    """The click option (or argument) for one flag; its value stays text, `resolve` reads and checks it."""
-    if flag.is_argument:
-        return click.argument(flag.key, required=False, metavar=f"[{flag.names[0]}]")
-    text = flag.help + (f": {', '.join(flag.choices)}" if flag.choices else "")
-    metavar = "NAME" if flag.choices else _METAVARS.get(flag.kind, "ROLE=COLUMN" if flag.key == "map" else "TEXT")
-    return click.option(*flag.names, flag.key, metavar=metavar, multiple=flag.repeatable, help=text)
-
-
-def _flags(function: Callable[..., Any]) -> Callable[..., Any]:
-    for flag in reversed(FLAGS):
-        function = _option(flag)(function)
-    return function
 
 
 @click.command(
@@ -46,7 +25,7 @@ def _flags(function: Callable[..., Any]) -> Callable[..., Any]:
         "graftlm train -o runs/faq --resume",
     ],
 )
-@_flags
+@run_flags
 @click.option(
     "--resume", is_flag=True, help="Go on with the stopped run in the folder -o; its own settings need not be repeated."
 )
@@ -57,7 +36,7 @@ def verb(command: str, /, resume: bool, config: str | None, set: tuple[str, ...]
     What is learnt goes by the columns: text and label make a classifier, prompt and completion (or messages) an
     assistant, text alone a writer in that style. Everything that is not given is decided and written down.
     """
-    resolved = _resolved(config, set, flags)
+    resolved = resolved_from(config, set, flags)
     from graftlm.training import train_resolved
 
     run = train_resolved(resolved, resume=resume, command=command)
@@ -68,11 +47,3 @@ def verb(command: str, /, resume: bool, config: str | None, set: tuple[str, ...]
         click.echo(f"next     graftlm predict {folder} TEXT")
     else:
         click.echo(f"next     graftlm chat {folder} --vs base")
-
-
-def _resolved(config: str | None, sets: tuple[str, ...], flags: dict[str, str | None]) -> Resolved:
-    data = flags["data"]
-    if data is not None and data.lower().endswith((".yaml", ".yml")):
-        raise UsageFault(Finding("L104", f"{data} looks like a run file, not like data", fix=f"-c {shlex.quote(data)}"))
-    given = {key: value for key, value in flags.items() if value is not None}
-    return resolve(Path(config) if config is not None else None, given, sets)

@@ -18,7 +18,7 @@ import torch
 
 from graftlm.errors import EnvironmentFault, Finding, ModelError, nearest
 
-__all__ = ["BUNDLED", "bundled_base", "load_base", "load_config", "load_tokenizer", "resolve_base"]
+__all__ = ["BUNDLED", "bundled_base", "generates", "load_base", "load_config", "load_tokenizer", "resolve_base"]
 
 #: The name of the base that ships with graftlm.
 BUNDLED = "bundled"
@@ -159,6 +159,13 @@ def load_base(
 
 #: Encoders that transformers also lists as causal models; without being trained as such they cannot generate.
 _ENCODERS = ("BertConfig", "RobertaConfig", "XLMRobertaConfig", "ElectraConfig", "CamembertConfig", "ModernBertConfig")
+
+
+def generates(config: Any) -> bool:
+    """Whether transformers has a language model for `config` that writes text token by token."""
+    from transformers import AutoModelForCausalLM
+
+    return type(config) in AutoModelForCausalLM._model_mapping and type(config).__name__ not in _ENCODERS
 
 
 def load_config(where: str, **options: Any) -> Any:

@@ -24,13 +24,15 @@ from graftlm.core import Adapter, Method, Samples, attach, summary, use
 from graftlm.data import Collator, Prepared, prepare
 from graftlm.data.codes import WAIVABLE
 from graftlm.data.reading import read_rows
-from graftlm.errors import EnvironmentFault, Finding, GraftError, RunError, SettingsError
+from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, RunError, SettingsError
 from graftlm.evaluation import losses
 from graftlm.evaluation.losses import batches as each_of
 from graftlm.formats import load_adapter
 from graftlm.methods import read_method
 from graftlm.models import BUNDLED, fingerprint, load_base, load_config, load_tokenizer, resolve_base
 from graftlm.objectives import OBJECTIVES, CausalLM, Objective
+from graftlm.planning import Plan
+from graftlm.planning.memory import available_bytes
 from graftlm.report import write_card, write_report
 from graftlm.settings import Resolved, RunSettings, dump, resolve
 from graftlm.training import checkpoint
@@ -48,12 +50,13 @@ from graftlm.training.decisions import (
 )
 from graftlm.training.environment import environment, peak_memory_bytes
 from graftlm.training.folder import RunFolder, free_folder, lines_of
+from graftlm.training.foresight import does_not_fit, foresee
 from graftlm.training.opening import Opened
 from graftlm.training.progress import Progress, Voice, clock
 from graftlm.training.scoring import score_classification, score_text, write_samples
 from graftlm.training.trainer import GraftTrainer
 
-__all__ = ["Run", "data_of", "held_out_of", "train", "train_resolved"]
+__all__ = ["Run", "data_of", "held_out_of", "plan_resolved", "train", "train_resolved"]
 
 _BUNDLED_DATA = {"bundled:messages": "messages.csv", "bundled:answers": "answers.jsonl"}
 _EVAL_ROWS_WHILE_TRAINING = 200
@@ -189,6 +192,13 @@ def train_resolved(
                     empty.rmdir()
 
 
+def plan_resolved(resolved: Resolved) -> Plan:
+    """The plan of the run that `resolved` says; nothing is trained or written. Raises as `train_resolved` does."""
+    work = _Work(resolved.settings, resolved.origin, RunFolder("runs"), Voice(quiet=True), "", False)
+    prepared, method, _ = work._check()
+    return foresee(resolved.settings, work.config, prepared, method)
+
+
 def _with_rows(settings: RunSettings, folder: RunFolder, rows: list[Mapping[str, Any]]) -> RunSettings:
     """The rows given from Python become a file of the run, so that the run can be told and repeated."""
     place = folder.path / _ROWS
@@ -231,6 +241,7 @@ class _Work:
         self.folder.check(dump(self.settings), resume=self.resume)
         before = self.folder.record if self.resume else {}
         prepared, method, tokenizer = self._check()
+        self._foresee(prepared, method)
         torch.manual_seed(self.settings.train.seed)
         model, tokenizer = self._load(prepared)
         self.record |= {"task": prepared.task, "base": self._base(model)}
@@ -281,6 +292,7 @@ class _Work:
                 attempt(lambda: read_rows(path, data.format, data.max_rows))  # faults that need no tokenizer
             raise SettingsError(faults)
         config, tokenizer = tokenizer
+        self.config = config
         taken = positions_taken(method) if method else 0
         context = context_of(config) - taken
         if context < 1:
@@ -326,6 +338,19 @@ class _Work:
             options["local_files_only"] = True
         config = load_config(where, **options)
         return config, load_tokenizer(where, **options)
+
+    def _foresee(self, prepared: Prepared, method: Method) -> None:
+        """Say what the run will take. Raises EnvironmentFault where it is more than there is."""
+        try:
+            plan = foresee(self.settings, self.config, prepared, method)
+        except PlanError as error:  # a base whose code does not run without values can be trained all the same
+            self.voice.say("memory", error.findings[0].message)
+            return
+        room = available_bytes(plan.device)
+        self.voice.say("memory", plan.line(room or None))
+        self.record["plan"] = plan.to_dict()
+        if room and not plan.fits(room):
+            raise EnvironmentFault(does_not_fit(plan, room))
 
     def _load(self, prepared: Prepared) -> tuple[Any, Any]:
         wanted = self.settings.model

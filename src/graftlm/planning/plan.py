@@ -1,0 +1,295 @@
+"""The plan of a training step: memory by term and by phase, trained parameters, operations; known before any run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftlm.core import Method
+from graftlm.errors import Finding, GraftError, ModelError, PlanError
+from graftlm.methods import read_method
+from graftlm.models import load_config, resolve_base
+from graftlm.models.loading import generates
+from graftlm.planning.memory import RUNTIME_BYTES, memory_bytes, said
+from graftlm.planning.stacking import traced as traced_of
+from graftlm.planning.step import Shape, Traced
+
+__all__ = ["TERMS", "Plan", "config_of", "plan", "plan_shape"]
+
+TERMS = ("weights", "quantisation", "deltas", "gradients", "optimizer", "activations", "logits", "runtime")
+"""What memory goes to, in the order in which it is shown."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one training step takes; `print` shows it.
+
+    `terms` are bytes by name and sum up to `total_bytes`, the most that the process holds at any moment. `activations`
+    are what is needed on top of the rest at that moment: gradients take the place of activations as the backward pass
+    goes on, so they are counted in full and not twice. `phases` are the peaks of forward, backward, optimizer and
+    evaluation. `flops` are the floating-point operations of one optimizer step, all its parts together (a
+    multiplication and an addition are two). `adapter_bytes` is the size of the adapter's file.
+    """
+
+    base: str
+    method: str
+    task: str
+    shape: Shape
+    accumulate: int
+    device: str
+    terms: Mapping[str, int]
+    phases: Mapping[str, int]
+    parameters: int
+    trainable: int
+    trainable_by_role: Mapping[str, int]
+    flops: int
+    adapter_bytes: int
+    traced: Traced
+
+    @property
+    def total_bytes(self) -> int:
+        """The most memory that the process holds."""
+        return sum(self.terms.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.shape.rows * self.shape.length * self.accumulate
+
+    def fits(self, memory: str | float) -> bool:
+        """Whether all of it fits into `memory`: bytes, or a text such as "24GB"."""
+        return self.total_bytes <= memory_bytes(memory)
+
+    def line(self, memory: str | float | None = None) -> str:
+        """The memory in one line, small terms together."""
+        rest = self.total_bytes - self.terms["weights"] - self.terms["activations"] - self.terms["optimizer"]
+        parts = [(name, self.terms[name]) for name in ("weights", "activations", "optimizer")] + [("other", rest)]
+        inner = ", ".join(f"{name} {said(size)}" for name, size in parts)
+        return f"needs {said(self.total_bytes)} ({inner})" + (f" of {said(memory_bytes(memory))}" if memory else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {
+            "base": self.base,
+            "method": self.method,
+            "task": self.task,
+            "dtype": str(self.shape.dtype).removeprefix("torch."),
+            "quantize": self.shape.quantize,
+            "batch": self.shape.rows * self.accumulate,
+            "accumulate": self.accumulate,
+            "length": self.shape.length,
+            "gradient_checkpointing": self.shape.checkpointing,
+            "device": self.device,
+            "parameters": self.parameters,
+            "trainable": self.trainable,
+            "trainable_by_role": dict(self.trainable_by_role),
+            "adapter_bytes": self.adapter_bytes,
+            "total_bytes": self.total_bytes,
+            "terms": dict(self.terms),
+            "phases": dict(self.phases),
+            "flops": self.flops,
+        }
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        total = max(self.total_bytes, 1)
+        rows = [(name, said(size), f"{100 * size / total:.1f} %") for name, size in self.terms.items() if size]
+        return [*rows, ("total", said(self.total_bytes), "")]
+
+    def _head(self) -> list[str]:
+        dtype = str(self.shape.dtype).removeprefix("torch.") + (
+            f", {self.shape.quantize}" if self.shape.quantize else ""
+        )
+        rows = f"{self.shape.rows} rows" + (f" x {self.accumulate} parts" if self.accumulate > 1 else "")
+        share = 100 * self.trainable / max(self.parameters, 1)
+        where = ", ".join(f"{role} {count:,}" for role, count in list(self.trainable_by_role.items())[:8])
+        return [
+            f"{self.base}  {self.parameters:,} parameters  {dtype}  {self.device}",
+            f"{self.method}  {self.trainable:,} trainable ({share:.2g} %)  adapter file {said(self.adapter_bytes)}",
+            f"  trained: {where}" if where else "",
+            f"a step of {rows} x {self.shape.length:,} tokens: {self.flops / 1e12:,.3g} TFLOP"
+            + ("  gradient checkpointing" if self.shape.checkpointing else ""),
+        ]
+
+    def _tail(self) -> str:
+        return "peaks    " + "  ".join(f"{name} {said(size)}" for name, size in self.phases.items())
+
+    def __str__(self) -> str:
+        lines = [line for line in self._head() if line]
+        lines += [f"  {name:<13}{size:>9}  {share:>7}".rstrip() for name, size, share in self._rows()]
+        return "\n".join([*lines, self._tail()])
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column()
+        table.add_column(justify="right")
+        table.add_column(justify="right", style="dim")
+        for name, size, share in self._rows():
+            table.add_row(name, size, share, style="bold" if name == "total" else "")
+        return Group(*(Text(line) for line in self._head() if line), table, Text(self._tail()))
+
+
+def plan(
+    base: Any = "bundled",
+    method: str | Method = "lora(rank=16,targets=all-linear)",
+    *,
+    dtype: str | torch.dtype = "auto",
+    batch: int = 1,
+    accumulate: int = 1,
+    length: int = 512,
+    task: str = "auto",
+    classes: int = 2,
+    gradient_checkpointing: bool = False,
+    quantize: str | None = None,
+    labelled: float = 1.0,
+    evaluation_rows: int = 0,
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """What a training step takes, from the base's configuration alone: no weights are read, no memory is needed.
+
+    `base` is a folder (config.json is enough), a config.json, a hub id, "bundled", a transformers configuration or a
+    dict of one. `batch` rows of `length` tokens make an optimizer step, computed in `accumulate` parts; `labelled` is
+    the share of the tokens that the loss reads. `dtype` "auto" is float32 on a CPU, elsewhere the checkpoint's own.
+    `device` is "cpu" or "cuda": one that is meant, not one that must be there.
+
+    Raises ModelError, MethodError, SiteError and PlanError with everything that is wrong.
+
+    Example:
+        >>> from graftlm import plan
+        >>> found = plan("bundled", "lora(rank=8)", batch=4, length=128)
+        >>> found.trainable, found.fits("2GB")
+        (71680, True)
+    """
+    wanted = read_method(method) if isinstance(method, str) else method
+    config = config_of(base, revision=revision, trust_remote_code=trust_remote_code)
+    _check(batch, accumulate, length, labelled, dtype, device)
+    kind = dtype
+    if kind == "auto":
+        kind = torch.float32 if device == "cpu" else (getattr(config, "dtype", None) or torch.float32)
+    shape = Shape(
+        rows=batch // accumulate,
+        length=length,
+        dtype=_DTYPES[kind] if isinstance(kind, str) else kind,
+        checkpointing=gradient_checkpointing,
+        quantize=quantize,
+        labelled=labelled,
+        evaluation_rows=evaluation_rows,
+    )
+    task = ("lm" if generates(config) else "classify") if task == "auto" else task
+    return plan_shape(config, wanted, task, shape, name=_name_of(base, config), accumulate=accumulate, device=device,
+                      classes=classes)  # fmt: skip
+
+
+def plan_shape(
+    config: Any,
+    method: Method | None,
+    task: str,
+    shape: Shape,
+    *,
+    name: str = "",
+    accumulate: int = 1,
+    device: str = "cpu",
+    classes: int = 2,
+) -> Plan:
+    """The plan of one step of `shape`, computed `accumulate` times for an optimizer step. `method` None trains nothing.
+
+    Raises PlanError where the model's code does not run without values.
+    """
+    try:
+        traced = traced_of(config, method, task, shape, classes=classes)
+    except GraftError:
+        raise
+    except Exception as error:  # any model code may refuse to run without values
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        kind = type(config).__name__.removesuffix("Config")
+        raise PlanError(Finding("P102", f"a step of {name or kind} ({task}) cannot be planned: {why}")) from error
+    runtime = RUNTIME_BYTES[device]
+    phases = {phase: peak.total() for phase, peak in traced.peaks.items() if phase != "rest"}
+    if accumulate > 1:  # from the second part on, the gradients of the first are there
+        phases = {
+            phase: size + traced.sizes["gradients"] if phase == "forward" else size for phase, size in phases.items()
+        }
+    peak = max(phases, key=lambda phase: phases[phase])
+    terms = dict.fromkeys(TERMS, 0) | dict(traced.sizes)
+    if method is None:
+        terms["gradients"] = 0
+    room = phases[peak] - sum(terms.values())
+    terms["logits"] = max(0, min(room, traced.peaks[peak]["logits"]))
+    terms["activations"] = max(0, room - terms["logits"])
+    return Plan(
+        base=name or type(config).__name__.removesuffix("Config"),
+        method=str(method) if method else "none",
+        task=task,
+        shape=shape,
+        accumulate=accumulate,
+        device=device,
+        terms=terms | {"runtime": runtime},
+        phases={phase: size + runtime for phase, size in phases.items()},
+        parameters=traced.parameters,
+        trainable=traced.trainable,
+        trainable_by_role=traced.trained_by_role,
+        flops=(traced.flops["forward"] + traced.flops["backward"]) * accumulate,
+        adapter_bytes=traced.adapter_bytes,
+        traced=traced,
+    )
+
+
+def config_of(base: Any, **options: Any) -> Any:
+    """The configuration that `base` means; a folder needs its config.json only. Raises ModelError."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    if isinstance(base, PreTrainedConfig):
+        return base
+    if isinstance(base, Mapping):
+        try:
+            return AutoConfig.for_model(**base)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ModelError(
+                Finding("M116", f"cannot read the configuration: {error}", fix="model_type=...")
+            ) from error
+    path = Path(base).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        try:
+            return config_of(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ModelError(Finding("M116", f"cannot read {path}: {error}")) from error
+    where = str(path) if (path / "config.json").is_file() else resolve_base(str(base))
+    if Path(where).is_dir():
+        options["local_files_only"] = True
+    return load_config(where, **options)
+
+
+def _name_of(base: Any, config: Any) -> str:
+    if isinstance(base, (str, Path)):
+        return str(base)
+    return str(getattr(config, "_name_or_path", "")) or type(config).__name__.removesuffix("Config")
+
+
+def _check(batch: int, accumulate: int, length: int, labelled: float, dtype: Any, device: str) -> None:
+    faults = [
+        Finding("P104", f"{name} is {value}: want a whole number from 1", fix=f"{name}=1")
+        for name, value in (("batch", batch), ("accumulate", accumulate), ("length", length))
+        if not isinstance(value, int) or value < 1
+    ]
+    if not faults and batch % accumulate:
+        faults.append(Finding("P104", f"batch {batch} cannot be cut into {accumulate} equal parts", fix="accumulate=1"))
+    if not 0 < labelled <= 1:
+        faults.append(Finding("P104", f"labelled is {labelled}: want a share above 0, at most 1", fix="labelled=1"))
+    if isinstance(dtype, str) and dtype not in ("auto", *_DTYPES):
+        faults.append(Finding("M108", f"dtype {dtype!r}: want auto, {', '.join(_DTYPES)}", fix="dtype=auto"))
+    if device not in RUNTIME_BYTES:
+        faults.append(Finding("P104", f"device {device!r}: want {' or '.join(RUNTIME_BYTES)}", fix="device=cpu"))
+    if faults:
+        raise PlanError(faults)

@@ -1,0 +1,196 @@
+"""One training step of a model that has shapes and no values: the base by its configuration, the method, the objective.
+
+What runs is what training runs: the same model class, the same deltas, the same objective. Only the numbers are
+missing, so a step of a model of any size takes seconds and no memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.core import Adapter, Method, attach, parts_of, survey
+from graftlm.objectives import OBJECTIVES, CausalLM, Objective
+from graftlm.planning.packing import pack
+from graftlm.planning.tracing import Trace
+
+__all__ = ["Shape", "Traced", "meta_model", "objective_of", "trace"]
+
+#: What the optimizer keeps of each trained number: AdamW's two moments, in float32.
+_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much a step computes at once: rows and tokens a row, and how they are held.
+
+    `labelled` is the share of the tokens that the loss reads, counted from the end of each row; `evaluation_rows` are
+    scored at once without gradients when a run evaluates (0: it does not).
+    """
+
+    rows: int = 1
+    length: int = 512
+    dtype: torch.dtype = torch.float32
+    checkpointing: bool = False
+    quantize: str | None = None
+    labelled: float = 1.0
+    evaluation_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What one step took: `peaks` are bytes by phase and kind, `sizes` the bytes of what stays, by kind."""
+
+    sizes: Counter[str]
+    peaks: dict[str, Counter[str]]
+    flops: Counter[str]
+    moved_bytes: Counter[str]
+    calls: Counter[str]
+    trainable: int
+    parameters: int
+    adapter_bytes: int
+    trained_by_role: dict[str, int] = field(default_factory=dict)
+
+
+def meta_model(config: Any, task: str, dtype: torch.dtype, classes: int = 2) -> Any:
+    """The model of `config` for `task` on the meta device; no random number is drawn.
+
+    Raises ValueError where transformers has no such model.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = copy.deepcopy(config)
+    kind: Any = AutoModelForCausalLM
+    if task == "classify":
+        kind = AutoModelForSequenceClassification
+        config.num_labels = classes
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0
+    state = torch.random.get_rng_state()
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config, dtype=dtype)
+    finally:
+        torch.random.set_rng_state(state)
+
+
+def objective_of(task: str, model: Any) -> Objective:
+    """The objective that a run of `task` minimises."""
+    kind = OBJECTIVES[task]
+    if kind is not CausalLM:
+        return kind()
+    import inspect
+
+    return CausalLM(tail_only="logits_to_keep" in inspect.signature(model.forward).parameters)
+
+
+def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classes: int = 2) -> Traced:
+    """Run one step of `method` on the model of `config` and count what it takes.
+
+    With `method` None nothing is trained: only the base is counted, and its forward pass. Raises SiteError and
+    MethodError where the method does not fit the model.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from graftlm.methods import LoRA
+        >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        ...                      vocab_size=100)
+        >>> trace(config, LoRA(rank=4), "lm", Shape(rows=2, length=16)).trainable
+        4096
+    """
+    model = meta_model(config, task, shape.dtype, classes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    constants = pack(model, shape.quantize) if shape.quantize else []
+    adapter = _attached(model, method) if method else None
+    counted = Trace(vocabulary=None if task == "classify" else _vocabulary(model))
+    counted.hold("weights", [*model.parameters(), *model.buffers()])
+    counted.hold("quantisation", constants)
+    trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad] if adapter else []
+    if adapter is not None:
+        counted.hold("deltas", adapter.state().values())
+        counted.hold("optimizer", _moments(trained))
+    sizes = +counted.alive
+    objective = objective_of(task, model)
+    batch = _batch(task, shape, shape.rows)
+    if shape.checkpointing:
+        model.activation_checkpointing_enable()
+    with counted:
+        if adapter is not None:
+            model.train()
+            with counted.phase("forward"):
+                count = max(objective.count(batch), 1)
+                loss = objective.loss_sum(model(**objective.inputs(batch)), batch) / count
+            with counted.phase("backward"):
+                torch.autograd.backward(loss)
+                del loss
+            counted.hold("gradients", [parameter.grad for parameter in trained if parameter.grad is not None])
+            with counted.phase("optimizer"):
+                pass
+        if shape.evaluation_rows or adapter is None:
+            for parameter in trained:
+                parameter.grad = None
+            model.eval()
+            held = _batch(task, shape, shape.evaluation_rows or shape.rows)
+            with counted.phase("evaluation"), torch.no_grad():
+                objective.loss_sum(model(**objective.inputs(held)), held)
+    return Traced(
+        sizes=sizes + Counter(gradients=sum(map(_bytes, trained))),
+        peaks=counted.peaks,
+        flops=counted.flops,
+        moved_bytes=counted.moved_bytes,
+        calls=counted.calls,
+        trainable=sum(parameter.numel() for parameter in trained),
+        parameters=parameters,
+        adapter_bytes=sum(map(_bytes, adapter.baked().state().values())) if adapter else 0,
+        trained_by_role=_by_role(adapter) if adapter else {},
+    )
+
+
+def _attached(model: nn.Module, method: Method) -> Adapter:
+    """The method on a model without values; methods that choose by data get as many entries as they would."""
+    survey(model)  # before anything watches: it runs the model by itself
+    state = Adapter(model, "default", method, parts_of(model, method)).state()
+    return attach(model, method, state=state)
+
+
+def _moments(trained: list[nn.Parameter]) -> list[Tensor]:
+    kept = [torch.empty_like(parameter, requires_grad=False) for parameter in trained for _ in range(_MOMENTS)]
+    for parameter, *moments in zip(trained, kept[::_MOMENTS], kept[1::_MOMENTS], strict=True):
+        parameter.__dict__["_planned_moments"] = moments  # they live as long as it does
+    return kept
+
+
+def _batch(task: str, shape: Shape, rows: int) -> dict[str, Tensor]:
+    """Rows of the full length with values, because labels and masks decide shapes."""
+    ids = torch.ones(rows, shape.length, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if task == "classify":
+        return batch | {"labels": torch.zeros(rows, dtype=torch.long)}
+    labels = torch.full_like(ids, -100)
+    labels[:, -max(1, round(shape.labelled * shape.length)) :] = 1
+    return batch | {"labels": labels}
+
+
+def _vocabulary(model: Any) -> int | None:
+    head = model.get_output_embeddings()
+    return int(head.weight.shape[0]) if head is not None else None
+
+
+def _by_role(adapter: Adapter) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    seen: set[int] = set()
+    for part in adapter.parts:
+        for parameter in part.delta.parameters():
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                counts[part.site.role or part.site.path.rpartition(".")[2]] += parameter.numel()
+    return dict(counts.most_common())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

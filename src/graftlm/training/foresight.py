@@ -1,0 +1,79 @@
+"""What a run will take, from its settings and its rows, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from graftlm.core import Method
+from graftlm.data import Prepared
+from graftlm.data.tokenising import IGNORED
+from graftlm.errors import Finding
+from graftlm.planning import Plan, said
+from graftlm.planning.plan import plan_shape
+from graftlm.planning.step import Shape
+from graftlm.settings import RunSettings
+
+__all__ = ["does_not_fit", "foresee", "longest_batch"]
+
+_MULTIPLE = 8  # what the collator rounds the length of a batch up to
+_EVALUATION_ROWS = 16  # scored at once, as `evaluation.losses` does
+
+
+def foresee(settings: RunSettings, config: Any, prepared: Prepared, method: Method) -> Plan:
+    """The plan of the run's largest step: its longest rows, with the loss reading all that any row's loss reads.
+
+    Raises PlanError where the base's code does not run without values.
+    """
+    train = settings.train
+    on_cuda = torch.cuda.is_available()
+    dtype = settings.model.dtype
+    if dtype == "auto":
+        kind = (getattr(config, "dtype", None) if on_cuda else None) or torch.float32
+    else:
+        kind = getattr(torch, dtype)
+    length, labelled = longest_batch([*prepared.train, *prepared.eval])
+    shape = Shape(
+        rows=min(train.batch // train.accumulate, len(prepared.train)),
+        length=length,
+        dtype=kind,
+        checkpointing=train.gradient_checkpointing,
+        quantize=settings.model.quantize,
+        labelled=labelled,
+        evaluation_rows=min(_EVALUATION_ROWS, len(prepared.eval)),
+    )
+    return plan_shape(
+        config,
+        method,
+        prepared.task,
+        shape,
+        name=settings.model.name,
+        accumulate=train.accumulate,
+        device="cuda" if on_cuda else "cpu",
+        classes=len(prepared.labels) if prepared.labels else 2,
+    )
+
+
+def longest_batch(rows: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
+    """The tokens of the longest row, rounded up as batches are, and the share of them that a loss may read.
+
+    From the first label of any row on: the model gives logits from there to the end of the batch.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+    length = -(-longest // _MULTIPLE) * _MULTIPLE
+    firsts = [
+        next((at for at, label in enumerate(row["labels"]) if label != IGNORED), 0)
+        for row in rows
+        if not isinstance(row["labels"], int)
+    ]
+    return length, (length - min(firsts)) / length if firsts else 1.0
+
+
+def does_not_fit(plan: Plan, room: int) -> Finding:
+    """What is said of a run that needs more memory than there is, with the terms that weigh most."""
+    most = sorted(plan.terms.items(), key=lambda term: -term[1])[:4]
+    detail = ", ".join(f"{name} {said(size)}" for name, size in most)
+    message = f"the run needs {said(plan.total_bytes)}, there are {said(room)}: {detail}"
+    return Finding("E105", message, fix="--set train.gradient_checkpointing=true, or a smaller --batch")

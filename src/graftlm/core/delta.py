@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from graftlm.errors import Finding, NotMergeable
 
 __all__ = [
-    "Base", "BranchDelta", "Delta", "EmbedDelta", "KeyValueDelta", "LinearDelta", "ParameterDelta", "Port",
+    "Base", "BranchDelta", "Delta", "EmbedDelta", "KeyValueDelta", "LinearDelta", "LowRank", "ParameterDelta", "Port",
     "WholeParameterDelta",
 ]  # fmt: skip
 
@@ -45,6 +45,17 @@ class Base:
     weight: Callable[[], Tensor]  # W as a tensor [out, in] ([tokens, width] for embeddings)
     bias: Tensor | None = None
     mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change s B A drop(x) + s c at a linear map, for operations that make it together with the base's product."""
+
+    down: Tensor  # A [rank, in]
+    up: Tensor  # B [out, rank]
+    scale: float = 1.0
+    dropout: float = 0.0  # the share that is dropped now: 0 in evaluation
+    bias: Tensor | None = None  # c [out]
 
 
 class Delta(nn.Module):
@@ -86,6 +97,10 @@ class LinearDelta(Delta):
 
     def add_over(self, x: Tensor, base: Base) -> Tensor | None:
         """As `add`, for deltas that must know what the base computes (DoRA's norm, trained rows of an embedding)."""
+        return None
+
+    def low_rank(self) -> LowRank | None:
+        """What `add` adds as a low-rank product, where it is one; None where it is not."""
         return None
 
     def after(self, y: Tensor) -> Tensor:

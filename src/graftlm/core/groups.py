@@ -46,6 +46,8 @@ class Group:
     #: Whether a linear delta acts, and whether one asks the base.
     acts: bool = field(init=False, default=False)
     asks_base: bool = field(init=False, default=False)
+    #: Whether nothing acts but linear deltas that add something of their input.
+    adds_only: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         # Asked at every call: worked out once.
@@ -54,6 +56,8 @@ class Group:
         )
         object.__setattr__(self, "acts", bool(self.adds or self.afters or self.slices))
         object.__setattr__(self, "asks_base", asking)
+        alone = len(self.adds) == len(self.everything) and not (self.shift or self.prefixed)
+        object.__setattr__(self, "adds_only", bool(self.adds) and alone and not asking)
 
     def beside(self, x: Tensor) -> tuple[ParameterDelta, ...]:
         """The parameter deltas that act beside their map for this input, not through a changed weight."""

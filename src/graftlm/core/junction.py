@@ -24,6 +24,7 @@ from graftlm.core.delta import (
     EmbedDelta,
     KeyValueDelta,
     LinearDelta,
+    LowRank,
     ParameterDelta,
     acts,
 )
@@ -138,6 +139,7 @@ class Junction:
         self._followed: tuple[Any, ...] = ()
         self._kept_rows: tuple[tuple[Group, ...], int, torch.device, Rows] | None = None
         self._taken: dict[str, Tensor | None] = {}
+        self._added = False
         #: Of a stack's entry: whether its tokens see only earlier ones, whether its output keeps virtual tokens, and
         #: the entry of the encoder whose output it reads, of a decoder.
         self.causal = False
@@ -230,6 +232,27 @@ class Junction:
             prefixed=any(name in self.shifts for name in choice),
             **{name: tuple(found) for name, found in others.items()},
         )
+
+    def low_rank(self, module: nn.Module, device: torch.device) -> tuple[LowRank, ...] | None:
+        """What is added here now as low-rank products, for all rows; None where that is not all that there is to do.
+
+        Who asks makes the sums itself and says so by `added`, or leaves the module's call out altogether.
+        """
+        if self.watchers:
+            return None
+        groups = self.plan()
+        if not groups:
+            return ()
+        group = groups[0]
+        if group.rows is not None or not group.adds_only:
+            return None
+        self._follow(module, groups, device)
+        found = [delta.low_rank() for delta, _ in group.adds]
+        return None if None in found else tuple(found)  # type: ignore[arg-type]
+
+    def added(self) -> None:
+        """The output of the call in progress has what `low_rank` gave already."""
+        self._added = True
 
     # --- one call ---
 
@@ -330,7 +353,7 @@ class Junction:
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After the module ran, even in vain: put parameters back, then change the output."""
         try:
-            if output is None:
+            if output is None or self._added:
                 return None
             if self._layout is not None:
                 return self._layout.trim(output)
@@ -474,6 +497,7 @@ class Junction:
     def settle(self, module: nn.Module) -> None:
         """Put back what belongs to the module itself, also after a call that was interrupted."""
         self._put_back(module)
+        self._added = False
         if self._splice is not None:
             self._splice.remove(module)
             self._splice = None

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core import Delta, LinearDelta, Method, ParameterDelta, Part, Site, Survey, Targets
+from graftlm.core import Delta, LinearDelta, LowRank, Method, ParameterDelta, Part, Site, Survey, Targets
 from graftlm.core.junction import columns_of, dense
 from graftlm.errors import Finding, MethodError
 from graftlm.methods.parameters import need_values
@@ -394,6 +394,11 @@ class LoRADelta(LinearDelta):
         if self.lora_bias is not None:
             change = change + (self.scale * self.lora_bias).to(x.dtype)
         return change
+
+    def low_rank(self) -> LowRank:
+        """The change as what it is."""
+        dropout = self.dropout.p if self.dropout is not None and self.training else 0.0
+        return LowRank(*self.factors(), self.scale, dropout, self.lora_bias)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s B A, and the bias with s c."""

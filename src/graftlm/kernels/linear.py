@@ -1,0 +1,124 @@
+r"""A frozen linear map with a low-rank change as one operation, and its plain form.
+
+    y = W x + b + s B A drop(x) (+ s c)
+
+The change is added in place into the base's product; A and B are cast down to the type of x, x is never cast up. Kept
+for the backward are x, the narrow A x and nothing else: W gets no gradient, and a dropped-out x is made again from its
+seed. Backward, with n = A x and g = dL/dy: dB = s g^T n, dA = s (g B)^T x, dx = g W + s (g B) A, each product in the
+order that meets the narrow side first (Cherniuk et al. 2023, "RunLoRA"; Hu et al. 2021, section 4.1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from graftlm.core import LowRank
+
+__all__ = ["add_low_rank", "back_low_rank", "low_rank_linear", "plain_low_rank_linear"]
+
+
+def plain_low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change: LowRank) -> Tensor:
+    """The same as `low_rank_linear` by PyTorch's own operations, one after the other."""
+    dropped = F.dropout(x, change.dropout) if change.dropout else x
+    narrow = F.linear(dropped, change.down.to(x.dtype))
+    y = F.linear(x, weight, bias) + F.linear(narrow, change.up.to(x.dtype)) * change.scale
+    return y if change.bias is None else y + (change.scale * change.bias).to(x.dtype)
+
+
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change: LowRank) -> Tensor:
+    """y [..., out] for x [..., in], a frozen weight [out, in] and bias [out], and the change, in the type of x."""
+    seed = new_seed() if change.dropout else 0
+    y: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, change.down, change.up, change.bias, change.scale, change.dropout, seed
+    )
+    return y
+
+
+def new_seed() -> int:
+    """A seed out of PyTorch's own random numbers, so that a run, or a recomputed block, gives the same again."""
+    return int(torch.randint(2**62, ()))
+
+
+def dropped(x: Tensor, share: float, seed: int) -> Tensor:
+    """x with `share` of its entries zero and the others scaled up, by `seed`; a new tensor.
+
+    Sixteen bits are drawn for an entry, so the share is met to 1/65536, and what is kept is scaled by the share that is
+    really kept.
+    """
+    return x * _kept(x, share, seed)
+
+
+def _kept(x: Tensor, share: float, seed: int) -> Tensor:
+    """0 where an entry is dropped, 1 / (1 - share) elsewhere, in the type of x."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    words.random_(-(2**63), None, generator=generator)
+    limit = round(share * 2**16)
+    kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= limit - 2**15
+    return kept.to(x.dtype).mul_(1 / (1 - limit / 2**16))
+
+
+def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Add s B A x to y [tokens, out] in place; returns the narrow A x [tokens, rank]."""
+    narrow = x @ down.to(x.dtype).T
+    y.addmm_(narrow, up.to(x.dtype).T, alpha=scale)
+    return narrow
+
+
+def back_low_rank(
+    above: Tensor, narrow: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, needed: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(s g B [tokens, rank], dA, dB) for g = `above` [tokens, out]; dA and dB in the types of A and B where needed."""
+    back = (above @ up.to(above.dtype)).mul_(scale)
+    grad_down = (back.T @ x).to(down.dtype) if needed[0] else None
+    grad_up = (narrow.T @ above).mul_(scale).T.to(up.dtype) if needed[1] else None
+    return back, grad_down, grad_up
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, shift: Tensor | None,
+        scale: float, dropout: float, seed: int,
+    ) -> Tensor:  # fmt: skip
+        flat = x.reshape(-1, x.shape[-1])
+        y = F.linear(flat, weight, bias)
+        read = dropped(flat, dropout, seed) if dropout else flat
+        narrow = add_low_rank(y, read, down, up, scale)
+        if shift is not None:
+            y += (scale * shift).to(y.dtype)
+        # x is read for the gradient of A alone.
+        ctx.save_for_backward(flat if ctx.needs_input_grad[3] else None, narrow, weight, down, up, shift)
+        ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, above: Tensor) -> Any:
+        x, narrow, weight, down, up, shift = ctx.saved_tensors
+        above = above.reshape(-1, above.shape[-1])
+        needs = ctx.needs_input_grad
+        kept = None
+        if ctx.dropout:
+            like = x if x is not None else above.new_empty(len(above), weight.shape[1])
+            kept = _kept(like, ctx.dropout, ctx.seed)
+        read = x if kept is None or x is None else x * kept
+        back, grad_down, grad_up = back_low_rank(above, narrow, read, down, up, ctx.scale, (needs[3], needs[4]))
+        grad_x = None
+        if needs[0]:
+            grad_x = above @ weight
+            if kept is None:
+                grad_x.addmm_(back, down.to(back.dtype))
+            else:
+                grad_x.addcmul_(back @ down.to(back.dtype), kept)
+            grad_x = grad_x.view(ctx.shape)
+        grad_shift = None
+        if needs[5]:
+            wide = torch.promote_types(above.dtype, shift.dtype)
+            grad_shift = ctx.scale * above.sum(0, dtype=wide).to(shift.dtype)
+        return grad_x, None, None, grad_down, grad_up, grad_shift, None, None, None

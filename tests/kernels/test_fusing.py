@@ -1,0 +1,209 @@
+"""A fused model gives the losses and gradients of the model that it was, whatever acts in it; undone, nothing is left."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftlm
+from graftlm import attach, use
+from graftlm.kernels import Fused, LossHead, fuse
+from models_for_tests import DECODERS, ENCODER_DECODERS, ENCODERS, inputs_for, tiny
+
+#: What may be fused in each model; everything else is left alone.
+EXPECTED = {
+    "llama": {"linear": 14, "feed-forward": 2, "norm": 5},
+    "qwen3": {"linear": 14, "feed-forward": 2, "norm": 9},
+    "gemma2": {"linear": 14, "feed-forward": 2, "norm": 9},
+    "gpt2": {"linear": 8, "feed-forward": 2, "norm": 5},
+    "opt": {"linear": 12, "norm": 5},
+    "phi3": {"linear": 8, "norm": 5},
+    "bert": {"linear": 12, "norm": 5},
+    "t5_gated": {"linear": 36, "feed-forward": 4, "norm": 12},
+}
+
+
+def shaken(model: Any, method: str, name: str = "default") -> Any:
+    adapter = attach(model, graftlm.method(method), name=name)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return adapter
+
+
+def step(model: Any, adapters: list[Any], batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    logits = model(**batch).logits
+    weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+    wanted = [p for adapter in adapters for p in adapter.parameters()]
+    found = torch.autograd.grad((logits.float() * weights).sum(), wanted, allow_unused=True)
+    return logits.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
+
+
+def same(model: Any, adapters: list[Any], close: float = 2e-5, recompute: Any = "none", **options: Any) -> Fused:
+    batch = inputs_for(model, **options)
+    logits, gradients = step(model, adapters, batch)
+    fused = fuse(model, recompute=recompute)
+    try:
+        own, own_gradients = step(model, adapters, batch)
+    finally:
+        fused_paths = {kind: list(paths) for kind, paths in fused.fused.items()}
+        fused.undo()
+        fused.fused = fused_paths
+    assert float((own - logits).norm()) <= close * float(logits.norm())
+    size = max(float(g.norm()) for g in gradients)
+    for g, other in zip(own_gradients, gradients, strict=True):
+        assert float((g - other).norm()) <= 3 * close * max(float(other.norm()), 0.02 * size)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    again, _ = step(model, adapters, batch)
+    assert torch.equal(again, logits)
+    return fused
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, *ENCODER_DECODERS])
+def test_lora_on_every_map(name: str) -> None:
+    model = tiny(name)
+    adapter = shaken(model, "lora(rank=3,targets=all-linear)")
+    fused = same(model, [adapter])
+    assert fused.fused["linear"]
+    if name in EXPECTED:
+        assert {kind: len(paths) for kind, paths in fused.fused.items()} == EXPECTED[name], fused.left
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora(rank=2,targets=attention)", "lora(rank=2,targets=ffn,bias=true)", "lora(rank=2,targets='query,up')",
+        "pissa(rank=2,targets=all-linear)", "dora(rank=2,targets=all-linear)", "adalora(rank=4,target_rank=2)", "vera(rank=4)", "ia3",
+        "bitfit", "bitfit(norms=true)", "norm", "series", "parallel", "prefix(length=3)", "prompt(length=3)",
+        "sparse(fraction=0.1)", "full", "lora(rank=2)+ia3", "lora(rank=2,targets=all-linear)+bitfit(norms=true)",
+        "mam", "lora(rank=2,targets=head)", "lora(rank=2,targets=all-linear,layers='-1:')",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_method(method: str, name: str) -> None:
+    model = tiny(name)
+    same(model, [shaken(model, method)])
+
+
+@pytest.mark.parametrize("recompute", ["feedforward", "blocks"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_recomputing(name: str, recompute: str) -> None:
+    model = tiny(name).train()
+    same(model, [shaken(model, "lora(rank=3,targets=all-linear)")], recompute=recompute)
+
+
+def test_half_precision() -> None:
+    model = tiny("llama").bfloat16()
+    same(model, [shaken(model, "lora(rank=3,targets=all-linear)")], close=0.02)
+
+
+def test_several_adapters_and_rows() -> None:
+    model = tiny("llama")
+    adapters = [shaken(model, "lora(rank=3,targets=all-linear)", "one"), shaken(model, "lora(rank=2)", "two")]
+    for routing in (("one", "two"), "two", ["one", None, ("one", "two")]):
+        use(model, routing)
+        same(model, adapters)
+
+
+def test_parts_of_fused_maps_stay_as_they_are() -> None:
+    model = tiny("gpt2")
+    same(model, [shaken(model, "lora(rank=2,targets='query,value')")])
+
+
+def test_dropout_in_training_is_replayed_when_blocks_are_recomputed() -> None:
+    model = tiny("llama").train()
+    adapter = shaken(model, "lora(rank=3,targets=all-linear,dropout=0.5)")
+    batch = inputs_for(model)
+    found = []
+    for recompute in ("none", "blocks"):
+        with fuse(model, recompute=recompute):  # type: ignore[arg-type]
+            torch.manual_seed(7)
+            found.append(step(model, [adapter], batch))
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_hook_on_a_map_is_called() -> None:
+    model = tiny("llama")
+    adapter = shaken(model, "lora(rank=3,targets=all-linear)")
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: output * 2)
+    same(model, [adapter])
+
+
+def test_a_copy_has_its_own_deltas_and_a_fused_model_can_be_stored() -> None:
+    model = tiny("llama")
+    adapter = shaken(model, "lora(rank=3,targets=all-linear)")
+    batch = inputs_for(model)
+    fuse(model)
+    wanted, _ = step(model, [adapter], batch)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        (own,) = graftlm.adapters(twin).values()
+        assert torch.equal(step(twin, [own], batch)[0], wanted)
+        with torch.no_grad():
+            for parameter in own.parameters():
+                parameter.zero_()
+        assert not torch.allclose(step(twin, [own], batch)[0], wanted)
+        assert torch.equal(step(model, [adapter], batch)[0], wanted)
+
+
+def test_names_and_checkpoint_stay() -> None:
+    model = tiny("llama")
+    shaken(model, "lora(rank=3)")
+    shown, keys = repr(model), list(model.state_dict())
+    with fuse(model):
+        assert repr(model) == shown
+        assert list(model.state_dict()) == keys
+
+
+def test_what_looks_alike_and_is_not_is_left_alone() -> None:
+    model = tiny("llama")
+    mlp = model.model.layers[0].mlp
+    plain = type(mlp).forward
+
+    class Strange(type(mlp)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return plain(self, x) + 1
+
+    mlp.__class__ = Strange
+    norm = model.model.norm
+    with torch.no_grad():
+        norm.weight[3] = 0  # what is multiplied by nothing cannot be had back
+    adapter = shaken(model, "lora(rank=3,targets=all-linear)")
+    fused = same(model, [adapter])
+    assert "model.layers.0.mlp" in fused.left
+    assert len(fused.fused["feed-forward"]) == 1
+
+
+@pytest.mark.parametrize("recompute", ["none", "feedforward"])
+def test_less_is_kept(recompute: Any) -> None:
+    model = tiny("llama")
+    adapter = shaken(model, "lora(rank=3,targets=all-linear)")
+    head = LossHead.of(model)
+    assert head is not None
+    batch = inputs_for(model, rows=4, tokens=32)
+    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *adapter.parameters()]}
+
+    def kept() -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            place = tensor.untyped_storage().data_ptr()
+            if place not in weights:
+                sizes[place] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            held = head.losses(model, batch, batch["input_ids"])  # keeps what is kept, so that no place is used twice
+        del held
+        return sum(sizes.values())
+
+    before = kept()
+    with fuse(model, recompute=recompute):
+        assert kept() <= (0.7 if recompute == "none" else 0.55) * before

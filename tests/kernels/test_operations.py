@@ -16,7 +16,9 @@ from graftlm.kernels.linear import dropped
 from graftlm.kernels.norm import frozen_norm, invertible
 
 
-def change(width_in: int, width_out: int, rank: int = 3, shift: bool = False, kind: torch.dtype = torch.float32) -> LowRank:
+def change(
+    width_in: int, width_out: int, rank: int = 3, shift: bool = False, kind: torch.dtype = torch.float32
+) -> LowRank:
     def drawn(*shape: int) -> Tensor:
         return (0.3 * torch.randn(*shape, dtype=kind)).requires_grad_()
 

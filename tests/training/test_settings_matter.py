@@ -52,7 +52,7 @@ EXCUSED = {
 SHOWN = {
     "data.path", "data.eval_path", "data.format", "data.drop_bad_rows", "data.merge_labels", "data.waive", "model.name",
     "model.quantize", "train.accumulate", "train.eval_every", "train.save_every", "train.keep_checkpoints",
-    "train.early_stopping", "train.gradient_checkpointing", "train.threads", "generate.max_new_tokens",
+    "train.early_stopping", "train.gradient_checkpointing", "train.recompute", "train.threads", "generate.max_new_tokens",
     "generate.temperature", "generate.top_p", "generate.samples", "output",
     "task",
 }  # fmt: skip
@@ -198,23 +198,40 @@ def test_train_early_stopping_stops(tiny: Tiny, answered: Path) -> None:
 def test_train_gradient_checkpointing_computes_twice(
     tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
     calls: list[int] = []
-    real = LlamaMLP.forward
+    real = LlamaAttention.forward
 
-    def forward(self: Any, x: Any) -> Any:
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
         if self.training:
             calls.append(1)
-        return real(self, x)
+        return real(self, *args, **options)
 
-    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
     counts = []
-    for on in (False, True):
+    for at, settings in enumerate(({}, {"gradient_checkpointing": True}, {"recompute": "blocks"})):
         calls.clear()
-        tiny(answered, out=str(on), steps=2, gradient_checkpointing=on)
+        tiny(answered, out=str(at), steps=2, **settings)
         counts.append(len(calls))
-    assert counts == [2, 4]
+    assert counts == [2, 4, 4]
+
+
+def test_train_recompute_feed_forward_parts(tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graftlm.kernels import fusing
+
+    asked: list[bool] = []
+    real = fusing.feed_forward
+
+    def feed_forward(*args: Any, recompute: bool, **options: Any) -> Any:
+        asked.append(recompute)
+        return real(*args, recompute=recompute, **options)
+
+    monkeypatch.setattr(fusing, "feed_forward", feed_forward)
+    for level in ("none", "feedforward"):
+        asked.clear()
+        tiny(answered, out=level, steps=2, recompute=level)
+        assert set(asked) == {level == "feedforward"}
 
 
 def test_train_threads(tiny: Tiny, answered: Path) -> None:

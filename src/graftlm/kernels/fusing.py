@@ -1,9 +1,9 @@
 """Fusing: a model with adapters is given faster forwards for training, where they are checked to be the same.
 
-Classes, names and checkpoints of the base stay; a fused module has a `forward` of its own beside its class's, which looks
-at each call whether what acts there is what it can do, and else calls the class's. Recognised by pattern, never by the
-name of a model: linear maps with low-rank changes, gated and plain feed-forward parts, norms, causal attention. Each
-module is run once on random numbers, forward and backward, beside its own forward; one that differs is left alone.
+Classes, names and checkpoints of the base stay; a fused module has a `forward` of its own beside its class's, which
+looks at each call whether what acts there is what it can do, and else calls the class's. Recognised by pattern, never
+by the name of a model: linear maps with low-rank changes, gated and plain feed-forward parts, norms. Each module is run
+once on random numbers, forward and backward, beside its class's forward; one that differs is left alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import LowRank, in_eval_mode, linear_kind, survey, without_adapters
+from graftlm.core import LinearDelta, LowRank, in_eval_mode, linear_kind, survey, without_adapters
 from graftlm.core.junction import junction_of
 from graftlm.kernels.feedforward import Map, feed_forward
 from graftlm.kernels.linear import low_rank_linear
@@ -51,7 +51,8 @@ class Fused:
             modules[path].__dict__.pop("forward", None)
         self.fused = {}
         if self.checkpointing:
-            self.model.gradient_checkpointing_disable()
+            disable = getattr(self.model, "activation_checkpointing_disable", None)
+            (disable or self.model.gradient_checkpointing_disable)()
             self.checkpointing = False
 
     def __enter__(self) -> Fused:
@@ -123,14 +124,14 @@ def _is_same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int)
         return False
     numbers = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, width, generator=numbers).to(like.device, like.dtype)
-    results: list[tuple[Tensor, Tensor]] = []
+    results: list[list[Tensor]] = []
     try:
         for each in (functools.partial(type(module).forward, module), forward):
             given = x.clone().requires_grad_()
             with torch.enable_grad():
                 y = each(given)
                 weights = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype)
-                results.append((y.detach(), *torch.autograd.grad(y, given, weights)))
+                results.append([y.detach(), *torch.autograd.grad(y, given, weights)])
     except (RuntimeError, TypeError, AttributeError):  # it wants other arguments, or gives another thing
         return False
     close = {torch.float64: 1e-9, torch.float32: 1e-4}.get(x.dtype, 3e-2)
@@ -145,15 +146,10 @@ def _is_same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int)
 
 def _offers_low_rank(module: nn.Module) -> bool:
     junction = junction_of(module)
-    return (
-        junction is not None
-        and _is_bare(module)
-        and any(
-            getattr(delta, "low_rank", None) is not None and delta.low_rank() is not None
-            for placed in junction.deltas.values()
-            for _, _, delta in placed
-        )
-    )
+    if junction is None or not _is_bare(module):
+        return False
+    placed = [delta for each in junction.deltas.values() for _, _, delta in each]
+    return any(isinstance(delta, LinearDelta) and delta.low_rank() is not None for delta in placed)
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -169,7 +165,8 @@ def _map_at(module: nn.Module, x: Tensor) -> Map | None:
     """The frozen map at `module` with what acts there on all rows; None where the module must be called as it is."""
     if not _is_bare(module):
         return None
-    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    weight: Tensor | None = module._parameters["weight"]
+    bias = module._parameters.get("bias")
     if weight is None or weight.dtype != x.dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     junction = junction_of(module)
@@ -233,9 +230,12 @@ def _feed_forwards(
     for path, module in modules.items():
         lead = f"{path}." if path else ""
         named = {roles[lead + name]: name for name in module._modules if lead + name in roles}
-        if "down" not in named or "up" not in named or (maps := set(named.values())) != {
-            name for name, child in module._modules.items() if child is not None and linear_kind(child)
-        }:
+        if (
+            "down" not in named
+            or "up" not in named
+            or (maps := set(named.values()))
+            != {name for name, child in module._modules.items() if child is not None and linear_kind(child)}
+        ):
             continue
         others = {name: child for name, child in module._modules.items() if name not in maps and child is not None}
         idle = tuple(name for name, child in others.items() if isinstance(child, nn.Dropout))

@@ -39,6 +39,7 @@ _SAME = {
     "train.keep_checkpoints": "save_total_limit",
     "train.early_stopping": "early_stopping_patience patience",
     "train.gradient_checkpointing": "use_gradient_checkpointing grad_checkpoint enable_activation_checkpointing",
+    "train.recompute": "recompute_granularity selective_recompute activation_recompute",
     "train.threads": "num_threads",
     "model.name": "model_name_or_path base_model model_name base_model_name base_model_name_or_path pretrained_model"
     " pretrained_model_name_or_path model_id model_path checkpoint_dir model.path model.id model.model",

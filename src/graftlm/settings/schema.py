@@ -165,7 +165,13 @@ class TrainSettings(_Section):
     early_stopping: Annotated[
         int | None, _count("Stop after so many evaluations without gain; without one, never", (2, 10))
     ] = None
-    gradient_checkpointing: Annotated[bool, _about("Compute activations twice to hold fewer of them")] = False
+    recompute: Annotated[
+        Literal["none", "feedforward", "blocks"],
+        _about(
+            "What is computed twice to hold fewer activations: nothing, feed-forward parts, or whole blocks", "none"
+        ),
+    ] = "none"
+    gradient_checkpointing: Annotated[bool, _about("The same as recompute: blocks, as other tools call it")] = False
     threads: Annotated[int | None, _count("Processor threads; without one, all", (1, 64))] = None
 
 

@@ -1,4 +1,4 @@
-"""What a run adds to the trainer's loop: stopping on Ctrl-C, and a backward pass that stops at the lowest delta."""
+"""What a run adds to the trainer's loop: stopping on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from graftlm.training.progress import Voice
 
-__all__ = ["Interrupt", "NoInputGradients"]
+__all__ = ["Interrupt"]
 
 
 class Interrupt(TrainerCallback):
@@ -41,13 +41,3 @@ class Interrupt(TrainerCallback):
         del args, state
         if self.asked:
             control.should_save = control.should_training_stop = True
-
-
-class NoInputGradients(TrainerCallback):
-    """Undo the input gradients that transformers forces under checkpointing: the backward stops at the lowest delta."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """After the trainer has switched checkpointing on."""
-        del args, state, control
-        if hasattr(model, "disable_input_require_grads"):
-            model.disable_input_require_grads()

@@ -36,7 +36,7 @@ from graftlm.planning.memory import available_bytes
 from graftlm.report import write_card, write_report
 from graftlm.settings import Resolved, RunSettings, dump, resolve
 from graftlm.training import checkpoint
-from graftlm.training.callbacks import Interrupt, NoInputGradients
+from graftlm.training.callbacks import Interrupt
 from graftlm.training.decisions import (
     context_of,
     decide_epochs,
@@ -489,7 +489,6 @@ class _Work:
             metric_for_best_model=None if train.early_stopping is None else "eval_loss",
             greater_is_better=False,
             restore_callback_states_from_checkpoint=True,
-            activation_checkpointing=train.gradient_checkpointing,
             use_cpu=model.device.type == "cpu",
             disable_tqdm=True,
             report_to="none",
@@ -500,8 +499,6 @@ class _Work:
         args.load_best_model_at_end = train.early_stopping is not None
         progress = Progress(self.voice, self.folder.metrics, objective.unit)
         callbacks: list[TrainerCallback] = [progress, Interrupt(self.voice)]
-        if train.gradient_checkpointing:
-            callbacks.append(NoInputGradients())
         if train.early_stopping is not None:
             from transformers import EarlyStoppingCallback
 
@@ -514,6 +511,7 @@ class _Work:
             learning_rate_of=lambda kind: next(
                 rate for part, rate in zip(adapter.method.parts, self.learning_rates, strict=True) if part is kind
             ),
+            recompute="blocks" if train.gradient_checkpointing else train.recompute,
             train_dataset=prepared.train,
             eval_dataset=held,
             data_collator=self.collate,

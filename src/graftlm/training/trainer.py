@@ -24,6 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from graftlm.core import Adapter, Method
 from graftlm.errors import Finding, RunError
+from graftlm.kernels import Recompute, fuse
 from graftlm.objectives import Objective
 from graftlm.training import checkpoint
 
@@ -37,7 +38,8 @@ class GraftTrainer(Trainer):
     """Trains one adapter on one objective.
 
     `evaluate_with` gives the held-out scores when the Trainer asks for an evaluation. `learning_rate_of` gives each
-    part of a sum of methods its own rate; without it all have that of the arguments.
+    part of a sum of methods its own rate; without it all have that of the arguments. While it trains, the model is
+    fused (`graftlm.kernels.fuse`), and `recompute` says what is computed twice to hold less.
     """
 
     #: `compute_loss` divides by the count of the whole step already.
@@ -51,11 +53,13 @@ class GraftTrainer(Trainer):
         *,
         evaluate_with: Evaluate | None = None,
         learning_rate_of: Callable[[Method], float] | None = None,
+        recompute: Recompute = "none",
         **options: Any,
     ) -> None:
         self.adapter: Adapter = adapter
         self.objective: Objective = objective
         self.evaluate_with, self.learning_rate_of = evaluate_with, learning_rate_of
+        self.recompute: Recompute = recompute
         #: The method's penalty in the last step; None where it has none.
         self.penalty: float | None = None
         #: Losses counted since the start of this process (tokens or rows): the measure of speed.
@@ -72,6 +76,11 @@ class GraftTrainer(Trainer):
     def trained(self) -> list[nn.Parameter]:
         """What the optimizer changes."""
         return [parameter for parameter in self.adapter.parameters() if parameter.requires_grad]
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train as the Trainer does, on a fused model; it is as it was afterwards."""
+        with fuse(self.adapter.model, recompute=self.recompute):
+            return super().train(*args, **options)
 
     # --- loss ---
 

@@ -17,14 +17,14 @@ from models_for_tests import DECODERS, ENCODER_DECODERS, ENCODERS, inputs_for, t
 
 #: What may be fused in each model; everything else is left alone.
 EXPECTED = {
-    "llama": {"linear": 14, "feed-forward": 2, "norm": 5},
-    "qwen3": {"linear": 14, "feed-forward": 2, "norm": 9},
+    "llama": {"linear": 14, "feed-forward": 2, "norm": 5, "attention": 2},
+    "qwen3": {"linear": 14, "feed-forward": 2, "norm": 9, "attention": 2},
     "gemma2": {"linear": 14, "feed-forward": 2, "norm": 9},
-    "gpt2": {"linear": 8, "feed-forward": 2, "norm": 5},
-    "opt": {"linear": 12, "norm": 5},
-    "phi3": {"linear": 8, "norm": 5},
-    "bert": {"linear": 12, "norm": 5},
-    "t5_gated": {"linear": 36, "feed-forward": 4, "norm": 12},
+    "gpt2": {"linear": 8, "feed-forward": 2, "norm": 5, "attention": 2},
+    "opt": {"linear": 12, "norm": 5, "attention": 2},
+    "phi3": {"linear": 8, "norm": 5, "attention": 2},
+    "bert": {"linear": 12, "norm": 5, "attention": 2},
+    "t5_gated": {"linear": 36, "feed-forward": 4, "norm": 12, "attention": 6},
 }
 
 
@@ -151,6 +151,34 @@ def test_a_copy_has_its_own_deltas_and_a_fused_model_can_be_stored() -> None:
                 parameter.zero_()
         assert not torch.allclose(step(twin, [own], batch)[0], wanted)
         assert torch.equal(step(model, [adapter], batch)[0], wanted)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "bert", "bart", "t5"])
+def test_padding(name: str, side: str) -> None:
+    model = tiny(name)
+    adapter = shaken(model, "lora(rank=3,targets=all-linear)")
+    batch = inputs_for(model, tokens=9)
+    batch["attention_mask"][0, : 4 if side == "left" else None] = 0
+    batch["attention_mask"][0, 4 if side == "left" else slice(5)] = 1
+    if side == "right":
+        batch["attention_mask"][0] = torch.tensor([1] * 5 + [0] * 4)
+    real = batch["attention_mask"].bool() if not model.config.is_encoder_decoder else slice(None)
+
+    def logits() -> Tensor:
+        found = model(**batch).logits
+        return found if found.dim() == 2 else found[real]
+
+    wanted = logits()
+    before = torch.autograd.grad(wanted.square().sum(), list(adapter.parameters()), allow_unused=True)
+    with fuse(model):
+        own = logits()
+        after = torch.autograd.grad(own.square().sum(), list(adapter.parameters()), allow_unused=True)
+    torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-5)
+    size = max(float(each.abs().max()) for each in before if each is not None)
+    for one, other in zip(after, before, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * size)
 
 
 def test_names_and_checkpoint_stay() -> None:

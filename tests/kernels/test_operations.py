@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.core import LowRank
-from graftlm.kernels import Map, feed_forward, low_rank_linear, plain_feed_forward, plain_low_rank_linear
+from graftlm.kernels import (
+    Map,
+    attention,
+    blocked_attention,
+    feed_forward,
+    low_rank_linear,
+    plain_attention,
+    plain_feed_forward,
+    plain_low_rank_linear,
+)
 from graftlm.kernels.linear import dropped
 from graftlm.kernels.norm import frozen_norm, invertible
 
@@ -114,6 +123,27 @@ def test_a_norm(kind: torch.dtype, close: float, centred: bool) -> None:
     assert invertible(weight, bias)
     weight[3] = 0
     assert not invertible(weight, bias)
+
+
+@pytest.mark.parametrize(("kind", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "tokens"), [(4, 4, 130), (4, 2, 70), (4, 1, 9)])
+def test_attention(
+    kind: torch.dtype, close: float, masked: bool, causal: bool, heads: int, kv_heads: int, tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, n, tokens, 16, dtype=kind).requires_grad_() for n in (heads, kv_heads, kv_heads))
+    mask = None
+    if masked:
+        mask = torch.rand(3, 1, tokens, tokens) > 0.3
+        mask = (mask.tril() if causal else mask) | torch.eye(tokens, dtype=torch.bool)
+    for least in (attention._BLOCK_BYTES, 1, 64 * tokens * 8 * 8):
+        monkeypatch.setattr(attention, "_BLOCK_BYTES", least)
+        fused = blocked_attention(q, k, v, 0.3, causal, mask)
+        plain = plain_attention(q, k, v, 0.3, causal and mask is None, mask)
+        compare(fused, plain, [q, k, v], close, 2 * close)
 
 
 def test_dropout_drops_its_share_and_is_replayed() -> None:

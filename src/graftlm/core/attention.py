@@ -24,7 +24,9 @@ from graftlm.errors import Finding, RoutingError
 if TYPE_CHECKING:
     from graftlm.core.junction import Junction
 
-__all__ = ["IMPLEMENTATIONS", "Splice", "attention_function", "implementation_of", "recorded_keys_values"]
+__all__ = [
+    "IMPLEMENTATIONS", "Splice", "attention_function", "implementation_of", "named_attention", "recorded_keys_values",
+]  # fmt: skip
 
 _NAME = "graftlm_prefix"
 _RECORDER = "graftlm_recorder"
@@ -91,13 +93,13 @@ def _substitute(junction: Junction, config: Any) -> Any:
     """A copy of `config` that names our attention function; kept, and made again where the original changed."""
     kept = junction.substitute
     if kept is None or kept[0] is not config or kept[1] != config._attn_implementation:
-        twin = _naming(config, _NAME, _attend)
+        twin = named_attention(config, _NAME, _attend)
         junction.substitute = kept = (config, config._attn_implementation, twin)
     return kept[2]
 
 
-def _naming(config: Any, name: str, function: Callable[..., Any]) -> Any:
-    """A copy of `config` whose attention implementation is `function`, under `name`."""
+def named_attention(config: Any, name: str, function: Callable[..., Any]) -> Any:
+    """A copy of `config` whose attention implementation is `function`, under `name`; for one module, masks stay."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(name, function)
@@ -189,7 +191,7 @@ def recorded_keys_values(model: nn.Module, ids: Tensor, paths: Sequence[str]) ->
         for path, config in configs.items():
             module: Any = modules[path]
             module.__dict__[_RECORD] = (str(implementation_of(module)), [])
-            module.config = _naming(config, _RECORDER, _record)
+            module.config = named_attention(config, _RECORDER, _record)
         with torch.no_grad():
             model(**inputs)
         return {path: modules[path].__dict__[_RECORD][1][0] for path in paths}

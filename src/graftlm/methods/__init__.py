@@ -1,7 +1,8 @@
 """The catalogue of methods: one class a method, and the text that names them in run files and on the command line.
 
-A text is a sum of calls, `lora(rank=16,targets=all-linear)+head`: names from `METHODS`, settings by name (the first may
-go without), lists in square brackets, texts with or without quotes.
+A text is a sum of calls, `lora(rank=16,targets=all-linear)+head`: names from `METHODS` or of an installed package
+(`graftlm.methods.plugins`), settings by name (the first may go without), lists in square brackets, texts with or
+without quotes.
 
 Example:
     >>> read_method("lora(rank=4, targets=[query,value]) + head").parts[0].rank
@@ -34,6 +35,7 @@ from graftlm.methods.lora import LoRA, LoRAPlus, OLoRA, PiSSA, RsLoRA
 from graftlm.methods.modules import Modules
 from graftlm.methods.norm import NormTuning
 from graftlm.methods.parallel import ParallelAdapter
+from graftlm.methods.plugins import load_plugin, plugin_names
 from graftlm.methods.prefix import PrefixTuning
 from graftlm.methods.prompt import PromptTuning
 from graftlm.methods.prune import Prune
@@ -73,7 +75,9 @@ __all__ = [
     "Sparse",
     "UniPELT",
     "VeRA",
+    "find_method",
     "method",
+    "method_names",
     "read_method",
 ]  # fmt: skip
 
@@ -135,6 +139,23 @@ _FOREIGN_METHODS = {
 }
 
 
+def find_method(name: str) -> type[Method] | None:
+    """The class of the method `name`: graftlm's own, else that of an installed package; None where there is none.
+
+    Raises MethodError where the package's method cannot be loaded.
+
+    Example:
+        >>> find_method("lora")
+        <class 'graftlm.methods.lora.LoRA'>
+    """
+    return METHODS.get(name) or load_plugin(name)
+
+
+def method_names() -> list[str]:
+    """The names of all methods, those of installed packages among them, sorted; no package's code is run."""
+    return sorted(METHODS.keys() | plugin_names())
+
+
 def read_method(text: str) -> Method:
     """The method that `text` names. Raises MethodError with every fault and the nearest right names.
 
@@ -180,15 +201,20 @@ def _summands(node: ast.expr) -> list[ast.expr]:
 def _read_part(node: ast.expr, faults: list[Finding]) -> Method | None:
     call = node if isinstance(node, ast.Call) else None
     name = _plain(call.func if call else node).lower()
-    kind = METHODS.get(name)
+    try:
+        kind = find_method(name)
+    except MethodError as error:
+        faults += error.findings
+        return None
     if kind is None:
+        names = method_names()
         foreign = _FOREIGN_METHODS.get(re.sub(r"\(.*|[^a-z0-9]", "", name))
-        close = [foreign] if foreign in METHODS else nearest(name, METHODS)
+        close = [foreign] if foreign in METHODS else nearest(name, names)
         hint = f" Did you mean {close[0]}?" if close else ""
         faults.append(
             Finding(
                 "T101",
-                f"unknown method {name!r}.{hint} There are: {', '.join(METHODS)}",
+                f"unknown method {name!r}.{hint} There are: {', '.join(names)}",
                 fix=close[0] if close else "lora",
             )
         )

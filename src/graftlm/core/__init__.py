@@ -29,6 +29,7 @@ from graftlm.core.delta import (
 from graftlm.core.method import Method, Part, Samples, Sum, device_at, in_eval_mode, model_loss
 from graftlm.core.routing import Routing
 from graftlm.core.sites import ROLE_GROUPS, ROLES, Site, Survey, Targets, linear_kind
+from graftlm.core.storage import dense, parameter_count
 from graftlm.core.summary import Summary, summary
 from graftlm.core.survey import survey
 
@@ -58,11 +59,13 @@ __all__ = [
     "WholeParameterDelta",
     "adapters",
     "attach",
+    "dense",
     "device_at",
     "in_eval_mode",
     "linear_kind",
     "model_loss",
     "original_parameters",
+    "parameter_count",
     "parts_of",
     "summary",
     "survey",

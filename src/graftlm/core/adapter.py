@@ -39,6 +39,7 @@ from graftlm.core.junction import Junction, Replay, Switch, columns_of, junction
 from graftlm.core.method import Method, Part, Samples, device_at
 from graftlm.core.routing import Routing, Spec, read_spec
 from graftlm.core.sites import Site, Survey, linear_kind
+from graftlm.core.storage import dense, is_offloaded, is_packed
 from graftlm.core.survey import survey
 from graftlm.errors import AdapterError, Finding, GraftError, MethodError, NotMergeable, RoutingError, nearest
 
@@ -228,6 +229,15 @@ class Adapter:
                 raise NotMergeable(
                     Finding("R201", f"{part.method.name} at {part.site.key} cannot be folded into a weight" + why)
                 )
+        if fixed := next((part.site for part in self.parts if not _takes_weights(self.model, part)), None):
+            what = type(self.model.get_submodule(fixed.path)).__name__
+            raise NotMergeable(
+                Finding(
+                    "R202",
+                    f"the {what} at {fixed.path} has no place for a merged weight",
+                    fix="merged_copy(model)",
+                )
+            )
         merged = graft.switch.merged
         try:
             _refold(self.model, (*merged, self.name))
@@ -643,7 +653,8 @@ def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:
     for (path, name), original in originals.items():
         now = modules[path]._parameters.get(name)
         if original is not None and now is not None and (original.dtype, original.device) != (now.dtype, now.device):
-            original.data = original.data.to(now)  # the model was moved or cast meanwhile
+            # The model was moved or cast meanwhile; codes in place of numbers only move.
+            original.data = original.data.to(now.device, now.dtype if original.is_floating_point() else None)
         modules[path]._parameters[name] = original
     originals.clear()
     if graft.tied is not None and config is not None:
@@ -660,7 +671,7 @@ def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:
         originals.setdefault((path, name), modules[path]._parameters.get(name))
         modules[path]._parameters[name] = value
 
-    def put(places: Iterable[tuple[str, str]], value: Tensor, like: Tensor) -> None:
+    def put(places: Iterable[tuple[str, str]], value: Tensor, like: Tensor, dtype: torch.dtype) -> None:
         places = list(places)
         others = [other for other in holders.get(id(like), ()) if other not in places]
         if others and getattr(config, "tie_word_embeddings", False):
@@ -669,7 +680,7 @@ def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:
             graft.tied, config.tie_word_embeddings = True, False  # type: ignore[union-attr]
             for path, name in others[1:]:
                 place(path, name, nn.Parameter(like.detach().clone(), requires_grad=False))
-        fresh = nn.Parameter(value.to(like.dtype).contiguous(), requires_grad=False)
+        fresh = nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)
         for path, name in places:
             place(path, name, fresh)
 
@@ -684,17 +695,28 @@ def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:
                 start = now if original is None else original
                 value = delta.parameter(start)
                 # Where an adapter merged before stands already, the changes add up, as at a junction.
-                put(part.site.places, value.clone() if now is start else now + (value - start), now)
+                put(part.site.places, value.clone() if now is start else now + (value - start), now, now.dtype)
             elif isinstance(delta, LinearDelta):
                 weight, bias = module._parameters["weight"], module._parameters.get("bias")
                 assert weight is not None
                 across = linear_kind(module) == "conv1d"  # stored [in, out]
-                folded, shift = _fold(
-                    part, weight.float().T if across else weight.float(), None if bias is None else bias.float()
-                )
-                put([(part.site.path, "weight")], folded.T if across else folded, weight)
+                whole = dense(module).float()
+                dtype: Any = weight.dtype if weight.is_floating_point() else module.dtype  # what it was before packing
+                folded, shift = _fold(part, whole.T if across else whole, None if bias is None else bias.float())
+                put([(part.site.path, "weight")], folded.T if across else folded, weight, dtype)
                 if shift is not None:
-                    put([(part.site.path, "bias")], shift, weight if bias is None else bias)
+                    put([(part.site.path, "bias")], shift, weight if bias is None else bias, dtype)
+
+
+def _takes_weights(model: nn.Module, part: Part) -> bool:
+    """Whether a merged weight can be put in place of the one that `part` changes."""
+    module = model.get_submodule(part.site.path)
+    if not isinstance(part.delta, LinearDelta):
+        return True
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None and not is_offloaded(module) and (hasattr(module, "dense_weight") or not is_packed(module))
+    )
 
 
 def _fold(part: Part, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

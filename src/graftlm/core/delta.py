@@ -42,7 +42,8 @@ class Base:
 
     output: Tensor
     map: Callable[[Tensor], Tensor]  # the bare map, W z for z of shape [..., in], whatever W is stored as; no bias
-    weight: Callable[[], Tensor]  # W as a tensor [out, in] ([tokens, width] for embeddings)
+    weight: Callable[[], Tensor]  # W as a tensor [out, in] ([tokens, width] for embeddings); dequantised at each call
+    stored: nn.Parameter | None  # what W is stored as, by which it can be told whether it has changed
     bias: Tensor | None = None
     mask: Tensor | None = None
 

@@ -9,7 +9,7 @@ after it, the parameters are put back and the additions made. With one choice a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from graftlm.core.groups import Group, Rows, Slice, total_rows
 from graftlm.core.routing import Batch, Choice, Routing
 from graftlm.core.sequence import Layout, check_cache, positions_by_mask
 from graftlm.core.sites import Site, linear_kind
+from graftlm.core.storage import dense
 from graftlm.errors import Finding, RoutingError
 
 __all__ = ["Junction", "Replay", "Switch", "columns_of", "junction_of"]
@@ -417,11 +418,13 @@ class Junction:
             return y if bias is None else y - bias
 
         def weight() -> Tensor:
-            stored = dense(module)
-            return stored.T if across else stored
+            whole = dense(module)
+            return whole.T if across else whole
 
         mask = self.switch.batch.mask_like(whole, index)
-        return Base(output=output, map=bare, weight=weight, bias=bias, mask=mask)
+        return Base(
+            output=output, map=bare, weight=weight, stored=module._parameters.get("weight"), bias=bias, mask=mask
+        )
 
     def _leave_rows(
         self,
@@ -524,7 +527,9 @@ def _change_slice(part: Slice, x: Tensor, output: Tensor, base: Base | None) -> 
             return whole.map(z).index_select(-1, index)
 
         bias = None if base.bias is None else base.bias[index]
-        base = Base(base.output.index_select(-1, index), bare, lambda: whole.weight()[index], bias, base.mask)
+        base = replace(
+            base, output=base.output.index_select(-1, index), map=bare, weight=lambda: whole.weight()[index], bias=bias
+        )
     for delta in part.deltas:
         added = delta.add_over(x, base) if base is not None and acts(delta, "add_over") else delta.add(x)
         if added is not None:
@@ -538,13 +543,6 @@ def _change_slice(part: Slice, x: Tensor, output: Tensor, base: Base | None) -> 
 def columns_of(columns: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """The output columns that ranges (start, stop) name, in order; int64 on `device`."""
     return torch.cat([torch.arange(start, stop, device=device) for start, stop in columns])
-
-
-def dense(module: nn.Module) -> Tensor:
-    """The module's weight as a tensor, in the layout that it is stored in."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    return weight
 
 
 def _split_output(output: Any, rows: Rows, count: int) -> Iterable[Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from graftlm.core.adapter import Adapter, adapters
+from graftlm.core.storage import parameter_count
 
 __all__ = ["Summary", "summary"]
 
@@ -43,6 +44,6 @@ def summary(model: nn.Module) -> Summary:
     """What is attached to `model` and how large it is."""
     return Summary(
         model_name=type(model).__name__,
-        base_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        base_parameters=parameter_count(model),
         adapters=tuple(adapters(model).values()),
     )

@@ -107,11 +107,11 @@ class DoRADelta(LinearDelta):
     def _lengths(self, base: Base) -> Tensor:
         """n = m / ||W + s B A||, float32 [out]; only m gets a gradient. A row of zeros keeps n = 1."""
         with torch.no_grad():
-            weight = base.weight()
-            squares = self._squares(weight)
-            if weight.is_floating_point():
+            squares = self._squares(base)
+            if base.stored is not None and base.stored.is_floating_point():
+                weight = base.weight()
                 mapped = F.linear(self.lora_A.to(weight.dtype), weight)
-            else:
+            else:  # W A^T as the module itself computes it: nothing is dequantised as a whole
                 mapped = base.map(self.lora_A.to(base.output.dtype))
             gram = self.lora_A @ self.lora_A.T
             cross = (mapped.T.float() * self.lora_B).sum(1)
@@ -123,15 +123,15 @@ class DoRADelta(LinearDelta):
         tiny = torch.finfo(norm.dtype).tiny
         return torch.where(norm > 0, self.lora_magnitude_vector / norm.clamp_min(tiny), torch.ones_like(norm))
 
-    def _squares(self, weight: Tensor) -> Tensor:
-        """The squared norm of each row of `weight`, kept as long as it is the very same weight, unchanged."""
-        owner = weight if weight._base is None else weight._base
-        if owner.is_inference() or not isinstance(owner, nn.Parameter):
-            return _squares(weight)
-        version = (owner._version, owner.data_ptr(), owner.dtype, tuple(weight.shape))
+    def _squares(self, base: Base) -> Tensor:
+        """The squared norm of each row of the weight, kept as long as it is the very same weight, unchanged."""
+        owner = base.stored
+        if owner is None or owner.is_inference() or not isinstance(owner, nn.Parameter):
+            return _squares(base.weight())
+        version = (owner._version, owner.data_ptr(), owner.dtype)
         # A freed weight's address is soon another's: the weight itself is remembered, without keeping it alive.
         if self._known is None or self._known[0][0]() is not owner or self._known[0][1] != version:
-            self._known = ((weakref.ref(owner), version), _squares(weight))
+            self._known = ((weakref.ref(owner), version), _squares(base.weight()))
         return self._known[1]
 
     def __getstate__(self) -> dict[str, Any]:

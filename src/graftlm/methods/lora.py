@@ -38,8 +38,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core import Delta, LinearDelta, LowRank, Method, ParameterDelta, Part, Site, Survey, Targets
-from graftlm.core.junction import columns_of, dense
+from graftlm.core import Delta, LinearDelta, LowRank, Method, ParameterDelta, Part, Site, Survey, Targets, dense
+from graftlm.core.junction import columns_of
 from graftlm.errors import Finding, MethodError
 from graftlm.methods.parameters import need_values
 
@@ -282,7 +282,7 @@ def weight_at(site: Site, module: nn.Module, name: str, stored: Tensor | None = 
     `stored` is taken in place of what the module holds now (the weight before a merge).
     Raises MethodError (in the method's `name`) where the module holds no weight of floating-point numbers.
     """
-    weight = (dense(module) if stored is None else stored).detach()
+    weight = dense(module, stored).detach()
     need_values(name, site.path, weight)
     weight = weight.T if site.kind == "conv1d" else weight
     return weight[columns_of(site.columns, weight.device)] if site.columns else weight

@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 import graftlm
-from graftlm.core import Adapter, Method, Samples, attach, summary, use
+from graftlm.core import Adapter, Method, Samples, attach, parameter_count, summary, use
 from graftlm.data import Collator, Prepared, prepare
 from graftlm.data.codes import WAIVABLE
 from graftlm.data.reading import read_rows
@@ -388,7 +388,7 @@ class _Work:
             "name": self.settings.model.name,
             "class": type(model).__name__,
             "fingerprint": fingerprint(model),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": parameter_count(model),
         }
 
     def _attach(self, prepared: Prepared, model: Any, method: Method) -> Adapter:

@@ -1,0 +1,117 @@
+"""Stored weights: the weight behind a linear-like module as a tensor, whatever it is stored as, and its count.
+
+A base's weight may be packed (4 bits), a tensor of another library, or lie elsewhere (offloaded to disk). A delta asks
+for it here and never looks at the storage. What holds a packed weight says what it is by a method `dense_weight`; for
+modules of other libraries a reader is entered with `read_storage`; of what nobody knows, the module is asked itself,
+by running it on the rows of the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.core.sites import linear_kind
+
+__all__ = ["dense", "is_offloaded", "is_packed", "parameter_count", "read_storage"]
+
+_ROWS_AT_ONCE = 1024
+
+_readers: dict[str, Callable[[nn.Module], Tensor]] = {}
+
+
+def read_storage(class_name: str, reader: Callable[[nn.Module], Tensor]) -> None:
+    """Have `reader` give the dense weight [out, in] of modules of the class of that name, of another library."""
+    _readers[class_name] = reader
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether the weight of a linear-like module is stored otherwise than as its numbers."""
+    if linear_kind(module) != "linear":
+        return False
+    weight = module._parameters.get("weight")
+    return weight is None or not weight.is_floating_point() or not _is_plain(weight)
+
+
+def dense(module: nn.Module, stored: Tensor | None = None) -> Tensor:
+    """The weight of a linear-like module as numbers, in the layout that it computes in; [out, in] where it was packed.
+
+    `stored` is taken in place of the module's own `weight` (the one before a merge).
+    """
+    weight = module._parameters.get("weight") if stored is None else stored
+    of_module = getattr(module, "dense_weight", None)
+    if of_module is not None:
+        found: Tensor = of_module(weight)
+        return found
+    lies_elsewhere = weight is None or is_offloaded(module)
+    if not lies_elsewhere and weight is not None and weight.is_floating_point() and _is_plain(weight):
+        return weight
+    with torch.no_grad():
+        reader = _readers.get(type(module).__name__)
+        if reader is not None and not lies_elsewhere:
+            return reader(module)
+        if not lies_elsewhere and weight is not None and not _is_plain(weight):
+            return weight.dequantize()
+        return _asked(module)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether the module's weight lies on disk or in other memory until it is called (accelerate's hooks)."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.is_meta and hasattr(module, "_hf_hook")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _asked(module: nn.Module) -> Tensor:
+    """The weight as the module's own outputs for unit vectors, less its bias, some at a time."""
+    forward: Callable[[Tensor], Tensor] = module.forward
+    bias = getattr(module, "bias", None)
+    device, dtype = _computes_at(module)
+    rows = []
+    kind = linear_kind(module)
+    width: Any = module.in_features if kind == "linear" else module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+    zero = None if bias is None else forward(torch.zeros(1, int(width), device=device, dtype=dtype))
+    for start in range(0, int(width), _ROWS_AT_ONCE):
+        count = min(_ROWS_AT_ONCE, int(width) - start)
+        unit = torch.zeros(count, int(width), device=device, dtype=dtype)
+        unit[torch.arange(count), torch.arange(start, start + count)] = 1
+        y = forward(unit)
+        rows.append(y if zero is None else y - zero)
+    whole = torch.cat(rows)  # [in, out]
+    return whole if kind == "conv1d" else whole.T.contiguous()
+
+
+def _computes_at(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    if device is None:
+        device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
+    dtype = next((t.dtype for t in tensors if t is not None and t.is_floating_point()), torch.float32)
+    return torch.device(device), dtype
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers `model` has, a packed weight counted by the numbers that it stands for.
+
+    Example:
+        >>> parameter_count(nn.Linear(3, 4))
+        16
+    """
+    total, seen = 0, set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if name == "weight" and is_packed(module):
+                total += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+            else:
+                total += parameter.numel()
+    return total

@@ -1,0 +1,14 @@
+"""The stable codes of everything this room reports."""
+
+from __future__ import annotations
+
+__all__ = ["CODES"]
+
+CODES: dict[str, str] = {
+    "Q101": "a quantisation is asked for that does not exist",
+    "Q102": "blocks of an odd number of entries, or of none, are asked for",
+    "Q103": "a model with adapters attached is to be quantised",
+    "Q104": "the model has no dense linear maps in its blocks that could be quantised",
+    "Q105": "a model without values is to be quantised",
+}
+"""Code to meaning."""

@@ -1,0 +1,187 @@
+"""A linear map whose weight is held in fewer bits: the one module of every format, and its arithmetic.
+
+    y = W' x + b,   W' = dequantised W;   dL/dx = W'^T dL/dy;   W itself gets no gradient
+
+The weight is dequantised some rows at a time in the type of `x`, and again in the backward pass: neither pass ever
+holds a whole dense weight, and nothing but the packed one is kept between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftlm.quantisation.storage import Format
+
+__all__ = ["QuantizedLinear"]
+
+#: Entries dequantised together: 16 MiB in float32.
+_ENTRIES_AT_ONCE = 2**22
+
+_PACKED = ("sizes", "outer", "offset")
+
+
+class QuantizedLinear(nn.Module):
+    """y = W x + b with W [out, in] packed as `format` says; made by `quantize`, or empty for loading.
+
+    `weight` holds the codes; `sizes` (and `outer`, `offset`) are buffers. Where a merge puts a weight of numbers in
+    place of the codes, the module computes with that. `model.to(dtype)` changes the bias alone: sizes stay as they are.
+
+    Example:
+        >>> dense = nn.Linear(64, 32)
+        >>> module = QuantizedLinear.of(dense, Format("nf4"))
+        >>> module(torch.randn(2, 64)).shape, module.weight.dtype
+        (torch.Size([2, 32]), torch.int8)
+    """
+
+    outer: Tensor | None
+    offset: Tensor | None
+    sizes: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: Format,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        across: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.format = in_features, out_features, format
+        #: The type that the weight had before, which merged weights are put in place with.
+        self.dtype = dtype
+        #: Whether the weight was stored [in, out] before (`Conv1D`).
+        self.across = across
+        shapes = format.shapes(out_features, in_features)
+        shape, kind = shapes["weight"]
+        self.weight = nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False)
+        for name in _PACKED:
+            empty = torch.empty(shapes[name][0], dtype=shapes[name][1]) if name in shapes else None
+            self.register_buffer(name, empty)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+
+    @classmethod
+    def of(cls, module: nn.Module, format: Format) -> QuantizedLinear:
+        """The quantised form of a `nn.Linear` or a `Conv1D` of transformers; the bias is shared with it."""
+        across = not isinstance(module, nn.Linear)
+        weight = _weight_of(module)
+        weight = weight.T.contiguous() if across else weight
+        bias: Any = module.bias
+        with torch.device("meta"):
+            made = cls(weight.shape[1], weight.shape[0], format, dtype=weight.dtype, across=across)
+        made.put(format.pack(weight))
+        made.bias = bias
+        made.training = module.training
+        return made
+
+    def put(self, packed: dict[str, Tensor]) -> None:
+        """Hold `packed`, as `Format.pack` gives it."""
+        self.weight = nn.Parameter(packed["weight"], requires_grad=False)
+        for name in _PACKED:
+            setattr(self, name, packed.get(name))
+
+    def packed(self, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """What is held, by the names of `Format.pack`; `weight` in place of the module's own codes."""
+        found = {"weight": self.weight if weight is None else weight}
+        return found | {name: buffer for name in _PACKED if (buffer := self._buffers[name]) is not None}
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether a weight of numbers stands in place of the codes."""
+        return self.weight.is_floating_point()
+
+    def dense_weight(self, weight: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W as a tensor [out, in] in `dtype`; of the codes `weight` in place of the module's own."""
+        weight = self.weight if weight is None else weight
+        if weight.is_floating_point():
+            return weight
+        shape = (self.out_features, self.in_features)
+        if weight.is_meta:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return self.format.unpack(self.packed(weight), shape, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + b for x of shape [..., in], in the type of `x`."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.weight.is_floating_point():
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        if x.is_meta:
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        packed = self.packed()
+        y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            x, self.format, (self.out_features, self.in_features), *_in_order(packed)
+        )
+        return y if bias is None else y + bias
+
+    def extra_repr(self) -> str:
+        """What is printed of it."""
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.format}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        # Sizes follow the device, never the type: in 16 bits they would be others.
+        kept = {name: self._buffers[name] for name in _PACKED}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            now = self._buffers[name]
+            if before is not None and now is not None and now.dtype != before.dtype:
+                self._buffers[name] = before.to(now.device)
+        return self
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.detach()
+
+
+def _in_order(packed: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    return (packed["weight"], *(packed.get(name) for name in _PACKED))
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, for which nothing dense is kept; its gradient is that of x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, format: Format, shape: tuple[int, int], *stored: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*stored)
+        ctx.format, ctx.shape = format, shape
+        y = x.new_empty(*x.shape[:-1], shape[0])
+        for rows, weight in _slabs(format, shape, stored, x.dtype):
+            y[..., rows] = F.linear(x, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        if not ctx.needs_input_grad[0]:
+            return (None,) * (3 + len(ctx.saved_tensors))
+        gradient: Tensor = gradients[0]
+        total: Tensor | None = None
+        for rows, weight in _slabs(ctx.format, ctx.shape, ctx.saved_tensors, gradient.dtype):
+            part = gradient[..., rows] @ weight
+            total = part if total is None else total.add_(part)
+        return (total, None, None, *(None for _ in ctx.saved_tensors))
+
+
+def _slabs(
+    format: Format, shape: tuple[int, int], stored: tuple[Tensor | None, ...], dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """The weight some rows at a time, each with the rows that it is."""
+    names = ("weight", *_PACKED)
+    packed = {name: tensor for name, tensor in zip(names, stored, strict=True) if tensor is not None}
+    rows, columns = shape
+    together = format.rows_together(columns)
+    step = max(_ENTRIES_AT_ONCE // columns // together, 1) * together
+    sizes = format.sizes(packed)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        yield slice(first, last), format.unpack_rows(packed, shape, dtype, first, last, sizes)

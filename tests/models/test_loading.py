@@ -79,7 +79,7 @@ def test_types(dtype: Any, wanted: torch.dtype, tiny_base: Path) -> None:
 def test_wrong_words_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     for code, options in (
         ("M108", {"dtype": "float8"}),
-        ("M107", {"quantize": "nf4"}),
+        ("Q101", {"quantize": "nf5"}),
         ("M109", {"task": "classify"}),
     ):
         with pytest.raises(ModelError) as caught:

@@ -159,9 +159,16 @@ def test_waiving_what_cannot_be_waived_is_refused(codes: str, tiny: Tiny, answer
         tiny(answered, waive=codes)
 
 
-def test_model_quantize_is_refused(tiny: Tiny, answered: Path) -> None:
-    with pytest.raises(GraftError, match="M107"):
-        tiny(answered, quantize="nf4")
+def test_model_quantize_packs_the_base_and_is_remembered(tiny: Tiny, answered: Path) -> None:
+    from graftlm.quantisation import quantized
+    from graftlm.training import open_adapter
+
+    run = tiny(answered, quantize="int8")
+    packed = [path for path, _ in quantized(run.model)]
+    assert packed
+    opened = open_adapter(run.folder)
+    assert [path for path, _ in quantized(opened.model)] == packed
+    assert str(opened.adapter.method) == str(run.adapter.method)
 
 
 def test_train_accumulate_divides_the_micro_batch(tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:

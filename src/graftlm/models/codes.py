@@ -12,7 +12,7 @@ CODES: dict[str, str] = {
     "M104": "the folder of the base model has no weights in safetensors files",
     "M105": "an adapter is given where its base model is wanted",
     "M106": "the folder has no config.json, so it is no transformers model",
-    "M107": "loading the base quantised is not supported in this version",
+    "M107": "the base is quantised already, and is to be quantised while it is read",
     "M108": "the dtype is unknown",
     "M109": "a model for the task classify needs the names of its classes",
     "M110": "the tokenizer has no token that could pad short rows",

@@ -91,7 +91,7 @@ def _lasting(config: Any) -> Any:
 def _sampled(tensors: list[Tensor]) -> bytes:
     samples = []
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+        if tensor.numel() and not tensor.is_meta:  # codes of packed weights too: they tell one format from another
             flat = tensor.detach().reshape(-1)
             samples.append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16))
     if not samples:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from graftlm.errors import EnvironmentFault, Finding, ModelError, nearest
+from graftlm.quantisation import Format, as_format
 
 __all__ = ["BUNDLED", "bundled_base", "generates", "load_base", "load_config", "load_tokenizer", "resolve_base"]
 
@@ -82,7 +83,7 @@ def load_base(
     task: str = "lm",
     labels: Sequence[str] | None = None,
     dtype: str | torch.dtype = "auto",
-    quantize: str | None = None,
+    quantize: str | Format | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -91,14 +92,16 @@ def load_base(
 
     `name` is a folder, a hub id or "bundled". For `classify`, `labels` names the classes; the new head is drawn from
     torch's global generator, so set the seed before. `dtype` "auto" is float32 on a CPU and the checkpoint's own type
-    elsewhere. Raises ModelError with what is wrong and the nearest right thing.
+    elsewhere. `quantize` (`nf4`, `fp4`, `int4`, `int8`, or a `Format`) packs the linear maps of the blocks one by one
+    while they are read, so that the peak is the packed model and one weight; embeddings, norms and heads stay as they
+    are. Raises ModelError with what is wrong and the nearest right thing.
 
     Example:
         >>> model, tokenizer = load_base("bundled")                                # doctest: +SKIP
+        >>> model, tokenizer = load_base("meta-llama/Llama-2-7b-hf", quantize="nf4")             # doctest: +SKIP
         >>> model, tokenizer = load_base("roberta-base", task="classify", labels=["no", "yes"])  # doctest: +SKIP
     """
-    if quantize is not None:
-        raise ModelError(Finding("M107", f"quantize={quantize!r} is not supported in this version", fix="leave it out"))
+    format = as_format(quantize) if quantize is not None else None
     if isinstance(dtype, str) and dtype not in ("auto", *_DTYPES):
         raise ModelError(Finding("M108", f"dtype {dtype!r}: want auto, {', '.join(_DTYPES)}", fix="dtype=auto"))
     if task == "classify" and not labels:
@@ -111,8 +114,14 @@ def load_base(
 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from graftlm.quantisation.loading import load_quantized, settle  # with it transformers knows our storage
+
     config = load_config(where, **options)
     tokenizer = load_tokenizer(where, **options)
+    if format is not None and (already := _how_quantised(config)):
+        raise ModelError(
+            Finding("M107", f"{name} is quantised already ({already}), and {format} is asked for", fix="quantize=null")
+        )
     kind: Any
     if task == "classify":
         kind = AutoModelForSequenceClassification
@@ -133,15 +142,19 @@ def load_base(
     else:
         wanted = _DTYPES[dtype] if isinstance(dtype, str) else dtype
     with _quiet(), _explained(str(name)):
-        model, report = kind.from_pretrained(
-            where,
-            config=config,
-            dtype=wanted,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and judged below
-            **options,
-        )
+        if format is not None:
+            model, report = load_quantized(kind, where, config, format, dtype=wanted, **options)
+        else:
+            model, report = kind.from_pretrained(
+                where,
+                config=config,
+                dtype=wanted,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and judged below
+                **options,
+            )
+            settle(model)
     _check_loaded(str(name), model, report, task)
     if tokenizer.pad_token_id is None:
         # Padding is masked everywhere; only its embedding row must exist.
@@ -166,6 +179,15 @@ def generates(config: Any) -> bool:
     from transformers import AutoModelForCausalLM
 
     return type(config) in AutoModelForCausalLM._model_mapping and type(config).__name__ not in _ENCODERS
+
+
+def _how_quantised(config: Any) -> str:
+    """How the model's own configuration says that it is stored in fewer bits; empty where it is not."""
+    said = getattr(config, "quantization_config", None)
+    if said is None:
+        return ""
+    said = said if isinstance(said, dict) else said.to_dict()
+    return str(said.get("format") or said.get("quant_method") or "some way")
 
 
 def load_config(where: str, **options: Any) -> Any:

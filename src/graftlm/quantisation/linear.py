@@ -17,12 +17,13 @@ from torch.nn import functional as F
 
 from graftlm.quantisation.storage import Format
 
-__all__ = ["QuantizedLinear"]
+__all__ = ["PACKED", "QuantizedLinear"]
 
 #: Entries dequantised together: 16 MiB in float32.
 _ENTRIES_AT_ONCE = 2**22
 
-_PACKED = ("sizes", "outer", "offset")
+#: The buffers that stand beside the codes, where a format has them.
+PACKED = ("sizes", "outer", "offset")
 
 
 class QuantizedLinear(nn.Module):
@@ -61,7 +62,7 @@ class QuantizedLinear(nn.Module):
         shapes = format.shapes(out_features, in_features)
         shape, kind = shapes["weight"]
         self.weight = nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False)
-        for name in _PACKED:
+        for name in PACKED:
             empty = torch.empty(shapes[name][0], dtype=shapes[name][1]) if name in shapes else None
             self.register_buffer(name, empty)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
@@ -83,13 +84,13 @@ class QuantizedLinear(nn.Module):
     def put(self, packed: dict[str, Tensor]) -> None:
         """Hold `packed`, as `Format.pack` gives it."""
         self.weight = nn.Parameter(packed["weight"], requires_grad=False)
-        for name in _PACKED:
+        for name in PACKED:
             setattr(self, name, packed.get(name))
 
     def packed(self, weight: Tensor | None = None) -> dict[str, Tensor]:
         """What is held, by the names of `Format.pack`; `weight` in place of the module's own codes."""
         found = {"weight": self.weight if weight is None else weight}
-        return found | {name: buffer for name in _PACKED if (buffer := self._buffers[name]) is not None}
+        return found | {name: buffer for name in PACKED if (buffer := self._buffers[name]) is not None}
 
     @property
     def is_merged(self) -> bool:
@@ -129,7 +130,7 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # Sizes follow the device, never the type: in 16 bits they would be others.
-        kept = {name: self._buffers[name] for name in _PACKED}
+        kept = {name: self._buffers[name] for name in PACKED}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             now = self._buffers[name]
@@ -145,7 +146,7 @@ def _weight_of(module: nn.Module) -> Tensor:
 
 
 def _in_order(packed: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-    return (packed["weight"], *(packed.get(name) for name in _PACKED))
+    return (packed["weight"], *(packed.get(name) for name in PACKED))
 
 
 class _Product(torch.autograd.Function):
@@ -176,7 +177,7 @@ def _slabs(
     format: Format, shape: tuple[int, int], stored: tuple[Tensor | None, ...], dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """The weight some rows at a time, each with the rows that it is."""
-    names = ("weight", *_PACKED)
+    names = ("weight", *PACKED)
     packed = {name: tensor for name, tensor in zip(names, stored, strict=True) if tensor is not None}
     rows, columns = shape
     together = format.rows_together(columns)

@@ -91,9 +91,7 @@ class Format:
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """The tensors that stand for `weight` [rows, columns], on its device; by the names of `shapes`."""
         if self.name == "int8":
-            largest = weight.detach().abs().amax(dim=1).float()
-            factor = 127 / torch.where(largest > 0, largest, torch.ones_like(largest))
-            return {"weight": torch.round(weight.detach() * factor[:, None]).to(torch.int8), "sizes": largest}
+            return _by_rows(weight.detach())
         codes, sizes = _in_blocks(weight.detach().reshape(-1), _sorted(self.name, weight.device), self.block)
         if codes.numel() % 2:
             codes = torch.cat([codes, codes.new_full((1,), _code_of_zero(self.name))])
@@ -181,6 +179,20 @@ def _code_of_zero(name: str) -> int:
     return int((book(name) == 0).nonzero()[0])
 
 
+def _by_rows(weight: Tensor) -> dict[str, Tensor]:
+    """Whole numbers up to 127 and the size of each row, some rows at a time."""
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    sizes = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    step = max(_AT_ONCE * 64 // weight.shape[1], 1)
+    for start in range(0, weight.shape[0], step):
+        rows = weight[start : start + step]
+        largest = rows.abs().amax(dim=1).float()
+        factor = 127 / torch.where(largest > 0, largest, torch.ones_like(largest))
+        codes[start : start + step] = torch.round(rows * factor[:, None])
+        sizes[start : start + step] = largest
+    return {"weight": codes, "sizes": sizes}
+
+
 def _in_blocks(flat: Tensor, values: tuple[Tensor, Tensor], block: int) -> tuple[Tensor, Tensor]:
     """The code of the nearest value for each entry of `flat`, uint8, and the size of each block, float32."""
     rising, codes = values
@@ -200,7 +212,7 @@ def _in_blocks(flat: Tensor, values: tuple[Tensor, Tensor], block: int) -> tuple
             scaled = torch.cat([scaled, piece[whole:] / own[-1]])
         rank = torch.zeros(scaled.shape, dtype=torch.uint8, device=flat.device)
         for bound in bounds:  # a few comparisons are faster than a search
-            rank += scaled > bound
+            rank += (scaled > bound).view(torch.uint8)
         found[start : start + piece.numel()] = codes[rank.int()]
     return found, sizes
 

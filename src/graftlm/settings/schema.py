@@ -123,7 +123,10 @@ class ModelSettings(_Section):
         Literal["auto", "float32", "bfloat16", "float16"],
         _about("Number type of the base's weights; auto goes by the device", "auto"),
     ] = "auto"
-    quantize: Annotated[str | None, _text("Hold the base's weights in fewer bits", "nf4")] = None
+    quantize: Annotated[
+        Literal["nf4", "fp4", "int4", "int8"] | None,
+        _about("Hold the base's weights in fewer bits, packed as they are read", "nf4", "--quantize"),
+    ] = None
     trust_remote_code: Annotated[bool, _about("Run code that comes with the base model")] = False
 
 

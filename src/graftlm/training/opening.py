@@ -65,6 +65,7 @@ def open_adapter(
         labels=names,
         dtype=dtype,
         device=device,
+        quantize=facts.get("quantize"),
         revision=None if base else facts.get("revision"),
     )
     adapter = load_adapter(model, folder)

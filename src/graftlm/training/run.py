@@ -255,6 +255,7 @@ class _Work:
             "task": prepared.task,
             "base": _lasting(self.settings.model.name),
             "revision": self.settings.model.revision,
+            "quantize": self.settings.model.quantize,
             "labels": prepared.labels.to_dict() if prepared.labels else None,
             "template": prepared.template.to_dict() if prepared.template else None,
             "max_length": self.settings.train.max_length or decide_length(model.config, method),

@@ -19,7 +19,7 @@ from graftlm.errors import MethodError, ModelError
 from graftlm.methods import BitFit, Full, Layers, LoRA
 from graftlm.models import bundled_base, fingerprint, load_base
 from graftlm.quantisation import FORMATS, Format, quantize, quantized
-from models_for_tests import inputs_for, logits_of, tiny
+from models_for_tests import logits_of, tiny
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 
@@ -80,7 +80,9 @@ def test_saved_in_few_bits_and_read_back(tmp_path):
     model, tokenizer = load_base("bundled", quantize=Format("nf4", block=128, double=False))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").stat().st_size < 0.4 * (bundled_base() / "model.safetensors").stat().st_size * (
+    assert (tmp_path / "model.safetensors").stat().st_size < 0.4 * (
+        bundled_base() / "model.safetensors"
+    ).stat().st_size * (
         2 if load_file(bundled_base() / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16 else 1
     )
     again, _ = load_base(tmp_path)

@@ -102,6 +102,8 @@ METHODS: dict[str, str] = {
     "bitfit": "bitfit",
     "norm": "norm",
     "sparse": "sparse",
+    # In BERT's vocabulary the marks around a text, which every row has: like prompts of two tokens.
+    "tokens": "tokens(ids=[101,102])",
     "lora": "lora",
     "rslora": "rslora",
     "loraplus": "loraplus",

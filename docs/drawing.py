@@ -131,6 +131,8 @@ def _own_marks(site: Any, delta: Any) -> set[str]:
             return {"bias" if (site.parameter or "").endswith("bias") else "whole"}
         if not list(delta.parameters()):
             return {"mask"}
+        if any(name == "rows" for name, _ in delta.named_parameters()):
+            return {"rows"}
         return {"values"} if all(tensor.dim() <= 1 for tensor in tensors) else {"low-rank"}
     found = set(gate)
     wide = [tensor for tensor in tensors if tensor.dim() > 1 and min(tensor.shape) > 1]

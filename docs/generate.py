@@ -223,6 +223,8 @@ SETTINGS_TEXT = {
     "sparse.fraction": "share of the targeted entries that are trained",
     "sparse.scope": "compare scores over all weights (`global`), or in each `tensor`",
     "sparse.score": "magnitude, random, gradient, snip, empirical-fisher or fisher",
+    "tokens.ids": "the token ids whose rows are trained, as a list",
+    "tokens.targets": "embeddings (or an output embedding that is not tied): a role, a name, a pattern, or a list",
     "vera.seed": "the shared maps are drawn from it",
     "vera.start": "what l_d starts at",
     "activation": "between the two maps: gelu, identity, leaky_relu, relu, silu, tanh",

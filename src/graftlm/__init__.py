@@ -18,8 +18,8 @@ _HOMES = {
     "graftlm.methods": (
         "AdaLoRA", "Attempt", "BitFit", "DoRA", "Full", "Gated", "Head", "IA3", "Last", "Layers", "LoRA", "LoRAPlus",
         "MAM", "METHODS", "Modules", "NormTuning", "OLoRA", "PTuning", "ParallelAdapter", "PiSSA", "PrefixTuning",
-        "PromptTuning", "Prune", "ReZero", "RsLoRA", "SeriesAdapter", "Sparse", "UniPELT", "VeRA", "method",
-        "read_method",
+        "PromptTuning", "Prune", "ReZero", "RsLoRA", "SeriesAdapter", "Sparse", "TrainableTokens", "UniPELT", "VeRA",
+        "method", "read_method",
     ),
     "graftlm.evaluation": ("Ensemble", "ensemble"),
     "graftlm.models": ("load_base",),
@@ -80,6 +80,7 @@ if TYPE_CHECKING:
         RsLoRA,
         SeriesAdapter,
         Sparse,
+        TrainableTokens,
         UniPELT,
         VeRA,
         method,

@@ -38,6 +38,7 @@ from graftlm.methods import (
     RsLoRA,
     SeriesAdapter,
     Sparse,
+    TrainableTokens,
     UniPELT,
     VeRA,
 )
@@ -47,6 +48,7 @@ from models_for_tests import DECODERS, MODELS
 EXAMPLES: dict[str, Method] = {
     "prune": Prune(0.3),
     "sparse": Sparse(fraction=0.05),
+    "tokens": TrainableTokens(ids=[*range(5, 60, 2)]),
     "vera": VeRA(rank=8),
     "adalora": AdaLoRA(rank=4, target_rank=2),
     "attempt": Attempt(length=2, sources=3, bottleneck=4, temperature=2.0),
@@ -96,6 +98,8 @@ VARIANTS: dict[str, Method] = {
     "lora-head": LoRA(rank=2, targets="head"),
     "lora-last-layer": LoRA(rank=4, targets="all-linear", layers="-1:"),
     "modules-embed": Modules("embed"),
+    "tokens+prompt": TrainableTokens(ids=[6, 9, 40, 41, 42, 43]) + PromptTuning(length=2),
+    "tokens+lora+modules": TrainableTokens(ids=[*range(60, 4, -3)]) + LoRA(rank=2, targets="embed") + Modules("embed"),
     "lora+head": LoRA(rank=4) + Head(),
     "dora+modules": DoRA(rank=4, targets="all-linear") + Modules(["attention", "norm"]),
     "lora+bitfit": LoRA(rank=4, targets="all-linear") + BitFit(),

@@ -126,7 +126,7 @@ def test_an_unknown_method_of_pefts(kind, pefts):
 
 def test_features_that_are_not_there_are_all_named(pefts):
     asked = {
-        "use_bdlora": True, "megatron_config": {"tp": 2}, "trainable_token_indices": [1, 2],
+        "use_bdlora": True, "megatron_config": {"tp": 2},
         "layer_replication": [[0, 1]], "use_qalora": True, "alora_invocation_tokens": [7], "a_thing_of_tomorrow": 1,
         "ensure_weight_tying": True,
     }  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from graftlm.core import attach, use
 from graftlm.errors import AdapterError
 from graftlm.formats import CODECS, load_adapter, read_facts, save_adapter
-from graftlm.methods import METHODS, BitFit, Full, Head, Layers, LoRA, Modules
+from graftlm.methods import METHODS, BitFit, Full, Head, Layers, LoRA, Modules, TrainableTokens
 
 from .conftest import logits, shake, tiny
 
@@ -22,6 +22,7 @@ SPECIAL = {
     ),
     "modules": Modules(("model.norm", "o_proj")),
     "layers": Layers([1]),
+    "tokens": TrainableTokens([*range(5, 60)]),
 }  # fmt: skip
 SUMS = {
     "lora+bitfit+head": LoRA() + BitFit() + Head(),

@@ -119,8 +119,8 @@ class LinearDelta(Delta):
 class ParameterDelta(Delta):
     """A delta that stands for one parameter of a module. Several at one parameter add up their changes.
 
-    Where it stands for the weight of a linear map it may have an `add` too, the same change beside the map: `add(x)` is
-    then what a changed weight adds to the output, and `adds` says when that is the cheaper way.
+    Where it stands for the weight of a linear map or an embedding it may have an `add` too, the same change beside the
+    map: what a changed weight adds to the output. `adds` says when that is the cheaper way.
     """
 
     port: ClassVar[Port] = "param"
@@ -129,8 +129,11 @@ class ParameterDelta(Delta):
         """Whether `add` is to be called for the input `x` instead of `parameter`; `rows`: for some rows of a batch."""
         return False
 
-    def add(self, x: Tensor) -> Tensor:
-        """What the changed weight adds to the output of its map, [..., out], for the input `x` [..., in]."""
+    def add(self, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+        """What the changed weight adds to the output of its map, [..., out], for the input `x` [..., in].
+
+        For embeddings `x` are token ids [...]. `weight()` is the base's own, as the module stores it.
+        """
         raise NotImplementedError
 
     def parameter(self, base: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,8 +128,8 @@ class Junction:
 
     def __init__(self, module: nn.Module, path: str, rows: str, switch: Switch) -> None:
         self.path, self.rows, self.switch = path, rows, switch
-        #: Whether the module is a linear map.
-        self.maps = linear_kind(module) in ("linear", "conv1d")
+        #: Whether the module is a linear map or an embedding.
+        self.maps = linear_kind(module) is not None
         self.deltas: dict[str, list[tuple[Site, str, Delta]]] = {}  # adapter -> (site, parameter name, delta)
         #: Adapters with a delta elsewhere that reads what this module is given.
         self.watchers: set[str] = set()
@@ -382,7 +383,7 @@ class Junction:
         `index` are its entries in the `whole` input, None for all.
         """
         for product in group.beside(x) if group.products else ():
-            output = output + product.add(x).to(output.dtype)
+            output = output + product.add(x, partial(self._own_weight, module)).to(output.dtype)
         if group.acts:
             base = self._base(module, output, index, whole) if group.asks_base else None
             for delta, over in group.adds:
@@ -491,6 +492,14 @@ class Junction:
             for delta in deltas[1:]:
                 value = value + (delta.parameter(base) - base)
             module._parameters[name] = value  # type: ignore[assignment]
+
+    def _own_weight(self, module: nn.Module) -> Tensor:
+        """The base's own weight, whatever is merged into it or stands in its place during this call."""
+        now = self._taken["weight"] if "weight" in self._taken else module._parameters["weight"]
+        original = self.switch.originals.get((self.path, "weight"))
+        found = now if original is None else original
+        assert found is not None
+        return found
 
     def _put_back(self, module: nn.Module) -> None:
         for name, own in self._taken.items():

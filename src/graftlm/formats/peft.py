@@ -28,9 +28,20 @@ from graftlm import __version__
 from graftlm.core import Adapter, Method, Part, WholeParameterDelta, attach, original_parameters, parts_of, survey
 from graftlm.errors import AdapterError, Finding, GraftError, nearest
 from graftlm.formats.atomic import atomic_folder, recover, write_json
-from graftlm.formats.codecs import CODECS, PREFIX, Codec, Planned, beside, codec_of, lacks, understood
+from graftlm.formats.codecs import (
+    CODECS,
+    PREFIX,
+    Codec,
+    Planned,
+    beside,
+    codec_of,
+    key_beside,
+    lacks,
+    stands_beside,
+    understood,
+)
 from graftlm.formats.matching import exactly
-from graftlm.methods import METHODS, Modules, find_method
+from graftlm.methods import METHODS, Modules, TrainableTokens, find_method
 from graftlm.methods.plugins import package_of
 from graftlm.models.fingerprint import fingerprint
 
@@ -109,12 +120,14 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
 
 
 def _in_peft_words(adapter: Adapter) -> dict[str, Any] | None:
-    owned = [part for part in adapter.parts if codec_of(part.method)]
-    others = [part for part in adapter.parts if not codec_of(part.method)]
-    codecs = {codec_of(part.method) for part in owned}
+    own = {codec_of(part.method) for part in adapter.parts if not stands_beside(part.method)} - {None}
+    # Of those that may stand beside another method, one alone has a name of its own.
+    codecs = own or {codec_of(part.method) for part in adapter.parts} - {None}
     codec = codecs.pop() if len(codecs) == 1 else None
     if codec is None:
         return None
+    owned = [part for part in adapter.parts if isinstance(part.method, codec.method)]
+    others = [part for part in adapter.parts if not isinstance(part.method, codec.method)]
     fields = codec.describe(owned, adapter.model)
     extra = beside(codec, others, [part.site.path for part in owned], adapter.model)
     if fields is None or extra is None or (codec.needs_task and extra["task_type"] is None):
@@ -223,9 +236,8 @@ class _Layout:
         for part in others:
             # PEFT wraps the modules that it targets: their own parameters lie one level deeper.
             path = f"{part.site.path}.base_layer" if part.site.path in wrapped else part.site.path
-            own = part.site.key.removeprefix(part.site.path)  # a parameter's or a part's name
             for name, shape in part.shapes:
-                key = f"{prefix}{path}{own}" if part.is_parameter else f"{prefix}{path}{own}.{name}"
+                key = key_beside(prefix, path, part, name)
                 self.keys[part.state_key(name)] = key
                 self.shapes[key] = shape
                 if part.sizes_from_file:
@@ -539,11 +551,12 @@ def _with_stored_embeddings(stored: _Stored, method: Method, model: nn.Module, c
         for path, name in site.places
         if name == "weight" and (site.kind == "embedding" or site.role in ("embed", "head"))
     }
+    rows = _trained_rows(method, model)
     replaced: dict[str, str] = {}
     faults: list[Finding] = []
     for key in sorted(stored.tensors.keys() - expected):
         inside = key.endswith(".base_layer.weight")
-        own = key.replace(".base_layer.weight", ".weight") if inside else key
+        own = re.sub(r"(\.token_adapter)?\.base_layer\.weight$", ".weight", key)
         if own not in places:
             continue
         path = own.removesuffix(".weight")
@@ -557,7 +570,7 @@ def _with_stored_embeddings(stored: _Stored, method: Method, model: nn.Module, c
                     fix=f"model.resize_token_embeddings({tensor.shape[0]}) first",
                 )
             )
-        elif _same(tensor, base):
+        elif _same(tensor, base, but=rows.get(path, ())):
             del stored.tensors[key]
         elif inside and check_base:
             faults.append(
@@ -583,10 +596,26 @@ def _with_stored_embeddings(stored: _Stored, method: Method, model: nn.Module, c
     return method
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """True where the two are equal in the narrower of their types: one may have been loaded in bfloat16."""
+def _trained_rows(method: Method, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The rows of embeddings that `method` trains, by the path of each place; a grown vocabulary's are random."""
+    return {
+        path: part.rows
+        for part in method.parts
+        if isinstance(part, TrainableTokens)
+        for site in part.sites(survey(model))
+        for path, _ in site.places
+    }
+
+
+def _same(one: Tensor, other: Tensor, but: Sequence[int] = ()) -> bool:
+    """True where the two are equal in the narrower of their types: one may have been loaded in bfloat16.
+
+    Rows `but` do not count.
+    """
     narrow = min((one.dtype, other.dtype), key=lambda kind: torch.finfo(kind).bits)
-    return torch.equal(one.to(narrow), other.detach().cpu().to(narrow))
+    equal = one.to(narrow) == other.detach().cpu().to(narrow)
+    equal[list(but)] = True
+    return bool(equal.all())
 
 
 def _state(stored: _Stored, layout: _Layout, model: nn.Module) -> dict[str, Tensor]:

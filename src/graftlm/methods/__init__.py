@@ -43,6 +43,7 @@ from graftlm.methods.ptuning import PTuning
 from graftlm.methods.rezero import ReZero
 from graftlm.methods.series import SeriesAdapter
 from graftlm.methods.sparse import Sparse
+from graftlm.methods.tokens import TrainableTokens
 from graftlm.methods.vera import VeRA
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "RsLoRA",
     "SeriesAdapter",
     "Sparse",
+    "TrainableTokens",
     "UniPELT",
     "VeRA",
     "find_method",
@@ -108,6 +110,7 @@ METHODS: dict[str, type[Method]] = {
     "rslora": RsLoRA,
     "series": SeriesAdapter,
     "sparse": Sparse,
+    "tokens": TrainableTokens,
     "unipelt": UniPELT,
     "vera": VeRA,
 }
@@ -119,6 +122,7 @@ _FOREIGN = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "target_modules": "targets",
+    "token_indices": "ids",
 }
 
 
@@ -136,6 +140,7 @@ _FOREIGN_METHODS = {
     "prompttuning": "prompt",
     "softprompt": "prompt",
     "fish": "sparse",
+    "trainabletokens": "tokens",
 }
 
 

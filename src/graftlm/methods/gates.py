@@ -11,7 +11,7 @@ learning rates to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -149,9 +149,9 @@ class GatedParameterDelta(_Gated, ParameterDelta):
         """As the delta inside."""
         return self.inner.adds(x, rows)
 
-    def add(self, x: Tensor) -> Tensor:
+    def add(self, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
         """g add(x)."""
-        change = self.inner.add(x)
+        change = self.inner.add(x, weight)
         factor: Tensor = self.gate.factor(change, None)
         return factor * change
 

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from graftlm.core import Delta, LinearDelta, LowRank, Method, ParameterDelta, Part, Site, Survey, Targets, dense
 from graftlm.core.junction import columns_of
 from graftlm.errors import Finding, MethodError
-from graftlm.methods.parameters import need_values
+from graftlm.methods.parameters import need_values, output_scale
 
 __all__ = [
     "ExpertsLoRADelta", "LoRA", "LoRADelta", "LoRAEmbeddingDelta", "LoRAPlus", "OLoRA", "PiSSA", "RsLoRA",
@@ -171,7 +171,7 @@ class LoRA(Method):
         if site.kind == "experts":
             return ExpertsLoRADelta(site, module, rank, scale, self.start)
         if site.kind == "embedding":
-            return LoRAEmbeddingDelta(site.in_features, site.out_features, rank, scale, _output_scale(module))
+            return LoRAEmbeddingDelta(site.in_features, site.out_features, rank, scale, output_scale(module))
         delta = LoRADelta(site.in_features, site.out_features, rank, scale, self.dropout, self.bias, self.start)
         if self.start in _FROM_WEIGHT and not delta.lora_A.is_meta:
             delta.begin(*start_of(weight_at(site, module, self.name), self.start, rank, scale))
@@ -322,12 +322,6 @@ def _is_regex(pattern: str) -> bool:
     except re.error:
         return False
     return True
-
-
-def _output_scale(module: nn.Module) -> float:
-    """What the embedding multiplies its rows by (Gemma, BART), 1 elsewhere."""
-    scale = getattr(module, "embed_scale", 1.0)
-    return float(scale)
 
 
 def draw(down: Tensor, start: str, rank: int) -> None:

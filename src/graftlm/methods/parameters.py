@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graftlm.core import Method, Site, Survey, WholeParameterDelta
 from graftlm.errors import Finding, MethodError
 
-__all__ = ["Parameters", "in_layers", "need_values", "trained_copy", "weight_of", "weights_at"]
+__all__ = ["Parameters", "in_layers", "need_values", "output_scale", "trained_copy", "weight_of", "weights_at"]
 
 
 def trained_copy(method: Method, site: Site, module: nn.Module) -> WholeParameterDelta:
@@ -38,6 +38,12 @@ class Parameters(Method):
     def build(self, site: Site, module: nn.Module) -> WholeParameterDelta:
         """A trained copy of the parameter at `site`."""
         return trained_copy(self, site, module)
+
+
+def output_scale(module: nn.Module) -> float:
+    """What the embedding multiplies its rows by (Gemma, BART), 1 elsewhere."""
+    scale = getattr(module, "embed_scale", 1.0)
+    return float(scale)
 
 
 def in_layers(survey: Survey, wanted: Container[int]) -> list[Site]:

@@ -12,7 +12,7 @@ the targeted weights (`scope=global`), or of each tensor by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -153,8 +153,9 @@ class SparseDelta(ParameterDelta):
             return entries * _SPARSE < total
         return entries * (x.numel() // x.shape[-1]) * _BUILT < total
 
-    def add(self, x: Tensor) -> Tensor:
+    def add(self, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
         """What the values add to the map's output, [..., out], for its input x [..., in]."""
+        del weight
         starts, outputs, inputs, order = self._layout()
         value = (self.value if order is None else self.value.index_select(0, order)).to(x.dtype)
         flat = x.reshape(-1, x.shape[-1])

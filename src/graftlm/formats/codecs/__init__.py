@@ -6,14 +6,25 @@
 from __future__ import annotations
 
 from graftlm.core import Method
-from graftlm.formats.codecs.beside import beside, understood
+from graftlm.formats.codecs.beside import beside, key_beside, stands_beside, understood
 from graftlm.formats.codecs.codec import PREFIX, Codec, Planned, lacks
 from graftlm.formats.codecs.lora import AdaLoRACodec, LoRACodec
-from graftlm.formats.codecs.parameters import NormTuningCodec
+from graftlm.formats.codecs.parameters import NormTuningCodec, TrainableTokensCodec
 from graftlm.formats.codecs.vectors import IA3Codec, VeRACodec
 from graftlm.formats.codecs.virtual import PrefixTuningCodec, PromptTuningCodec, PTuningCodec
 
-__all__ = ["CODECS", "PREFIX", "Codec", "Planned", "beside", "codec_of", "lacks", "understood"]
+__all__ = [
+    "CODECS",
+    "PREFIX",
+    "Codec",
+    "Planned",
+    "beside",
+    "codec_of",
+    "key_beside",
+    "lacks",
+    "stands_beside",
+    "understood",
+]
 
 #: Every codec by PEFT's name of its method.
 CODECS: dict[str, Codec] = {
@@ -24,6 +35,7 @@ CODECS: dict[str, Codec] = {
         IA3Codec(),
         VeRACodec(),
         NormTuningCodec(),
+        TrainableTokensCodec(),
         PromptTuningCodec(),
         PTuningCodec(),
         PrefixTuningCodec(),

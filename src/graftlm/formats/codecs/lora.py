@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graftlm.core import Method, Part, linear_kind, original_parameters, survey
 from graftlm.errors import AdapterError, Finding
 from graftlm.formats.codecs.codec import Codec, Planned
+from graftlm.formats.codecs.parameters import once_for_tied
 from graftlm.formats.matching import (
     parameter_suffixes,
     pattern_of,
@@ -81,6 +82,7 @@ class LoRACodec(Codec):
         "rank_pattern": (dict, type(None)),
         "target_modules": (str, list, type(None)),
         "target_parameters": (list, type(None)),
+        "trainable_token_indices": (list, dict, type(None)),
         "use_dora": (bool,),
         "use_rslora": (bool,),
     }
@@ -133,6 +135,11 @@ class LoRACodec(Codec):
                 down, up = start_of(weight, method.start, method.rank_at(path), method.scale_at(path))
                 found[part.state_key("start_down")], found[part.state_key("start_up")] = down, up
         return found
+
+    def effective(self, tensors: dict[str, Tensor], config: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+        """With the trained rows of a tied embedding once; PEFT stores them again where it stores embeddings."""
+        del config
+        return once_for_tied(tensors, model, "token_adapter.trainable_tokens_delta")
 
     def describe(self, parts: Sequence[Part], model: nn.Module) -> dict[str, Any] | None:
         """LoraConfig's fields for `parts`, whose methods must agree in all but rank, alpha and place."""
@@ -266,7 +273,7 @@ class AdaLoRACodec(LoRACodec):
             field: LoRACodec.reads[field]
             for field in (
                 "bias", "exclude_modules", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
-                "modules_to_save", "rank_pattern", "target_modules",
+                "modules_to_save", "rank_pattern", "target_modules", "trainable_token_indices",
             )
         },
         "init_r": (int,),
@@ -292,8 +299,8 @@ class AdaLoRACodec(LoRACodec):
 
     def effective(self, tensors: dict[str, Tensor], config: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
         """Without the empty tensors of maps that were left no rank."""
-        del config, model
-        return {key: tensor for key, tensor in tensors.items() if tensor.numel() or ".lora_" not in key}
+        found = super().effective(tensors, config, model)
+        return {key: tensor for key, tensor in found.items() if tensor.numel() or ".lora_" not in key}
 
     def understand(self, config: Mapping[str, Any], model: nn.Module) -> Method:
         """LoRA at the modules that PEFT would choose by `config`, with the ranks that it says."""

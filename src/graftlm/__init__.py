@@ -21,6 +21,7 @@ _HOMES = {
         "PromptTuning", "Prune", "ReZero", "RsLoRA", "SeriesAdapter", "Sparse", "TrainableTokens", "UniPELT", "VeRA",
         "method", "read_method",
     ),
+    "graftlm.comparison": ("Choice", "Comparison", "choose", "compare"),
     "graftlm.evaluation": ("Ensemble", "ensemble"),
     "graftlm.models": ("load_base",),
     "graftlm.planning": ("Plan", "plan"),
@@ -33,6 +34,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
+    from graftlm.comparison import Choice, Comparison, choose, compare
     from graftlm.core import (
         Adapter,
         Delta,

@@ -87,7 +87,20 @@ def test_evaluate_hands_over_what_was_given(cli: Callable, rooms: Rooms, adapter
     assert said.code == 0, said.err
     args, options = rooms.named("evaluate")[0]
     assert [str(arg) for arg in args] == ["runs/faq-1", "new.csv"]
-    assert options == {"base": "x/y", "mapping": {"text": "body"}, "max_rows": 5}
+    given = {"base": "x/y", "mapping": {"text": "body"}, "max_rows": 5}
+    assert options == given | {"against": None, "worst": 3, "generate": 0}
+
+
+def test_evaluate_shows_the_other_run_and_the_worst_rows(cli: Callable, rooms: Rooms, adapter_folder: str) -> None:
+    told = {"difference": 0.02, "low": -0.01, "high": 0.05, "p_value": 0.21, "verdict": "not distinguishable"}
+    against = {"name": "runs/b", "scores": _LABELLED["scores"][0], "measures": {"accuracy": told}}
+    sure = {"ece": 0.04, "brier": 0.2, "nats": 0.3}
+    worst = [{"row": 7, "text": "Where is it?", "label": "no", "predicted": "yes", "probability": 0.99, "nats": 4.6}]
+    rooms.results = _LABELLED | {"against": against, "calibration": sure, "worst": worst}
+    said = cli("evaluate", adapter_folder, "--against", adapter_folder, "--worst", "1")
+    assert said.code == 0, said.err
+    for part in ("against: runs/b", "+0.0200", "-0.0100 to +0.0500", "not distinguishable", "4.0 %", "is no, said yes"):
+        assert part in said.out
 
 
 # --- predict ---

@@ -219,7 +219,7 @@ def test_evaluating_on_other_rows(tiny: Tiny, labelled: Path, tmp_path: Path) ->
     assert found["eval_rows"] == 7
     assert found["labels"] == ["return", "track"]
     assert evaluate(run.folder, new, max_rows=3)["eval_rows"] == 3
-    assert [score["name"] for score in found["scores"]] == ["tuned"]
+    assert [score["name"] for score in found["scores"]] == ["tuned", "probe", "tfidf", "majority"]
     strange = write_jsonl(tmp_path / "strange.jsonl", [{"text": "Hello", "label": "greeting"}])
     with pytest.raises(GraftError, match="greeting"):
         evaluate(run.folder, strange)
@@ -238,7 +238,7 @@ def test_options_that_would_do_nothing_are_refused(tiny: Tiny, answered: Path, t
     with pytest.raises(GraftError, match="U123"):
         evaluate(run.folder, max_rows=2)
     with pytest.raises(GraftError, match="is a base model"):
-        evaluate(tiny_base, answered)
+        evaluate(tiny_base)
 
 
 def test_a_run_speaks_and_keeps_what_it_said(

@@ -9,9 +9,9 @@ import click
 
 from graftlm.cli.inputs import read_mapping
 from graftlm.cli.output import print_json, print_table
-from graftlm.cli.place import must_be_adapter
+from graftlm.cli.place import kind_of, must_be_adapter
 from graftlm.cli.usage import Verb
-from graftlm.data.wording import counted
+from graftlm.data.wording import clip, counted
 
 __all__ = ["verb"]
 
@@ -20,44 +20,103 @@ __all__ = ["verb"]
     "evaluate",
     cls=Verb,
     arguments=[
-        ("RUN", "folder of a run or of an adapter"),
+        ("RUN", "folder of a run, of an adapter or of a base model"),
         ("DATA", "file with rows to score; without one, the rows that the run held out"),
     ],
-    examples=["graftlm evaluate runs/tickets-1", "graftlm evaluate runs/tickets-1 new.csv --json"],
+    examples=[
+        "graftlm evaluate runs/tickets-1",
+        "graftlm evaluate runs/tickets-1 new.csv --against runs/tickets-2",
+        "graftlm evaluate runs/faq-1 --generate 40 --json",
+    ],
 )
 @click.argument("run")
 @click.argument("data", required=False)
 @click.option("-m", "--model", "--base", "base", metavar="MODEL", help="The base model, where it is not where it was.")
 @click.option("--map", "mapping", metavar="ROLE=COLUMN", help="Which column of DATA plays which role.")
 @click.option("--max-rows", type=click.IntRange(1), metavar="COUNT", help="Most rows of DATA that are read.")
+@click.option("--against", metavar="RUN", help="Another run, adapter or base, scored on the same rows and tested.")
+@click.option(
+    "--generate", type=click.IntRange(1), metavar="COUNT", help="Write answers to so many rows: ROUGE-L, chrF, BLEU."
+)
+@click.option(
+    "--worst", type=click.IntRange(0), metavar="COUNT", default=3, show_default=True, help="Worst rows to show."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
-def verb(
-    run: str, data: str | None, base: str | None, mapping: str | None, max_rows: int | None, as_json: bool
-) -> None:
-    """Score an adapter beside its untouched base.
+def verb(run: str, data: str | None, as_json: bool, **options: Any) -> None:
+    """Score an adapter beside its untouched base and simple baselines.
 
-    Classifiers get accuracy and macro-F1, writers the loss per token and perplexity, all with 95 % intervals.
+    Classifiers get accuracy and macro-F1, writers the loss per token and perplexity, all with 95 % intervals, and the
+    rows that went worst. --against says whether another run does better or worse, or whether that cannot be told.
     """
-    folder = must_be_adapter(run)
-    roles = read_mapping(mapping)
+    folder = _model_of(run)
+    against = options["against"]
+    roles = read_mapping(options["mapping"])
+    other = _model_of(against) if against is not None else None
     from graftlm.training import evaluate
 
-    results = evaluate(folder, data, base=base, mapping=roles, max_rows=max_rows)
+    given: dict[str, Any] = {"base": options["base"], "mapping": roles, "max_rows": options["max_rows"]}
+    given |= {"against": other, "worst": options["worst"], "generate": options["generate"] or 0}
+    results = evaluate(folder, data, **given)
     if as_json:
         print_json(results)
     else:
         _show(results, data or "the rows that were held out", folder)
 
 
-def _show(results: dict[str, Any], data: str, folder: Path) -> None:
+def _model_of(what: str) -> Path | str:
+    return what if kind_of(what) == "model" else must_be_adapter(what)
+
+
+def _show(results: dict[str, Any], data: str, folder: Path | str) -> None:
     scores = results["scores"]
     click.echo(f"{folder} on {data}: {counted(results['eval_rows'], 'row')}")
+    against = results.get("against")
+    if against:
+        scores = [*scores, against["scores"] | {"title": f"against: {against['name']}"}]
     if "accuracy" in scores[0]:
         rows = [[s["title"], _percent(s["accuracy"]), *_with_interval(s, "macro_f1")] for s in scores]
         print_table(["", "accuracy", "macro-F1", "95 %"], rows, right=(1, 2))
     else:
         rows = [[s["title"], *_with_interval(s, "loss"), f"{s['perplexity']:.4g}"] for s in scores]
         print_table(["", "loss", "95 %", "perplexity"], rows, right=(1, 3))
+    if sure := results.get("calibration"):
+        click.echo(
+            f"\ncalibration  off by {_percent(sure['ece'])} on average (ECE), Brier {sure['brier']:.3f}, "
+            f"{sure['nats']:.3f} nats a row"
+        )
+    if answers := results.get("answers"):
+        click.echo(f"\nwritten answers to {counted(answers['rows'], 'row')}, from 0 to 1")
+        rows = [
+            [who, *(f"{answers[who][name]:.3f}" for name in ("rouge_l", "chrf", "bleu", "exact"))]
+            for who in ("tuned", "base")
+            if who in answers
+        ]
+        print_table(["", "ROUGE-L", "chrF", "BLEU", "exact"], rows, right=(1, 2, 3, 4))
+    if against:
+        click.echo(f"\n{folder} minus {against['name']}, the same rows")
+        told = against["measures"] | against.get("answers", {})
+        rows = [
+            [
+                name,
+                f"{m['difference']:+.4f}",
+                f"{m['low']:+.4f} to {m['high']:+.4f}",
+                f"{m['p_value']:.3g}",
+                m["verdict"],
+            ]
+            for name, m in told.items()
+        ]
+        print_table(["", "difference", "95 %", "p", "verdict"], rows, right=(1, 3))
+    if results.get("worst"):
+        click.echo("\nworst rows")
+        print_table(["row", "", ""], [_worst(row) for row in results["worst"]])
+
+
+def _worst(row: dict[str, Any]) -> list[str]:
+    if "predicted" in row:
+        said = f"is {row['label']}, said {row['predicted']} ({row['probability']:.2f})"
+    else:
+        said = f"loss {row['loss']:.3f}"
+    return [str(row.get("row", "")), said, clip(" ".join(row["text"].split()), 80)]
 
 
 def _percent(share: float) -> str:

@@ -12,9 +12,10 @@ from graftlm.data import Collator, Labels
 from graftlm.evaluation.losses import Collate, batches, evaluating
 from graftlm.objectives import Classification
 
-__all__ = ["Prediction", "class_probabilities", "classification_scores", "classify_texts"]
+__all__ = ["Prediction", "calibration", "class_probabilities", "classification_scores", "classify_texts", "macro_f1"]
 
 _DRAWS = 1000
+_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,46 @@ def classification_scores(truth: Sequence[int], predicted: Sequence[int], classe
         low, high = np.quantile(values[1:], [0.025, 0.975])
         scores |= {name: float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
     return scores
+
+
+def calibration(truth: Sequence[int], probabilities: np.ndarray) -> dict[str, Any]:
+    """How far the probabilities [rows, classes] can be believed.
+
+    `ece` is the expected calibration error over ten equal bins of the likeliest class's probability (Naeini et al.
+    2015), `brier` the Brier score (0 to 2), `nats` the mean negative log-likelihood. `bins` are (rows, mean
+    probability, share right) of each bin that has rows.
+
+    Example:
+        >>> calibration([0, 1], np.array([[0.9, 0.1], [0.2, 0.8]]))["ece"]
+        0.15
+    """
+    truth_ = np.asarray(truth)
+    surest, right = probabilities.max(1), probabilities.argmax(1) == truth_
+    place = np.minimum((surest * _BINS).astype(int), _BINS - 1)
+    bins = [
+        (int(inside.sum()), float(surest[inside].mean()), float(right[inside].mean()))
+        for inside in (place == at for at in range(_BINS))
+        if inside.any()
+    ]
+    of_truth = probabilities[np.arange(len(truth_)), truth_]
+    wanted = np.eye(probabilities.shape[1])[truth_]
+    return {
+        "ece": round(sum(rows * abs(sure - share) for rows, sure, share in bins) / max(len(truth_), 1), 12),
+        "brier": float(((probabilities - wanted) ** 2).sum(1).mean()),
+        "nats": float(-np.log(np.maximum(of_truth, 1e-12)).mean()),
+        "bins": bins,
+    }
+
+
+def macro_f1(truth: Sequence[int], predicted: Sequence[int], classes: int) -> float:
+    """Macro-F1 over the classes that occur in either.
+
+    Example:
+        >>> macro_f1([0, 1, 1], [0, 1, 1], 2)
+        1.0
+    """
+    pairs = np.asarray(truth) * classes + np.asarray(predicted)
+    return float(_macro_f1(_confusion(pairs, classes)[None])[0])
 
 
 def _confusion(pairs: np.ndarray, classes: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from graftlm.core import in_eval_mode
+from graftlm.evaluation.statistics import mean_interval
 from graftlm.objectives import Objective
 
 __all__ = ["RowLosses", "batches", "evaluating", "losses", "text_scores"]
@@ -33,11 +34,8 @@ class RowLosses:
 
     def interval(self, *, level: float = 0.95, draws: int = 1000) -> tuple[float, float]:
         """A bootstrap interval of the mean over rows; the same numbers give the same interval."""
-        generator = np.random.default_rng(0)
-        index = generator.integers(0, len(self.sums), (draws, len(self.sums)))
-        means = self.sums[index].sum(1) / np.maximum(self.counts[index].sum(1), 1)
-        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-        return float(low), float(high)
+        found = mean_interval(self.sums, self.counts, level=level, draws=draws)
+        return found.low, found.high
 
 
 @contextmanager

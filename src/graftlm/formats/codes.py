@@ -31,6 +31,12 @@ CODES: dict[str, str] = {
     "A232": "a file that the manifest lists is missing",
     "A233": "a file has another size than the manifest says",
     "A234": "a file was changed since the manifest was written",
+    "A240": "an adapter is to be exported into a layout that there is not",
+    "A241": "the folder of an export is there already",
+    "A242": "an export cannot be proven: there are no rows to compare on",
+    "A243": "the adapter cannot be exported for PEFT, which has no words for its method",
+    "A244": "the adapter cannot be exported for vLLM: its method, rank or parts are beyond what vLLM takes",
+    "A245": "what was exported is not the model that was trained: it was refused, and nothing is left of it",
     "E111": "the disk was full when a folder was to be written",
     "E112": "a folder cannot be written there: no permission, a read-only disk, or another fault of the system",
 }

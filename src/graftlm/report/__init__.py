@@ -1,4 +1,4 @@
-"""The report of a finished run: `report.html` and a model card, written from the files of the run folder alone.
+"""Reports of runs and comparisons: `report.html`, a model card, tables, written from the files of the folder alone.
 
 Example:
     >>> from graftlm.report import write_card, write_report
@@ -7,7 +7,8 @@ Example:
 """
 
 from .card import write_card
+from .comparison import write_comparison
 from .folder import CODES
 from .page import write_report
 
-__all__ = ["CODES", "write_card", "write_report"]
+__all__ = ["CODES", "write_card", "write_comparison", "write_report"]

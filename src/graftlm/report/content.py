@@ -20,6 +20,7 @@ __all__ = [
     "data_notes",
     "environment",
     "is_bundled",
+    "memory",
     "method_names",
     "python_lines",
     "settings",
@@ -87,6 +88,19 @@ def trained(run: RunFolder) -> list[Row]:
         "peak memory": size(run.number("peak_memory_bytes")) if run.number("peak_memory_bytes") is not None else "",
     }
     return [(name, value) for name, value in facts.items() if value]
+
+
+def memory(run: RunFolder) -> list[Row]:
+    """What the plan said that a step holds, by what it goes to, beside what the process held at most."""
+    terms = [(name, value) for name, value in run.mapping("plan.terms").items() if finite(value)]
+    total, peak = run.number("plan.total_bytes"), run.number("peak_memory_bytes")
+    if total is None or not terms:
+        return []
+    rows = [(f"planned: {name}", f"{size(finite(value))} ({share(finite(value), total)})") for name, value in terms]
+    rows.append(("planned in all", size(total)))
+    if peak is not None:
+        rows.append(("held at most by the process", f"{size(peak)}, with the libraries that it loaded"))
+    return rows
 
 
 def data_lines(run: RunFolder) -> list[str]:

@@ -13,6 +13,7 @@ from .content import (
     data_notes,
     environment,
     is_bundled,
+    memory,
     python_lines,
     settings,
     trained,
@@ -81,6 +82,8 @@ def _view(run: RunFolder) -> dict[str, Any]:
         "confusion": _confusion(run),
         "per_label": _per_label(run),
         "trained": trained(run),
+        "trained_at": _trained_at(run),
+        "memory": memory(run),
         "data": data_lines(run),
         "notes": [*data_notes(run), *run.unread],
         "curve_notes": notes,
@@ -137,6 +140,21 @@ def _curves(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
     unit = "nats per row" if run.is_classification else "nats per token"
     drawn = {name: charts.curve_chart(train, evaluation, rate, unit, width=width) for name, width in _WIDTHS}
     return _markup(drawn), notes
+
+
+def _trained_at(run: RunFolder) -> dict[str, Any]:
+    """A treemap of the trained parameters by layer and what they act on; nothing where there is one place only."""
+    groups: dict[str, list[tuple[str, float]]] = {}
+    for row in run.rows("trained_at"):
+        layer, count = finite(row.get("layer")), finite(row.get("parameters"))
+        if count:
+            name = "whole model" if layer is None else f"layer {layer:.0f}"
+            groups.setdefault(name, []).append((as_text(row.get("role")), count))
+    if sum(map(len, groups.values())) < 2:
+        return {}
+    ordered = sorted(groups.items(), key=lambda item: -sum(count for _, count in item[1]))
+    parts = [(name, sorted(found, key=lambda part: -part[1])) for name, found in ordered]
+    return _markup({name: charts.tree_chart(parts, width=width) for name, width in _WIDTHS})
 
 
 def _sample(row: dict[str, Any]) -> dict[str, str]:

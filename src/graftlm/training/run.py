@@ -435,6 +435,7 @@ class _Work:
         self.record |= {
             "method": str(adapter.method),
             "trainable_parameters": counts.trainable_parameters,
+            "trained_at": _trained_at(adapter),
             "environment": environment(model),
         }
         self.learning_rate = rate
@@ -687,6 +688,16 @@ def _codes(text: str | None) -> set[str]:
 def _objective(task: str, model: Any) -> Objective:
     kind = OBJECTIVES[task]
     return CausalLM.of(model) if kind is CausalLM else kind()
+
+
+def _trained_at(adapter: Adapter) -> list[dict[str, Any]]:
+    """How many numbers are trained in each layer, by what their site does in it; the order is the model's."""
+    found: dict[tuple[int | None, str], int] = {}
+    for part in adapter.parts:
+        place = (part.site.layer, part.site.role or part.site.kind)
+        trained = sum(p.numel() for p in part.delta.parameters() if p.requires_grad)
+        found[place] = found.get(place, 0) + trained
+    return [{"layer": layer, "role": role, "parameters": n} for (layer, role), n in found.items() if n]
 
 
 def _width(model: Any) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from graftlm.core import use
-from graftlm.data import Collator, Labels, Template, prepare
-from graftlm.errors import DataError, Finding
+from graftlm.data import Collator, Labels, Template
 from graftlm.evaluation import (
     classification_scores,
     generate_texts,
@@ -20,13 +19,13 @@ from graftlm.evaluation import (
     text_scores,
     tfidf_baseline,
 )
-from graftlm.evaluation.classes import class_probabilities
+from graftlm.evaluation.classes import calibration, class_probabilities
+from graftlm.evaluation.losses import RowLosses
 from graftlm.objectives import CausalLM
-from graftlm.training.opening import open_adapter
 
 _BASELINE_ROWS = 2000
 
-__all__ = ["evaluate", "score_classification", "score_text", "write_samples"]
+__all__ = ["questions_of", "score_classification", "score_text", "text_results", "write_samples"]
 
 
 def score_classification(
@@ -68,6 +67,7 @@ def score_classification(
             {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
             for name, p, r, f, n in zip(names, precision, recall, f1, rows, strict=True)
         ],
+        "calibration": calibration(truth, found),
         "confusion": confusion_matrix(truth, predicted, labels=range(len(names))).tolist(),
     }
     lines = [
@@ -77,6 +77,7 @@ def score_classification(
             "label": names[want],
             "predicted": names[got],
             "probability": round(float(chances[got]), 4),
+            "nats": round(float(-np.log(max(chances[want], 1e-12))), 4),
         }
         for item, want, got, chances in zip(held, truth, predicted, found, strict=True)
     ]
@@ -90,8 +91,13 @@ def score_text(
     tuned = losses(model, objective, held, collate)
     with use(model, None):
         base = losses(model, objective, held, collate)
+    return text_results(tuned, base, adapter=adapter)
+
+
+def text_results(tuned: RowLosses, base: RowLosses, *, adapter: str) -> dict[str, Any]:
+    """Results for run.json out of the losses of the adapter and of the untouched base on the same rows."""
     return {
-        "eval_rows": len(held),
+        "eval_rows": len(tuned.sums),
         "eval_tokens": int(tuned.counts.sum()),
         "scores": [
             {"name": "tuned", "title": f"tuned: {adapter}"} | text_scores(tuned),
@@ -106,15 +112,7 @@ def write_samples(
     """Answers of base and adapter to the first `count` held-out prompts, beside the reference."""
     chosen = held[:count]
     if template is not None:
-        asked: list[Any] = [list(item["example"].messages) for item in chosen]
-        for messages in asked:
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-        pairs = [
-            (turns, str(item["example"].messages[-1]["content"]))
-            for turns, item in zip(asked, chosen, strict=True)
-            if turns
-        ]
+        pairs: list[Any] = questions_of(chosen)
     else:
         pairs = [_halves(item["example"].text) for item in chosen]
     if not pairs:
@@ -129,6 +127,19 @@ def write_samples(
     ]
 
 
+def questions_of(rows: Sequence[Any]) -> list[tuple[list[Any], str]]:
+    """The messages before each row's last answer, and that answer; rows that ask nothing are left out."""
+    found = []
+    for item in rows:
+        messages = list(item["example"].messages)
+        answer = str(messages[-1]["content"])
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if messages:
+            found.append((messages, answer))
+    return found
+
+
 def _halves(text: str) -> tuple[str, str]:
     words = text.split()[:60]
     return " ".join(words[: len(words) // 2 or 1]), " ".join(words[len(words) // 2 or 1 :])
@@ -136,53 +147,3 @@ def _halves(text: str) -> tuple[str, str]:
 
 def _last_words(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
-def evaluate(
-    path: str | Path,
-    data: str | Path | None = None,
-    *,
-    base: str | None = None,
-    mapping: dict[str, str] | None = None,
-    max_rows: int | None = None,
-) -> dict[str, Any]:
-    """The scores of a run's (or an adapter's) model on `data`, or on the rows that the run held out.
-
-    Every row of `data` is used. Raises DataError where the rows do not fit the adapter's task, RunError where the data
-    of the run have changed.
-
-    Example:
-        >>> evaluate("runs/messages-1", "new.csv")["scores"][0]["macro_f1"]     # doctest: +SKIP
-    """
-    from graftlm.training.run import data_of, held_out_of  # that room scores with this one
-
-    opened = open_adapter(path, base=base)
-    if opened.adapter is None:
-        raise DataError(Finding("U121", f"{path} is a base model: give a run or an adapter folder"))
-    if data is None:
-        if mapping or max_rows:
-            raise DataError(Finding("U123", "mapping and max_rows are for a file with rows, and none is given"))
-        prepared = held_out_of(Path(path), opened)
-        held = prepared.eval
-    else:
-        prepared = prepare(
-            data_of(str(data)),
-            mapping=mapping,
-            eval_share=0,
-            max_rows=max_rows,
-            task=opened.task,
-            tokenizer=opened.tokenizer,
-            max_length=opened.max_length,
-            labels=opened.labels,
-            template=opened.template,
-        )
-        held = prepared.train
-    collate = Collator(opened.tokenizer.pad_token_id, max_length=opened.max_length)
-    name = opened.adapter.method.parts[0].title
-    if opened.task != "classify":
-        return score_text(opened.model, CausalLM.of(opened.model), held, collate, adapter=name)
-    assert opened.labels is not None
-    # The baselines learn from the rows of the run; for other data they are not at hand.
-    known = prepared.train if data is None else ()
-    results, _ = score_classification(opened.model, opened.labels, held, collate, adapter=name, train=known)
-    return results

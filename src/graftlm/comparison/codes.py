@@ -1,0 +1,19 @@
+"""The stable codes of everything this room reports."""
+
+from __future__ import annotations
+
+__all__ = ["CODES"]
+
+CODES: dict[str, str] = {
+    "E131": "the library that chooses learning rates is not installed",
+    "U150": "methods can be compared on labels, answers and texts, not on this task",
+    "U151": "a method is above the budget even at its smallest size",
+    "U152": "the folder holds another comparison, or other files",
+    "U153": "in-context prompting needs a causal base, rows to show and room in its context",
+    "U154": "there is nothing to compare: a contestant is named twice, or there are fewer than two",
+    "U155": "a setting of the comparison is out of its range",
+    "U156": "what was forgotten can be measured on causal bases only",
+    "U157": "too few rows are left for training, validation or test",
+    "U158": "no candidate is within the limits of memory and time",
+}
+"""Code to meaning."""

@@ -1,0 +1,295 @@
+"""Comparisons on tiny bases: repeatable, resumable, fair, and refused before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from graftlm.comparison import Comparison, bench, compare
+from graftlm.comparison.bench import Bench, flops_of, open_bench
+from graftlm.comparison.budgets import count, sized
+from graftlm.comparison.comparing import next_factor
+from graftlm.comparison.incontext import in_context, prompted
+from graftlm.comparison.settings import ComparisonSettings, read_budget
+from graftlm.comparison.summary import break_even, pareto, summarised
+from graftlm.errors import GraftError
+from graftlm.methods import read_method
+from training.tiny_runs import answered_rows, labelled_rows, texts, write_jsonl
+
+Compare = Callable[..., Comparison]
+
+
+@pytest.fixture
+def small(tiny_bert: Path, tmp_path: Path) -> Compare:
+    """`compare` of two methods on 40 labelled rows; seconds."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", labelled_rows(40))
+
+    def run(out: str = "out", **settings: Any) -> Comparison:
+        given: dict[str, Any] = {
+            "base": tiny_bert, "methods": ["lora(rank=2)", "bitfit"], "full": False, "seeds": 2, "trials": 2,
+            "steps": 3, "batch": 4, "threads": 1, "waive": ("D129",),
+        }  # fmt: skip
+        return compare(rows, output=tmp_path / out, quiet=True, **(given | settings))
+
+    return run
+
+
+def numbers(found: Comparison) -> str:
+    """The summary without times."""
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: timeless(inner) for key, inner in value.items() if "seconds" not in key}
+        return [timeless(inner) for inner in value] if isinstance(value, list) else value
+
+    return json.dumps(timeless(found.record["summary"]), sort_keys=True)
+
+
+def test_two_comparisons_give_the_same_numbers_and_leave_the_base_as_it_was(small: Compare) -> None:
+    one, other = small("one"), small("other")
+    assert numbers(one) == numbers(other)
+    base = one.record["base"]
+    assert base["sha256_before"] == base["sha256_after"]
+    assert {c["name"] for c in one.contestants} == {"lora-rank-2", "bitfit", "probe", "tfidf", "majority"}
+    for contestant in one.contestants:
+        assert contestant["low"] <= contestant["score"] <= contestant["high"]
+        assert contestant["kind"] == "baseline" or contestant["cost"]["memory_bytes"] > 0
+    assert [pair["verdict"] for pair in one.pairs]
+    by_seed = next(c for c in one.contestants if c["name"] == "bitfit")
+    runs = [json.loads((one.folder / "runs" / f"bitfit-{seed}.json").read_text()) for seed in (0, 1)]
+    assert by_seed["by_seed"] == [pytest.approx(np.mean(run["values"])) for run in runs]
+
+
+def test_one_that_was_stopped_goes_on_as_if_it_had_not_been(small: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = small("whole")
+    fitted, calls = Bench.fitted, []
+
+    def stopping(self: Bench, *args: Any, **options: Any) -> Any:
+        calls.append(options)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return fitted(self, *args, **options)
+
+    monkeypatch.setattr(Bench, "fitted", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        small("parts")
+    again = small("parts")
+    assert len(calls) == 5 + 1 + 3, "what was finished is not done again"
+    assert numbers(again) == numbers(whole)
+    assert numbers(small("parts")) == numbers(whole)
+    assert len(calls) == 9
+
+
+def test_the_test_rows_are_scored_once_and_no_learning_rate_is_chosen_by_them(
+    small: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored, seen = Bench.scored, []
+
+    def noting(self: Bench, items: Any) -> Any:
+        seen.append("test" if items is self.test else "validation" if items is self.validation else "other")
+        return scored(self, items)
+
+    monkeypatch.setattr(Bench, "scored", noting)
+    small()
+    assert seen == ["validation"] * 4 + ["test"] * 4
+
+
+def test_a_folder_with_another_comparison_is_left_alone(small: Compare, tmp_path: Path) -> None:
+    small()
+    before = (tmp_path / "out" / "comparison.json").read_bytes()
+    with pytest.raises(GraftError, match="seeds: 2 there, 3 asked for") as caught:
+        small(seeds=3)
+    assert caught.value.findings[0].code == "U152"
+    assert (tmp_path / "out" / "comparison.json").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(GraftError, match="no comparison and not empty"):
+        small("mine")
+
+
+def test_everything_that_is_wrong_is_said_before_anything_is_trained(
+    small: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bench, "fitted", lambda *_, **__: pytest.fail("something was trained"))
+    with pytest.raises(GraftError) as caught:
+        small(methods=["lorra", "lora", "ia3"], budget="100")
+    codes = [finding.code for finding in caught.value.findings]
+    assert codes == ["T101", "U151", "U151"]
+    assert "at its smallest" in str(caught.value)
+    for settings, why in (
+        ({"methods": ["lora", "lora"]}, "named twice"),
+        ({"methods": ["lora"]}, "one contestant alone"),
+        ({"budget": "many"}, "no share of the base"),
+        ({"seeds": 0, "trials": 0}, "seeds is 0"),
+        ({"shots": (2,)}, "is an encoder"),
+        ({"general": "bundled:messages"}, "a classifier has none"),
+    ):
+        with pytest.raises(GraftError, match=why):
+            small(**settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_optuna_is_asked_for_by_name(small: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(GraftError, match=r"graftlm\[compare\]"):
+        small()
+
+
+def test_the_next_rate_depends_on_what_was_seen_and_on_nothing_else() -> None:
+    assert next_factor("lora", []) == 1.0
+    history = [(1.0, 0.5), (4.0, 0.3), (2.0, 0.35)]
+    found = next_factor("lora", history)
+    assert found == next_factor("lora", list(history))
+    assert found != next_factor("ia3", history)
+    assert 1 / 8 <= found <= 8
+
+
+# --- budgets ---
+
+
+@pytest.mark.parametrize("text", ["lora", "adalora", "series", "parallel", "prefix", "prompt", "sparse", "lora+bitfit"])
+def test_sizes_are_the_largest_within_the_budget(text: str, answered: Path, tiny_base: Path) -> None:
+    model = open_bench(ComparisonSettings(data=str(answered), base=str(tiny_base))).model
+    method, budget = read_method(text), 900
+    found = sized(model, method, budget)
+    assert count(model, found) <= budget
+    part = found.parts[0]
+    key = next(key for key in ("rank", "width", "length", "fraction") if hasattr(part, key))
+    step = 1e-3 if key == "fraction" else 1
+    larger = read_method(str(found).replace(f"{key}={getattr(part, key)}", f"{key}={getattr(part, key) + step}"))
+    assert count(model, larger) > budget
+    if hasattr(part, "alpha"):
+        assert part.alpha / part.rank == method.parts[0].alpha / method.parts[0].rank
+
+
+def test_budgets_are_read_as_people_write_them() -> None:
+    assert read_budget("0.3 %", 1000) == 3
+    assert read_budget("1.5M", 1) == 1_500_000
+    assert read_budget("12_000", 1) == 12_000
+    for wrong in ("", "x", "0", "-3", "0%"):
+        with pytest.raises(GraftError, match="U155"):
+            read_budget(wrong, 1000)
+
+
+# --- in-context ---
+
+
+@pytest.fixture
+def asking(tiny_base: Path, tmp_path: Path) -> Bench:
+    rows = write_jsonl(tmp_path / "answers.jsonl", answered_rows(20))
+    return open_bench(ComparisonSettings(data=str(rows), base=str(tiny_base), shots=(2,)))
+
+
+def test_a_cached_prompt_gives_the_same_losses_for_less(asking: Bench) -> None:
+    asked = prompted(asking, 2, seed=0)
+    assert asked.shared > 10
+    found = in_context(asking.model, asking, asked)
+    assert found.cache_difference < 1e-3
+    assert found.cached_query_flops < 0.7 * found.query_flops
+    assert found.cache_bytes > 0
+    plain = asking.scored(asking.test)
+    none = in_context(asking.model, asking, prompted(asking, 0, seed=0))
+    np.testing.assert_allclose(none.scored.values, plain.values, rtol=1e-5)
+    assert not np.allclose(found.scored.values, plain.values, rtol=1e-2), "the examples make no difference"
+    assert [len(item["labels"]) - item["labels"].count(-100) for item in asked.items] == list(plain.counts)
+
+
+def test_labels_are_chosen_by_rank(tiny_base: Path, labelled: Path) -> None:
+    settings = ComparisonSettings(data=str(labelled), base=str(tiny_base), waive=("D129",))
+    ready = open_bench(settings)
+    asked = prompted(ready, 2, seed=1)
+    assert len(asked.items) == 2 * len(ready.test)
+    from graftlm.models import load_base
+
+    found = in_context(load_base(tiny_base)[0], ready, asked)
+    assert set(found.scored.predicted or ()) <= {0, 1}
+    assert found.scored.mean == pytest.approx(np.mean(found.scored.values))
+
+
+def test_a_prompt_beyond_the_context_is_refused(asking: Bench) -> None:
+    with pytest.raises(GraftError, match="the base reads 128") as caught:
+        prompted(asking, 12, seed=0)
+    assert caught.value.findings[0].fix.startswith("--shots")
+
+
+def test_attention_is_counted_on_a_cpu() -> None:
+    query = torch.randn(1, 2, 8, 4)
+    found = flops_of(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query))
+    assert found == 2 * 2 * (2 * 8 * 8 * 4)  # two products, two heads, a multiply and an add
+
+
+def test_answers_with_prompting_forgetting_and_full_fine_tuning(tiny_base: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", answered_rows(24))
+    general = tmp_path / "general.txt"
+    general.write_text(texts(8))
+    found = compare(
+        rows, base=tiny_base, methods=["lora"], seeds=2, trials=1, steps=3, batch=4, shots=(1,), quiet=True,
+        general=str(general), output=tmp_path / "out", budget="400",
+    )  # fmt: skip
+    by_name = {row["name"]: row for row in found.contestants}
+    assert set(by_name) == {"lora", "full", "base", "in-context-1"}
+    assert by_name["full"]["general"] != by_name["lora"]["general"]
+    assert by_name["lora"]["cost"]["beside_head"] <= 400 < by_name["full"]["cost"]["beside_head"]
+    paid = by_name["full"]["break_even"]["in-context-1"]
+    assert paid["plain"] is not None
+    assert paid["cached"] is None or paid["cached"] > paid["plain"]
+    page = found.report.read_text()
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+    for said in ("Training or prompting", "What was forgotten", "bit-identical before and after", "on the front"):
+        assert said.lower() in page.lower()
+    table = (found.folder / "table.csv").read_text().splitlines()
+    assert len(table) == 1 + len(found.contestants)
+    assert "\\toprule" in (found.folder / "table.tex").read_text()
+    assert (found.folder / "table.md").read_text().count("\n") == 2 + len(found.contestants)
+
+
+# --- the summary ---
+
+
+def run(name: str, seed: int, values: Any) -> dict[str, Any]:
+    values = [float(value) for value in values]
+    return {"contestant": name, "seed": seed, "values": values, "counts": [1] * len(values), "predicted": None}
+
+
+def test_the_summary_sees_what_is_there_and_not_what_is_not() -> None:
+    draw = np.random.default_rng(0)
+    difficulty = draw.random(300)
+    runs = [
+        run(name, seed, (difficulty + 0.3 * draw.random(300) < skill))
+        for name, skill in (("good", 0.95), ("same", 0.95), ("bad", 0.6))
+        for seed in range(3)
+    ]
+    runs.append(run("majority", 0, difficulty < 0.5))
+    lines = [{"name": name, "title": name, "kind": "trained"} for name in ("bad", "good", "same")]
+    lines.append({"name": "majority", "title": "majority", "kind": "baseline"})
+    found = summarised(lines, runs, truth=[0] * 300, labels=1)
+    verdicts = {frozenset((pair["one"], pair["other"])): pair["verdict"] for pair in found["pairs"]}
+    assert verdicts[frozenset(("good", "same"))] == "not distinguishable"
+    assert verdicts[frozenset(("good", "bad"))] != "not distinguishable"
+    assert verdicts[frozenset(("same", "bad"))] != "not distinguishable"
+    assert found["best_baseline"] == "majority"
+    assert {a["one"]: a["verdict"] for a in found["against_baseline"]}["good"] == "better"
+    assert found["contestants"][-2]["name"] == "bad" or found["contestants"][-1]["name"] == "bad"
+
+
+def test_fronts_and_break_even() -> None:
+    points = [("a", 0.9, 10.0), ("b", 0.9, 10.0), ("c", 0.95, 100.0), ("d", 0.8, 20.0)]
+    assert pareto(points) == ["a", "b", "c"]
+    assert pareto([(name, -score, cost) for name, score, cost in points], higher_is_better=False) == ["a", "b", "c"]
+    assert break_even(500, 2, 7) == 100
+    assert break_even(500, 7, 7) is None
+
+
+def test_costs_are_counted(small: Compare) -> None:
+    cost = next(c for c in small().contestants if c["name"] == "bitfit")["cost"]
+    assert cost["parameters"] > cost["beside_head"] > 0
+    assert cost["train_flops"] > 3 * cost["query_flops"]
+    assert bench._NOTHING.parameters == 0

@@ -145,6 +145,11 @@ def test_predict_gives_a_table_on_a_terminal(
         ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n', [], ["one", "two"]),
         ("a.tsv", "anything\none\ntwo\n", [], ["one", "two"]),
         ("a.txt", "one\n\ntwo\n", [], ["one", "two"]),
+        ("a.csv", "premise,hypothesis,label\none,two,x\n", [], [("one", "two")]),
+        ("a.csv", "premise,hypothesis\none,two\n", [], [("one", "two")]),
+        ("a.csv", "a,b\none,two\n", ["--map", "text=a,text2=b"], [("one", "two")]),
+        ("a.csv", "text,score\none,0.5\n", [], ["one"]),
+        ("a.jsonl", '{"tokens": ["one", "two"], "tags": ["O", "O"]}\n', [], ["one two"]),
     ],
 )
 def test_predict_reads_files(
@@ -172,7 +177,6 @@ def test_predict_reads_standard_input_and_writes_a_file(cli: Callable, labeller:
         (["a.csv", "more"], "a.csv is a file, and there is more"),
         (["wrong.csv"], "found id, note"),
         (["gaps.jsonl"], "1 row has null 'text' (row 2)"),
-        (["pairs.csv"], "pairs of texts"),
         (["a.csv", "--map", "text=bdy"], "no column 'bdy'"),
         (["a.csv", "--map", "text"], "--map"),
         (["a.csv", "-o", "a.csv"], "is the file to be read"),
@@ -184,7 +188,6 @@ def test_predict_refuses(cli: Callable, labeller: Rooms, adapter_folder: str, wo
     Path("a.csv").write_text("text,label\none,x\ntwo,y\n")
     Path("wrong.csv").write_text("id,note\n1,2\n")
     Path("gaps.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
-    Path("pairs.csv").write_text("premise,hypothesis,label\none,two,x\n")
     answer = cli("predict", adapter_folder, *words)
     assert answer.code == 2
     assert said in answer.err

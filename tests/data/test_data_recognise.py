@@ -101,10 +101,35 @@ def test_no_idea_is_no_suggestion():
     assert finding.fix == "--map prompt=...,completion=..."
 
 
-def test_preference_rows_are_named():
-    finding = fault(table("prompt", "chosen", "rejected"))
-    assert "preferences" in finding.message
-    assert recognise(table("prompt", "chosen", "rejected"), **pasted(finding.fix)).task == "sft"
+@pytest.mark.parametrize(
+    ("row", "task", "roles"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "dpo", "prompt chosen rejected"),
+        ({"chosen": [{}], "rejected": [{}]}, "dpo", "chosen rejected"),
+        ({"prompt": "a", "completion": "b", "label": True}, "kto", "prompt completion desirable"),
+        ({"prompt": "a", "completion": "b", "label": "yes"}, "sft", "prompt completion"),
+        ({"question": "a", "choices": ["b", "c"], "answer": "b"}, "choice", "prompt choices answer"),
+        ({"question": "a", "choices": "b or c", "answer": "b"}, "sft", "prompt completion"),
+        ({"tokens": ["a"], "ner_tags": ["O"]}, "tag", "tokens tags"),
+        ({"sentence1": "a", "sentence2": "b", "score": 4.5}, "regress", "text text2 score"),
+        ({"text": "a", "score": "0.5"}, "regress", "text score"),
+        ({"text": "a", "score": "good"}, "lm", "text"),
+        ({"text": "a", "labels": ["x", "y"]}, "classify", "text label"),
+    ],
+)
+def test_what_columns_hold_decides(row, task, roles):
+    found = recognise(Table(Path("faq.jsonl"), "jsonl", "", tuple(row), [row], ["faq.jsonl:1"]))
+    assert (found.task, " ".join(found.columns)) == (task, roles)
+
+
+def test_one_kind_of_rows_serves_several_tasks():
+    pairs = table("prompt", "completion")
+    assert recognise(pairs, "seq2seq").task == "seq2seq"
+    assert recognise(pairs, instead={"sft": "seq2seq"}).task == "seq2seq"
+    assert recognise(pairs, "sft", instead={"sft": "seq2seq"}).task == "sft"
+    assert recognise(table("prompt", "chosen", "rejected"), "reward").task == "reward"
+    assert recognise(table("text", "rating", rating="3.5"), "regress").columns == {"text": "text", "score": "rating"}
+    assert fault(table("text", "rating", rating="good"), task="regress").code == "D110"
 
 
 @pytest.mark.parametrize(

@@ -56,14 +56,29 @@ def save_llama(folder: Path, *, layers: int = 1, **settings: Any) -> Path:
 
 
 def save_bert(folder: Path) -> Path:
-    """A random BERT with the bundled tokenizer; its config knows no classes."""
+    """A random BERT with the bundled tokenizer and a mask token; its config knows no classes."""
     tokenizer = load_tokenizer(str(bundled_base()))
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     torch.manual_seed(12)
     config = transformers.BertConfig(
         hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=len(tokenizer),
         max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    transformers.BertModel(config).save_pretrained(folder)
+    transformers.BertForPreTraining(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_t5(folder: Path) -> Path:
+    """A random T5 with the bundled tokenizer."""
+    tokenizer = load_tokenizer(str(bundled_base()))
+    torch.manual_seed(13)
+    config = transformers.T5Config(
+        d_model=WIDTH, d_ff=48, d_kv=8, num_layers=1, num_heads=4, vocab_size=len(tokenizer), dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -78,6 +93,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of one layer."""
     return save_bert(tmp_path_factory.mktemp("bases") / "bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 of one layer on each side."""
+    return save_t5(tmp_path_factory.mktemp("bases") / "t5")
 
 
 # --- data ---
@@ -108,6 +129,34 @@ def answered_rows(count: int = 20) -> list[dict[str, str]]:
         }
         for at in range(count)
     ]
+
+
+def rows_for(task: str, count: int = 20) -> list[dict[str, Any]]:
+    """Rows for any task but plain text, of different lengths, with something that can be learnt."""
+    draw = random.Random(4)
+    rows: list[dict[str, Any]] = []
+    for at in range(count):
+        thing, other = draw.sample(_THINGS, 2)
+        asked = {"prompt": f"Which one is it, number {at}" + " please" * (at % 4)}
+        good, bad = f"It is the {thing}." + " Yes." * (at % 3), f"Never a {other} {at}."
+        rows.append(
+            {
+                "multi": {"text": f"A {thing} and {at}", "labels": [n for n, d in (("two", 2), ("three", 3)) if not at % d]},
+                "pairs": {"premise": f"A {thing} {at}", "hypothesis": f"A {other if at % 2 else thing}",
+                          "label": "no" if at % 2 else "yes"},
+                "regress": {"text": f"A {thing}" + " very" * (at % 5), "score": 1.0 + at % 5},
+                "tag": {"tokens": ["the", thing, *["said"] * (at % 3), "Anna", "Bell"],
+                        "tags": ["O", "B-thing", *["O"] * (at % 3), "B-name", "I-name"]},
+                "seq2seq": answered_rows(count)[at],
+                "sft": answered_rows(count)[at],
+                "classify": labelled_rows(count)[at],
+                "choice": {**asked, "choices": [good, bad] if at % 2 else [bad, good, f"A {thing}?"],
+                           "answer": "A" if at % 2 else 1},
+                "dpo": {**asked, "chosen": good, "rejected": bad},
+                "kto": {**asked, "completion": good if at % 2 else bad, "label": bool(at % 2)},
+            }[{"tfew": "choice", "reward": "dpo"}.get(task, task)]
+        )  # fmt: skip
+    return rows
 
 
 def texts(count: int = 40) -> str:

@@ -73,7 +73,14 @@ def _show(results: dict[str, Any], data: str, folder: Path | str) -> None:
     against = results.get("against")
     if against:
         scores = [*scores, against["scores"] | {"title": f"against: {against['name']}"}]
-    if "accuracy" in scores[0]:
+    first, second = results.get("measure", {}), results.get("second", {})
+    if first and first["key"] not in ("macro_f1", "loss"):
+        rows = [
+            [s["title"], *_with_interval(s, first["key"]), f"{s[second['key']]:.3f}" if second["key"] in s else ""]
+            for s in scores
+        ]
+        print_table(["", first["title"], "95 %", second["title"]], rows, right=(1, 3))
+    elif "accuracy" in scores[0]:
         rows = [[s["title"], _percent(s["accuracy"]), *_with_interval(s, "macro_f1")] for s in scores]
         print_table(["", "accuracy", "macro-F1", "95 %"], rows, right=(1, 2))
     else:
@@ -112,8 +119,11 @@ def _show(results: dict[str, Any], data: str, folder: Path | str) -> None:
 
 
 def _worst(row: dict[str, Any]) -> list[str]:
-    if "predicted" in row:
-        said = f"is {row['label']}, said {row['predicted']} ({row['probability']:.2f})"
+    if "reward" in row:
+        said = f"{row['label']}, reward {row['reward']:+.3f}"
+    elif "predicted" in row:
+        sure = f" ({row['probability']:.2f})" if "probability" in row else ""
+        said = f"is {clip(str(row['label']), 40)}, said {clip(str(row['predicted']), 40)}{sure}"
     else:
         said = f"loss {row['loss']:.3f}"
     return [str(row.get("row", "")), said, clip(" ".join(row["text"].split()), 80)]

@@ -5,6 +5,7 @@ In a plain text file and on standard input every line that is not empty is one t
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 from graftlm.cli.usage import UsageFault
 from graftlm.data.checking import Notes, check
 from graftlm.data.reading import FORMATS, Table, read_rows
-from graftlm.data.recognise import ROLES, Reading, recognise
+from graftlm.data.recognise import ROLES, TEXT_PAIRS, Reading, recognise
 from graftlm.errors import DataError, Finding
 
 __all__ = ["prompts_of", "read_mapping", "texts_of"]
@@ -29,8 +30,8 @@ def read_mapping(text: str | None) -> dict[str, str] | None:
     return dict(resolve(flags={"map": text}).settings.data.map)
 
 
-def texts_of(words: Sequence[str], *, mapping: dict[str, str] | None, asked: str) -> list[str]:
-    """The texts to classify.
+def texts_of(words: Sequence[str], *, mapping: dict[str, str] | None, asked: str) -> list[str | tuple[str, str]]:
+    """The texts to label, or pairs of texts where the file has those.
 
     Args:
         words: one file, `-` for standard input, or the texts themselves; none means standard input.
@@ -42,11 +43,11 @@ def texts_of(words: Sequence[str], *, mapping: dict[str, str] | None, asked: str
     """
     path = _file_among(words)
     if path is None:
-        return list(words) if words and list(words) != ["-"] else _lines_of_stdin(asked)
+        return [*(words if words and list(words) != ["-"] else _lines_of_stdin(asked))]
     if FORMATS.get(path.suffix.lower()) == "text" and mapping is None:
-        return _lines(path)
+        return [*_lines(path)]
     table = read_rows(path)
-    return _column(table, _text_column(table, mapping))
+    return _texts(table, mapping)
 
 
 def prompts_of(words: Sequence[str], file: str | None, *, asked: str) -> list[Any]:
@@ -107,21 +108,27 @@ def _lines(path: Path) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def _text_column(table: Table, mapping: dict[str, str] | None) -> str:
-    """The column with the texts; a file with labels is understood as in training, the labels are then left alone."""
+def _texts(table: Table, mapping: dict[str, str] | None) -> list[str | tuple[str, str]]:
+    """The texts of a file, or its pairs; one with labels is understood as in training, the labels are left alone."""
     reading: Reading | None = None
     if mapping is None:
-        try:
-            reading = recognise(table, "classify")
-        except DataError:
-            if len(table.columns) == 1:
-                return table.columns[0]
+        for task in ("classify", "regress", "tag"):
+            with contextlib.suppress(DataError):
+                reading = reading or recognise(table, task)
+        if reading is None and len(table.columns) == 1:
+            return [*_column(table, table.columns[0])]
+        both = [pair for pair in TEXT_PAIRS if set(pair) <= set(table.columns)]
+        if reading is None and len(both) == 1:
+            return [*zip(*(_column(table, name) for name in both[0]), strict=True)]
+    elif "text2" in mapping:
+        return [*zip(*(_column(table, mapping[role]) for role in ("text", "text2")), strict=True)]
     if reading is None:
         reading = recognise(table, "lm", mapping)
+    if reading.task == "tag":
+        return [" ".join(map(str, row.get(reading.columns["tokens"]) or [])) for row in table.rows]
     if "text2" in reading.columns:
-        message = f"pairs of texts ({reading.columns['text']}, {reading.columns['text2']}) cannot be labelled yet"
-        raise DataError(Finding("D110", message, table.path.name, fix=f"--map text={reading.columns['text']}"))
-    return reading.columns["text"]
+        return [*zip(*(_column(table, reading.columns[role]) for role in ("text", "text2")), strict=True)]
+    return [*_column(table, reading.columns["text"])]
 
 
 def _column(table: Table, column: str) -> list[str]:

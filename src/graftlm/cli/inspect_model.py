@@ -20,14 +20,15 @@ from torch import nn
 from graftlm.cli.output import harmless
 from graftlm.cli.usage import UsageFault
 from graftlm.core import Site, Survey, attach, survey
+from graftlm.data.recognise import TASKS
 from graftlm.data.wording import number
 from graftlm.errors import Finding, GraftError, ModelError, nearest
 from graftlm.methods import read_method
-from graftlm.models import bundled_base
+from graftlm.models import HEADS, bundled_base, head_of
 
 __all__ = ["describe_model", "show_model"]
 
-_TASKS = ("auto", "lm", "sft", "classify")
+_TASKS = ("auto", *TASKS)
 _BYTES = 4  # of a number in an adapter file: float32, whatever the base's type
 
 
@@ -182,10 +183,10 @@ def _class_for(config: Any, task: str, transformers: Any) -> Any:
 
     causal, labels = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
     both, encoder = transformers.AutoModelForSeq2SeqLM, has(transformers.AutoModelForMaskedLM)
-    if task == "classify":
-        order = [labels]
-    elif task in ("lm", "sft"):
+    if task in ("lm", "sft"):
         order = [both if getattr(config, "is_encoder_decoder", False) else causal]
+    elif task != "auto":
+        order = [getattr(transformers, HEADS[head_of(task, config)])]
     elif getattr(config, "is_encoder_decoder", False):
         order = [both, transformers.AutoModel]
     else:

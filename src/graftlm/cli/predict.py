@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -40,29 +42,19 @@ _SHOWN = 60  # characters of a text in the table
 def verb(
     run: str, words: tuple[str, ...], out: str | None, base: str | None, mapping: str | None, as_json: bool
 ) -> None:
-    """Label texts with a trained classifier, with the probability of every label."""
+    """Label texts with a trained classifier, with the probability of every label.
+
+    Adapters that tell numbers give a score, those that tag words a tag for each word (words are parted by spaces).
+    Pairs of texts are read from a file with both columns.
+    """
     folder = must_be_adapter(run)
     _must_be_writable(out, words)
     texts = texts_of(words, mapping=read_mapping(mapping), asked=f'graftlm predict {run} "a text"')
-    from graftlm.evaluation import classify_texts
     from graftlm.training import open_adapter
 
     opened = open_adapter(folder, base=base)
-    if opened.task != "classify" or opened.labels is None:
-        message = f"{run} was trained for {opened.task}, not to label texts"
-        raise UsageFault(Finding("L105", message, fix=f"graftlm generate {run}"))
-    found = classify_texts(opened.model, opened.tokenizer, opened.labels, texts, max_length=opened.max_length)
-    lines = [
-        json_line(
-            {
-                "text": text,
-                "label": one.label,
-                "probability": round(one.probability, 6),
-                "probabilities": {label: round(p, 6) for label, p in one.probabilities.items()},
-            }
-        )
-        for text, one in zip(texts, found, strict=True)
-    ]
+    head, told = _told(run, opened, texts)
+    lines = [json_line(one) for one in told]
     if out is not None:
         Path(out).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     elif as_json or not sys.stdout.isatty():
@@ -70,8 +62,54 @@ def verb(
     else:
         from graftlm.data.wording import clip
 
-        rows = [(clip(text, _SHOWN), p.label, f"{p.probability:.3f}") for text, p in zip(texts, found, strict=True)]
-        print_table(["text", "label", "probability"], rows, right=(2,))
+        rows = [(clip(_one(one["text"]), _SHOWN), *(_said(one[name]) for name in head)) for one in told]
+        print_table(["text", *head], rows, right=(len(head),))
+
+
+def _told(run: str, opened: Any, texts: Sequence[Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """What the adapter says of each text, and which of it a table shows. Raises UsageFault for one that writes."""
+    longest = {"max_length": opened.max_length}
+    if opened.task == "classify" and opened.labels is not None:
+        from graftlm.evaluation import classify_texts
+
+        found = classify_texts(opened.model, opened.tokenizer, opened.labels, texts, **longest)
+        told = [
+            {
+                "text": text,
+                "label": one.label,
+                "probability": round(one.probability, 6),
+                "probabilities": {label: round(p, 6) for label, p in one.probabilities.items()},
+            }
+            for text, one in zip(texts, found, strict=True)
+        ]
+        return ["label", "probability"], told
+    if opened.task == "regress" and opened.scale is not None:
+        from graftlm.evaluation import tell_numbers
+
+        numbers = tell_numbers(opened.model, opened.tokenizer, opened.scale, texts, **longest)
+        return ["score"], [{"text": text, "score": round(n, 6)} for text, n in zip(texts, numbers, strict=True)]
+    if opened.task == "tag" and opened.labels is not None:
+        from graftlm.evaluation import tag_words
+
+        rows = [_one(text).split() for text in texts]
+        tags = tag_words(opened.model, opened.tokenizer, opened.labels, rows, **longest)
+        # Of a row that was cut, the words that the model read.
+        return ["tags"], [
+            {"text": text, "tokens": words[: len(found)], "tags": found}
+            for text, words, found in zip(texts, rows, tags, strict=True)
+        ]
+    message = f"{run} was trained for {opened.task}, not to label texts"
+    raise UsageFault(Finding("L105", message, fix=f"graftlm generate {run}"))
+
+
+def _one(text: str | tuple[str, str]) -> str:
+    return text if isinstance(text, str) else " | ".join(text)
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _must_be_writable(out: str | None, words: tuple[str, ...]) -> None:

@@ -7,16 +7,17 @@ become `Rejected` instead, each with its place and reason. Duplicates are counte
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graftlm.data.codes import WAIVABLE
-from graftlm.data.labels import Label, label_name
+from graftlm.data.labels import label_name
 from graftlm.data.reading import Rejected, Row, Table
 from graftlm.data.recognise import Reading
-from graftlm.data.wording import counted, listed, number, percent, rows
+from graftlm.data.wording import clip, counted, listed, number, percent, rows
 from graftlm.errors import DataError, Finding, nearest
 
 __all__ = ["Checked", "Example", "Message", "Notes", "check", "check_overlap"]
@@ -33,7 +34,18 @@ _FREE_TEXT_ROWS = 10  # with fewer rows than this, mostly distinct labels are no
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as the task sees it: `messages` (sft), or `texts` (one or two) with a `label` (classify) or none (lm).
+    """One row as the task sees it.
+
+    | kind | what is filled |
+    |---|---|
+    | chat, pairs | `messages` |
+    | documents | `texts`, one |
+    | labelled | `texts`, one or two, and `label`; a tuple of labels where there may be several |
+    | scored | `texts` and `label`, a number |
+    | tagged | `words`, `tags`, and `texts`, the words joined |
+    | choices | `messages` that ask, `answers`, and `label`, the right answer's place |
+    | preferences | `messages` that ask, and `answers`, chosen and rejected |
+    | judged | `messages` that ask, one of `answers`, and `label`, whether it is wanted |
 
     `row` counts from 1; `place` is where it stands in its file; `raw` is the row as it was read.
     """
@@ -43,12 +55,15 @@ class Example:
     raw: Row
     messages: tuple[Message, ...] = ()
     texts: tuple[str, ...] = ()
-    label: Label | None = None
+    label: Any = None
+    answers: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """The texts as one, a line each: for baselines, tables and samples. Empty for a conversation."""
-        return "\n".join(self.texts)
+        """The texts as one, a line each, or what is asked: for baselines, tables and samples."""
+        return "\n".join(self.texts) or "\n".join(str(message["content"]) for message in self.messages)
 
     @property
     def key(self) -> str:
@@ -188,10 +203,18 @@ def _example(at: int, row: Row, place: str, reading: Reading, faults: _Faults) -
             if text:
                 turns.append({"role": role, "content": text})
         return Example(at, place, row, messages=tuple(turns))
+    if reading.kind in ("choices", "preferences", "judged"):
+        return _asked(at, row, place, reading, faults)
+    if reading.kind == "tagged":
+        return _tagged(at, row, place, reading, faults)
     roles = [role for role in ("text", "text2") if role in reading.columns]
     texts = [_text(at, row, reading.sources(role), faults) for role in roles]
-    label = _label(at, row, reading.columns["label"], faults) if reading.task == "classify" else None
-    if None in texts or (reading.task == "classify" and label is None):
+    label: Any = None
+    if reading.kind == "labelled":
+        label = _label(at, row, reading.columns["label"], faults)
+    elif reading.kind == "scored":
+        label = _score(at, row, reading.columns["score"], faults)
+    if None in texts or (reading.kind in ("labelled", "scored") and label is None):
         return None
     return Example(at, place, row, texts=tuple(text for text in texts if text is not None), label=label)
 
@@ -217,18 +240,171 @@ def _text(at: int, row: Row, sources: tuple[str, ...], faults: _Faults, *, may_b
     return "\n\n".join(parts)
 
 
-def _label(at: int, row: Row, name: str, faults: _Faults) -> Label | None:
+def _label(at: int, row: Row, name: str, faults: _Faults) -> Any:
     value = row.get(name)
     if value is None or value == "":
         faults.add(at, "D120", f"null '{name}'" if name in row and value is None else f"no '{name}'")
     elif isinstance(value, float) and value.is_integer():  # whole numbers that a data frame has turned into floats
         return int(value)
     elif isinstance(value, float):
-        faults.add(at, "D129", f"a fractional number as label in '{name}'; classes are names or whole numbers")
+        faults.add(
+            at,
+            "D129",
+            f"a fractional number as label in '{name}'; classes are names or whole numbers",
+            "--task regress",
+        )
     elif isinstance(value, (str, bool, int)):
         return value
+    elif isinstance(value, list) and all(isinstance(one, (str, int)) and one != "" for one in value):
+        return tuple(dict.fromkeys(map(label_name, value)))  # several labels, or none of them
     else:
         faults.add(at, "D121", f"{_type(value)} in '{name}' where a label is wanted")
+    return None
+
+
+def _score(at: int, row: Row, name: str, faults: _Faults) -> float | None:
+    value = row.get(name)
+    if value is None or value == "":
+        faults.add(at, "D120", f"null '{name}'" if name in row and value is None else f"no '{name}'")
+        return None
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number_ = float(value)
+        except ValueError:
+            number_ = math.nan
+        if math.isfinite(number_):
+            return number_
+    faults.add(at, "D162", f"{clip(repr(value), 30)} in '{name}' where a number is wanted")
+    return None
+
+
+def _tagged(at: int, row: Row, place: str, reading: Reading, faults: _Faults) -> Example | None:
+    found = []
+    for role in ("tokens", "tags"):
+        name = reading.columns[role]
+        value = row.get(name)
+        if value is None:
+            faults.add(at, "D120", f"null '{name}'" if name in row else f"no '{name}'")
+            return None
+        kinds = str if role == "tokens" else (str, int)
+        if not isinstance(value, list) or not all(isinstance(one, kinds) for one in value):
+            faults.add(at, "D121", f"{_type(value)} in '{name}' where a list of words is wanted")
+            return None
+        found.append(tuple(map(str, value)))
+    words, tags = found
+    if len(words) != len(tags):
+        faults.add(at, "D161", f"not as many '{reading.columns['tags']}' as '{reading.columns['tokens']}'")
+    elif not words or not any(word.strip() for word in words):
+        faults.add(at, "D122", f"empty '{reading.columns['tokens']}'")
+    else:
+        return Example(at, place, row, texts=(" ".join(words),), words=words, tags=tags)
+    return None
+
+
+def _asked(at: int, row: Row, place: str, reading: Reading, faults: _Faults) -> Example | None:
+    """A row with a question and answers to it, of which the label says something."""
+    turns: list[Message] = []
+    if reading.kind == "preferences" and isinstance(row.get(reading.columns["chosen"]), list):
+        return _preferred_chats(at, row, place, reading, faults)
+    for role, column in (("system", "system"), ("user", "prompt")):
+        sources = reading.sources(column)
+        if sources:
+            text = _text(at, row, sources, faults, may_be_empty=column == "system")
+            if text is None:
+                return None
+            turns += [{"role": role, "content": text}] if text else []
+    if not turns:
+        faults.add(at, "D164", "no question: 'chosen' and 'rejected' are texts, and there is no prompt")
+        return None
+    if reading.kind == "choices":
+        return _choice(at, row, place, reading, faults, tuple(turns))
+    columns = ("chosen", "rejected") if reading.kind == "preferences" else ("completion",)
+    answers = [_text(at, row, reading.sources(column), faults) for column in columns]
+    label: Any = None
+    if reading.kind == "judged":
+        name = reading.columns["desirable"]
+        label = row.get(name)
+        if isinstance(label, str) and label.strip().lower() in ("true", "false"):
+            label = label.strip().lower() == "true"
+        if not isinstance(label, bool):
+            faults.add(at, "D121", f"{_type(label)} in '{name}' where true or false is wanted")
+            return None
+    if None in answers:
+        return None
+    if len(answers) == 2 and answers[0] == answers[1]:
+        faults.add(at, "D163", "the same answer chosen and rejected")
+        return None
+    return Example(at, place, row, messages=tuple(turns), answers=tuple(map(str, answers)), label=label)
+
+
+def _preferred_chats(at: int, row: Row, place: str, reading: Reading, faults: _Faults) -> Example | None:
+    """Two conversations that differ in the last answer only."""
+    both = [_messages(at, row, reading.columns[role], faults) for role in ("chosen", "rejected")]
+    if not all(both):
+        return None
+    before = [list(chat[:-1]) for chat in both]
+    if any(chat[-1]["role"] != "assistant" for chat in both) or before[0] != before[1]:
+        faults.add(at, "D164", "conversations that differ before the last answer, or do not end with one")
+        return None
+    if not before[0] and reading.sources("prompt"):
+        asked = row.get(reading.columns["prompt"])
+        name = reading.columns["prompt"]
+        text = None if isinstance(asked, list) else _text(at, row, reading.sources("prompt"), faults)
+        turns = [_message(at, m, faults) for m in asked if isinstance(m, dict)] if isinstance(asked, list) else []
+        if isinstance(asked, list) and (not turns or None in turns):
+            faults.add(at, "D123", f"no messages in '{name}'")
+            return None
+        if text is None and not turns:
+            return None
+        before[0] = [turn for turn in turns if turn] or [{"role": "user", "content": text}]
+    answers = tuple(str(chat[-1]["content"]) for chat in both)
+    if answers[0] == answers[1]:
+        faults.add(at, "D163", "the same answer chosen and rejected")
+        return None
+    if not before[0]:
+        faults.add(at, "D164", "no question before the answers")
+        return None
+    return Example(at, place, row, messages=tuple(before[0]), answers=answers)
+
+
+def _choice(
+    at: int, row: Row, place: str, reading: Reading, faults: _Faults, turns: tuple[Message, ...]
+) -> Example | None:
+    name, said = reading.columns["choices"], reading.columns["answer"]
+    value, answer = row.get(name), row.get(said)
+    letters: list[str] = []
+    if isinstance(value, dict):  # {"text": [...], "label": ["A", ...]}, as ARC and OpenBookQA have it
+        letters = [str(one) for one in value.get("label") or []]
+        value = value.get("text")
+    if not isinstance(value, list) or not all(isinstance(one, str) and one.strip() for one in value):
+        faults.add(at, "D121", f"{_type(value)} in '{name}' where a list of texts is wanted")
+        return None
+    if len(value) < 2:
+        faults.add(at, "D160", f"fewer than two '{name}'")
+        return None
+    if answer is None or answer == "":
+        faults.add(at, "D120", f"null '{said}'" if said in row else f"no '{said}'")
+        return None
+    right = _right_answer(answer, value, letters)
+    if right is None:
+        faults.add(at, "D160", f"an '{said}' that is none of its '{name}'")
+        return None
+    return Example(at, place, row, messages=turns, answers=tuple(value), label=right)
+
+
+def _right_answer(answer: Any, choices: list[str], letters: list[str]) -> int | None:
+    """The place of the right answer, given by its text, its place from 0, or its letter."""
+    text = str(answer).strip()
+    if text in choices:
+        return choices.index(text)
+    if text in letters:
+        return letters.index(text)
+    if isinstance(answer, bool):
+        return None
+    if text.isdecimal() and int(text) < len(choices):
+        return int(text)
+    if len(text) == 1 and "A" <= text.upper() <= "Z" and ord(text.upper()) - ord("A") < len(choices):
+        return ord(text.upper()) - ord("A")
     return None
 
 
@@ -309,6 +485,10 @@ def _check_labels(
 ) -> list[Example]:
     column = reading.columns["label"]
     kinds = {type(example.label) for example in examples}
+    if kinds == {tuple}:
+        if not is_eval and len({name for example in examples for name in example.label}) < 2:
+            notes.error("D128", "there are fewer than two labels: there is nothing to tell apart", place)
+        return examples
     if len(kinds) > 1:
         least = Counter(type(e.label) for e in examples).most_common()[-1][0]
         for example in examples:
@@ -342,6 +522,8 @@ def _check_labels(
         )
         looks = "looks like measurements" if all(_is_float(name) for name in names) else "looks like free text"
         fix = f"--task sft --map prompt={reading.columns['text']},completion={column}"
+        if looks == "looks like measurements":
+            fix = f"--task regress --map text={reading.columns['text']},score={column}"
         notes.error("D129", f"{message}: {looks}, not like classes", place, fix)
     elif len(names) == 1:
         notes.error("D128", f"every row has the label '{next(iter(names))}': there is nothing to tell apart", place)
@@ -364,8 +546,9 @@ def _duplicates(examples: list[Example], notes: Notes, place: str) -> int:
     copies: dict[tuple[str, Any], list[int]] = defaultdict(list)
     labels: dict[str, dict[Any, int]] = defaultdict(dict)
     for example in examples:
-        copies[example.key, example.label].append(example.row)
-        labels[example.key].setdefault(example.label, example.row)
+        copies[example.key, (example.label, example.answers, example.tags)].append(example.row)
+        if not example.answers:
+            labels[example.key].setdefault((example.label, example.tags), example.row)
     several = [where for where in copies.values() if len(where) > 1]
     count = sum(len(where) - 1 for where in several)
     if count:

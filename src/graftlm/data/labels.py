@@ -1,13 +1,14 @@
-"""The names of the classes and their ids: what a classifier's outputs mean."""
+"""What the outputs of a head mean: the names of classes and their ids, or the scale of numbers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 from typing import Any
 
-__all__ = ["Label", "Labels"]
+__all__ = ["Label", "Labels", "Scale", "label_name"]
 
 Label = str | int | bool
 
@@ -25,14 +26,16 @@ class Labels:
     """
 
     names: tuple[str, ...]
+    #: Whether a row may have several of them, or none.
+    several: bool = False
 
     @classmethod
-    def of(cls, values: Iterable[Label]) -> Labels:
+    def of(cls, values: Iterable[Label], *, several: bool = False) -> Labels:
         """The labels that occur in `values`."""
         names = {label_name(value) for value in values}
         if all(re.fullmatch(r"[+-]?\d+", name) for name in names):
-            return cls(tuple(sorted(names, key=lambda name: (int(name), name))))
-        return cls(tuple(sorted(names)))
+            return cls(tuple(sorted(names, key=lambda name: (int(name), name))), several)
+        return cls(tuple(sorted(names)), several)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -57,12 +60,44 @@ class Labels:
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads back; plain JSON."""
-        return {"names": list(self.names)}
+        return {"names": list(self.names)} | ({"several": True} if self.several else {})
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Labels:
         """The labels that `to_dict` wrote."""
-        return cls(tuple(stored["names"]))
+        return cls(tuple(stored["names"]), bool(stored.get("several")))
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The mean and the standard deviation of the numbers to be told; a model tells them in standard units.
+
+    Example:
+        >>> scale = Scale.of([1.0, 3.0])
+        >>> scale.standard(3.0), scale.value(1.0)
+        (1.0, 3.0)
+    """
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Scale:
+        """The scale of these numbers."""
+        deviation = pstdev(values)
+        return cls(fmean(values), deviation if deviation > 0 else 1.0)
+
+    def standard(self, value: float) -> float:
+        """A number in standard units."""
+        return (value - self.mean) / self.deviation
+
+    def value(self, standard: float) -> float:
+        """The number that a model means."""
+        return self.mean + self.deviation * standard
+
+    def to_dict(self) -> dict[str, float]:
+        """What `Scale(**...)` reads back; plain JSON."""
+        return {"mean": self.mean, "deviation": self.deviation}
 
 
 def label_name(value: Label) -> str:

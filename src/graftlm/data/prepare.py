@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from graftlm.data.candidates import encode_candidates, encode_paired, encode_scored_answers
 from graftlm.data.checking import Example, Notes, check, check_overlap
-from graftlm.data.labels import Labels, label_name
+from graftlm.data.labels import Label, Labels, Scale, label_name
 from graftlm.data.reading import Rejected, Table, read_rows
 from graftlm.data.recognise import Reading, recognise
 from graftlm.data.splitting import default_share, split, split_document
+from graftlm.data.tags import encode_tagged
+from graftlm.data.targets import encode_targets
 from graftlm.data.templates import Template
-from graftlm.data.tokenising import Item, Supervision, encode_chats, encode_documents, encode_labelled
+from graftlm.data.tokenising import (
+    Item,
+    Supervision,
+    encode_chats,
+    encode_documents,
+    encode_labelled,
+    encode_masked,
+    encode_scored,
+    longest_allowed,
+    pack,
+)
 from graftlm.data.wording import counted, listed, number, percent
 from graftlm.errors import DataError, Finding
 
@@ -31,7 +44,8 @@ class Prepared:
     """Rows ready for the collator, and all there is to say about them.
 
     `train` and `eval` hold items (see `tokenising`), each with its `example` (raw row, messages or texts). `labels` is
-    None unless the task is classify, `template` None unless it is sft. `notes` are findings that do not stop a run.
+    None unless the task is classify or tag, `scale` unless it is regress, `template` unless answers are written.
+    `notes` are findings that do not stop a run.
     `line` is for the terminal's `data` line, `supervision.line` for its `loss on` line, `eval_line` says what eval is.
     """
 
@@ -39,6 +53,7 @@ class Prepared:
     train: list[Item]
     eval: list[Item]
     labels: Labels | None
+    scale: Scale | None
     template: Template | None
     supervision: Supervision
     eval_supervision: Supervision
@@ -66,8 +81,12 @@ def prepare(
     seed: int = 0,
     template: str | Template | None = None,
     labels: Labels | None = None,
+    scale: Scale | None = None,
     merge_labels: bool = False,
     waived: Collection[str] = (),
+    instead: Mapping[str, str] | None = None,
+    by_head: bool = False,
+    packing: bool = False,
 ) -> Prepared:
     """Reads, recognises, checks, splits and tokenises.
 
@@ -79,7 +98,7 @@ def prepare(
         eval_share: in [0, 1); None: 20 %, above 2 000 rows 5 %; 0: no eval rows.
         max_rows: read only the first rows of each file.
         drop_bad_rows: leave faulty rows out (they are in `Prepared.rejected`) instead of stopping.
-        task: `auto`, sft, classify or lm.
+        task: `auto`, or one of `recognise.TASKS`.
         tokenizer: of the base model.
         max_length: in tokens; None: what the tokenizer allows.
         seed: of the split.
@@ -87,7 +106,12 @@ def prepare(
         labels: of a trained adapter that is to be evaluated on these rows: they may then have a label once or one label
             only, and a label that is not among them is an error (D132).
         merge_labels: labels that differ only by case or space become one.
+        scale: of a trained adapter that tells numbers, as `labels`.
         waived: codes of judgements that are not to stop the run (`codes.WAIVABLE`).
+        instead: tasks that the base does in place of others where the task is `auto`; see `recognise`.
+        by_head: choices and rewards are told by a head that reads question and answer as a pair, as encoders do.
+        packing: the training rows are put one behind the other into rows of `max_length` tokens, without seeing one
+            another.
 
     Raises:
         DataError: every fault of a stage at once; the stages are: both files read, columns recognised, rows checked,
@@ -100,7 +124,7 @@ def prepare(
     """
     _check_arguments(eval_path, eval_share, max_rows, max_length)
     tables = _read_all([p for p in (path, eval_path) if p is not None], format, max_rows, drop_bad_rows)
-    reading = recognise(tables[0], task, mapping)
+    reading = recognise(tables[0], task, mapping, instead=instead)
     if eval_path is not None:
         _check_same_columns(reading, *tables)
     notes = Notes(waived)
@@ -132,35 +156,23 @@ def prepare(
     known: Labels | None = None
     chosen: Template | None = None
     sets: list[tuple[list[Item], Supervision]] = []
-    if reading.task == "classify":
-        known = labels or Labels.of(example.label for example in train if example.label is not None)
+    if reading.task in ("classify", "tag"):
+        known = labels or _labels_in(train, reading.task)
         for part, name in ((train, names[0]), (held, names[-1])):
             _check_known_labels(part, known, notes, name)
         notes.settle()
-        train, held = ([e for e in part if e.label is not None and e.label in known] for part in (train, held))
-    elif reading.task == "sft":
-        if isinstance(template, Template):
-            chosen = template
-        else:
-            chosen = Template.of(tokenizer, choice=template, chat=_is_chat([*train, *held]))
-        if chosen.name in ("plain", "turns") and template is None:
-            message = (
-                f"the tokenizer has no chat template; built-in template '{chosen.name}' is used, it adds no tokens"
-            )
-            notes.note("D149", message)
+        train, held = ([e for e in part if all(one in known for one in _labels_of(e))] for part in (train, held))
+    elif reading.task == "regress":
+        scale = scale or Scale.of([float(e.label) for e in train])
+    elif reading.task in _WRITTEN and not (by_head and reading.task in _BY_HEAD):
+        chosen = _template(template, tokenizer, [*train, *held], notes)
+    encode = _Encoder(reading.task, tokenizer, known, scale, chosen, notes, max_length, drop_bad_rows)
     for rows, name in ((train, names[0]), (held, names[-1])):
-        if known is not None:
-            sets.append(encode_labelled(rows, tokenizer, known, notes, max_length=max_length, place=name))
-        elif chosen is not None:
-            items, supervision, out = encode_chats(
-                rows, tokenizer, chosen, notes, max_length=max_length, drop_bad_rows=drop_bad_rows, place=name
-            )
-            rejected += out
-            sets.append((items, supervision))
-        elif rows or not sets:
-            sets.append(encode_documents(rows, tokenizer, max_length=max_length))
-        else:
-            sets.append(([], Supervision()))
+        items, supervision, out = encode(rows, name) if rows else ([], Supervision(), [])
+        rejected += out
+        sets.append((items, supervision))
+    if packing and not notes.errors:
+        sets[0] = _packed(*sets[0], longest_allowed(tokenizer, max_length))
     if not sets[0][0] and not notes.errors:
         notes.error("D142", "0 tokens would be trained: no row with two tokens is left", names[0])
     notes.settle()
@@ -175,6 +187,7 @@ def prepare(
         train=items,
         eval=eval_items,
         labels=known,
+        scale=scale if reading.task == "regress" else None,
         template=chosen,
         supervision=supervision,
         eval_supervision=eval_supervision,
@@ -186,6 +199,83 @@ def prepare(
         pad_id=pad_id,
         sha256={str(table.path): table.sha256 for table in tables},
     )
+
+
+#: Tasks whose answers a chat template writes.
+_WRITTEN = ("choice", "dpo", "kto", "reward", "sft", "tfew")
+#: Those of them for which a head on question and answer will do.
+_BY_HEAD = ("choice", "reward")
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoder:
+    """Rows to items, by task."""
+
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    labels: Labels | None
+    scale: Scale | None
+    template: Template | None
+    notes: Notes
+    max_length: int | None
+    drop_bad_rows: bool
+
+    def __call__(self, rows: list[Example], place: str) -> tuple[list[Item], Supervision, list[Rejected]]:
+        told: dict[str, Any] = {"max_length": self.max_length, "place": place}
+        if self.task == "lm":
+            return *encode_documents(rows, self.tokenizer, max_length=self.max_length), []
+        if self.task == "mlm":
+            return *encode_masked(rows, self.tokenizer, max_length=self.max_length), []
+        if self.task == "seq2seq":
+            return *encode_targets(rows, self.tokenizer, self.notes, **told), []
+        if self.labels is not None:
+            encode = encode_tagged if self.task == "tag" else encode_labelled
+            return *encode(rows, self.tokenizer, self.labels, self.notes, **told), []
+        if self.scale is not None:
+            return *encode_scored(rows, self.tokenizer, self.scale, self.notes, **told), []
+        if self.template is None:
+            return *encode_paired(rows, self.tokenizer, self.notes, **told), []
+        written = {**told, "drop_bad_rows": self.drop_bad_rows}
+        if self.task == "sft":
+            return encode_chats(rows, self.tokenizer, self.template, self.notes, **written)
+        if self.task == "reward":
+            return encode_scored_answers(rows, self.tokenizer, self.template, self.notes, **written)
+        written["mismatched"] = self.task == "kto"
+        return encode_candidates(rows, self.tokenizer, self.template, self.notes, **written)
+
+
+def _template(
+    template: str | Template | None, tokenizer: PreTrainedTokenizerBase, examples: list[Example], notes: Notes
+) -> Template:
+    """The one that a run has stored, or that was asked for, or the tokenizer's, or a built-in one."""
+    if isinstance(template, Template):
+        return template
+    chosen = Template.of(tokenizer, choice=template, chat=_is_chat(examples))
+    if chosen.name in ("plain", "turns") and template is None:
+        message = f"the tokenizer has no chat template; built-in template '{chosen.name}' is used, it adds no tokens"
+        notes.note("D149", message)
+    return chosen
+
+
+def _packed(items: list[Item], told: Supervision, length: int | None) -> tuple[list[Item], Supervision]:
+    """Items packed into rows, and what is then trained: not the first token of each text."""
+    if not items:
+        return items, told
+    rows = pack(items, length or max(len(item["input_ids"]) for item in items))
+    what = f"{told.what}, {counted(len(items), 'text')} packed into {counted(len(rows), 'row')}"
+    return rows, replace(told, what=what)
+
+
+def _labels_of(example: Example) -> tuple[Label, ...]:
+    """Every label of a row: one, several, or a tag for each word."""
+    if example.tags:
+        return example.tags
+    return example.label if isinstance(example.label, tuple) else (example.label,)
+
+
+def _labels_in(examples: list[Example], task: str) -> Labels:
+    several = task == "classify" and any(isinstance(e.label, tuple) for e in examples)
+    return Labels.of((one for e in examples for one in _labels_of(e)), several=several)
 
 
 def _check_arguments(
@@ -235,11 +325,13 @@ def _hold_out(
     """Train and eval examples out of one file."""
     if share == 0:
         return examples, []
-    if reading.task == "lm" and len(examples) < _FEW_DOCUMENTS:
+    if reading.kind == "documents" and len(examples) < _FEW_DOCUMENTS:
         halves = [(e, *split_document(e.texts[0], _SHARE_OF_DOCUMENT if share is None else share)) for e in examples]
         train = [replace(e, texts=(head,)) for e, head, _ in halves]
         return train, [replace(e, texts=(tail,)) for e, _, tail in halves if tail]
-    labels = [label_name(e.label) for e in examples if e.label is not None]
+    labels = [label_name(e.label) for e in examples] if reading.kind in ("labelled", "judged") else []
+    if any(isinstance(e.label, tuple) for e in examples):
+        labels = []  # rows with several labels belong to no one stratum
     wanted = default_share(len(examples)) if share is None else share
     inside, held = split([e.key for e in examples], labels or None, share=wanted, seed=seed)
     if not held:
@@ -263,13 +355,13 @@ def _eval_line(train: list[Example], held: list[Example]) -> str:
 
 def _is_chat(examples: list[Example]) -> bool:
     """Whether any row is more than one question and its answer."""
-    return any([m["role"] for m in example.messages] != ["user", "assistant"] for example in examples)
+    return any([m["role"] for m in e.messages] != (["user"] if e.answers else ["user", "assistant"]) for e in examples)
 
 
 def _check_known_labels(examples: list[Example], labels: Labels, notes: Notes, place: str) -> None:
-    strange = [label_name(e.label) for e in examples if e.label is not None and e.label not in labels]
+    strange = [e for e in examples if any(one not in labels for one in _labels_of(e))]
     if strange:
-        unknown = sorted(set(strange))
+        unknown = sorted({label_name(one) for e in strange for one in _labels_of(e) if one not in labels})
         message = (
             f"{counted(len(strange), 'eval row')} with labels unknown to training: {listed(map(repr, unknown), 5)}"
         )

@@ -5,8 +5,15 @@
 | `messages` (role, content) or `conversations` (from, value) | chat | sft |
 | `prompt, completion` (question/answer, input/output, instruction/response ...), perhaps `system` | pairs | sft |
 | `instruction, input, output` (Alpaca) | pairs, prompt = instruction + input | sft |
-| `text, label`, or two texts and `label` (premise/hypothesis ...) | labelled | classify |
+| `text, label`, or two texts and `label` (premise/hypothesis ...); a list of labels for several | labelled | classify |
+| one or two texts and a numeric `score` | scored | regress |
+| `tokens, tags`, two lists | tagged | tag |
+| `question, choices, answer`, choices a list | choices | choice |
+| `prompt, chosen, rejected` | preferences | dpo |
+| `prompt, completion, label` with true or false | judged | kto |
 | `text` and none of these | documents | lm |
+
+Some rows serve several tasks: pairs also seq2seq, documents mlm, choices tfew, preferences reward.
 
 Example:
     >>> recognise(read_rows("faq.jsonl")).line                                                  # doctest: +SKIP
@@ -15,6 +22,7 @@ Example:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -22,29 +30,46 @@ from graftlm.data.reading import Table
 from graftlm.data.wording import counted, listed
 from graftlm.errors import DataError, Finding, nearest
 
-__all__ = ["ROLES", "TASKS", "Reading", "recognise"]
+__all__ = ["ROLES", "TASKS", "TEXT_PAIRS", "Reading", "recognise"]
 
 TASKS: dict[str, str] = {
+    "choice": "prompt, choices and answer",
     "classify": "text and label",
+    "dpo": "prompt, chosen and rejected",
+    "kto": "prompt, completion and desirable (true or false)",
     "lm": "text",
+    "mlm": "text",
+    "regress": "text and score",
+    "reward": "prompt, chosen and rejected",
+    "seq2seq": "prompt and completion",
     "sft": "prompt and completion (or messages)",
+    "tag": "tokens and tags",
+    "tfew": "prompt, choices and answer",
 }
 """Task to the roles it needs, in words."""
 
 ROLES: dict[str, tuple[str, ...]] = {
+    "answer": ("answer", "label", "answerkey", "gold", "correct"),
+    "choices": ("choices", "options", "endings", "candidates"),
+    "chosen": ("chosen", "preferred"),
     "completion": ("completion", "answer", "output", "response", "reply", "assistant"),
+    "desirable": ("desirable", "label", "liked", "thumbs_up"),
     "label": ("label", "labels", "label_text", "label_name", "class", "sentiment", "intent", "emotion"),
     "messages": ("messages", "conversations", "conversation", "chat", "dialogue"),
     "prompt": ("prompt", "question", "query", "instruction", "input", "user"),
+    "rejected": ("rejected", "dispreferred"),
+    "score": ("score", "similarity", "relatedness"),
     "system": ("system", "system_prompt"),
+    "tags": ("tags", "ner_tags", "pos_tags", "labels"),
     "text": ("text", "content", "document", "sentence", "review", "tweet"),
     "text2": ("text2",),
+    "tokens": ("tokens", "words"),
 }
 """Role to the column names that are understood without `--map`, compared without case."""
 
 _CONTEXTS = ("context", "passage", "background", "document", "paragraph")
 _PERHAPS_LABELS = ("category", "topic", "target", "y", "genre", "domain", "type", "rating", "stars")
-_TEXT_PAIRS = (
+TEXT_PAIRS = (
     ("premise", "hypothesis"),
     ("sentence1", "sentence2"),
     ("text1", "text2"),
@@ -53,13 +78,40 @@ _TEXT_PAIRS = (
     ("question", "passage"),
     ("question", "sentence"),
 )
-_NEEDED = {"classify": ("text", "label"), "lm": ("text",), "sft": ("prompt", "completion")}
-_KIND_TASK = {"chat": "sft", "pairs": "sft", "labelled": "classify", "documents": "lm"}
+_NEEDED = {
+    "choice": ("prompt", "choices", "answer"),
+    "classify": ("text", "label"),
+    "dpo": ("prompt", "chosen", "rejected"),
+    "kto": ("prompt", "completion", "desirable"),
+    "lm": ("text",),
+    "mlm": ("text",),
+    "regress": ("text", "score"),
+    "reward": ("prompt", "chosen", "rejected"),
+    "seq2seq": ("prompt", "completion"),
+    "sft": ("prompt", "completion"),
+    "tag": ("tokens", "tags"),
+    "tfew": ("prompt", "choices", "answer"),
+}
+#: Kind of rows to the tasks that they serve; the first is meant where none is named. Those above are looked for first:
+#: what their columns hold leaves no doubt.
+_KIND_TASKS: dict[str, tuple[str, ...]] = {
+    "preferences": ("dpo", "reward"),
+    "tagged": ("tag",),
+    "choices": ("choice", "tfew"),
+    "judged": ("kto",),
+    "chat": ("sft",),
+    "pairs": ("sft", "seq2seq"),
+    "labelled": ("classify",),
+    "scored": ("regress",),
+    "documents": ("lm", "mlm"),
+}
+_CERTAIN = ("preferences", "tagged", "choices", "judged")
+_ONLY_ALONE = ("scored", "documents")  # one text, which many files have: looked for where nothing else fits
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the rows are: `task` (sft, classify, lm), `kind` of rows, `columns` (role to column), and one `line` of it.
+    """What the rows are: `task` (one of `TASKS`), `kind` of rows, `columns` (role to column), and one `line` of it.
 
     A role may be made of several columns, joined by a blank line: `instruction+input`; `sources` gives them one by one.
     """
@@ -76,7 +128,13 @@ class Reading:
         return _parts(self.columns[role], self.known) if role in self.columns else ()
 
 
-def recognise(table: Table, task: str = "auto", mapping: Mapping[str, str] | None = None) -> Reading:
+def recognise(
+    table: Table,
+    task: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    *,
+    instead: Mapping[str, str] | None = None,
+) -> Reading:
     """What the rows of `table` are.
 
     Args:
@@ -84,6 +142,7 @@ def recognise(table: Table, task: str = "auto", mapping: Mapping[str, str] | Non
         task: `auto`, or one of `TASKS` to look for that only.
         mapping: role to column, as in `--map prompt=question,completion=answer`; `a+b` joins two columns by a
             blank line. Roles that it does not name are found as usual.
+        instead: with `auto`, tasks that the base does in place of others, such as {"sft": "seq2seq"}.
 
     Raises:
         DataError: D110 wrong columns, D111 several answers, D112 a mapping that does not fit.
@@ -99,15 +158,12 @@ def recognise(table: Table, task: str = "auto", mapping: Mapping[str, str] | Non
     _check_mapping(given, table)
     columns = _Columns(table, given, task)
     found: dict[str, list[dict[str, str]]] = {}
-    for kind in ("chat", "pairs", "labelled"):
-        if task in ("auto", _KIND_TASK[kind]) and columns.wanted(kind):
-            ways = getattr(columns, kind)()
-            if ways:
-                found[kind] = ways
-    if task in ("auto", "lm") and not found and columns.wanted("documents"):
-        ways = columns.documents()
-        if ways:
-            found["documents"] = ways
+    for kind, serves in _KIND_TASKS.items():
+        settled = found and (kind in _ONLY_ALONE or any(certain in found for certain in _CERTAIN))
+        if (task == "auto" or task in serves) and columns.wanted(kind) and not settled:
+            several = getattr(columns, kind)()
+            if several:
+                found[kind] = several
     ways = [(kind, way) for kind, several in found.items() for way in several]
     if not ways:
         raise DataError(_wrong_columns(table, task, given))
@@ -121,7 +177,8 @@ def recognise(table: Table, task: str = "auto", mapping: Mapping[str, str] | Non
     line = f"{table.path.name}  {counted(len(table), 'row')}  {shown}"
     if unused:
         line += f"  (not used: {listed(unused, 4)})"
-    return Reading(_KIND_TASK[kind], kind, way, unused, line, table.columns)
+    chosen = task if task != "auto" else (instead or {}).get(_KIND_TASKS[kind][0], _KIND_TASKS[kind][0])
+    return Reading(chosen, kind, way, unused, line, table.columns)
 
 
 class _Columns:
@@ -137,9 +194,14 @@ class _Columns:
         """Whether the mapping's roles, if there is one, belong to rows of this kind."""
         roles = {
             "chat": {"messages"},
-            "pairs": {"prompt", "completion", "system"},
-            "labelled": {"text", "text2", "label"},
+            "choices": {"prompt", "choices", "answer", "system"},
             "documents": {"text"},
+            "judged": {"prompt", "completion", "desirable", "system"},
+            "labelled": {"text", "text2", "label"},
+            "pairs": {"prompt", "completion", "system"},
+            "preferences": {"prompt", "chosen", "rejected", "system"},
+            "scored": {"text", "text2", "score"},
+            "tagged": {"tokens", "tags"},
         }
         return self.given.keys() <= roles[kind]
 
@@ -149,8 +211,57 @@ class _Columns:
     def role(self, role: str) -> list[str]:
         return [self.given[role]] if role in self.given else self.named(ROLES[role])
 
+    def holds(self, column: str, kinds: type | tuple[type, ...]) -> bool:
+        """Whether the column's values are of these kinds, as far as there are any."""
+        values = [value for row in self.table.rows if (value := row.get(column)) is not None]
+        return bool(values) and all(isinstance(value, kinds) for value in values)
+
     def chat(self) -> list[dict[str, str]]:
         return [{"messages": column} for column in self.role("messages")]
+
+    def preferences(self) -> list[dict[str, str]]:
+        ways = [{"chosen": c, "rejected": r} for c in self.role("chosen") for r in self.role("rejected")]
+        if not ways:
+            return []
+        prompts = self.prompts() or [{}]
+        return [{**prompt, **way} for prompt in prompts for way in ways]
+
+    def choices(self) -> list[dict[str, str]]:
+        choices = [name for name in self.role("choices") if "choices" in self.given or self.holds(name, (list, dict))]
+        if not choices:
+            return []
+        answers = self.role("answer")[:1]
+        return [{**p, "choices": c, "answer": a} for p in self.prompts() for c in choices for a in answers]
+
+    def judged(self) -> list[dict[str, str]]:
+        wanted = [name for name in self.role("desirable") if "desirable" in self.given or self.holds(name, bool)]
+        return [{**way, "desirable": name} for name in wanted[:1] for way in self.pairs()]
+
+    def tagged(self) -> list[dict[str, str]]:
+        tokens = [name for name in self.role("tokens") if "tokens" in self.given or self.holds(name, list)]
+        tags = [name for name in self.role("tags") if "tags" in self.given or self.holds(name, list)]
+        return [{"tokens": t, "tags": g} for t in tokens for g in tags[:1] if t != g]
+
+    def scored(self) -> list[dict[str, str]]:
+        scores = [name for name in self.role("score") if "score" in self.given or self.is_numeric(name)]
+        if not scores and self.task == "regress":
+            scores = [name for name in self.named(("label", "labels", *_PERHAPS_LABELS)) if self.is_numeric(name)]
+        return [{**text, "score": score} for text in self.texts() for score in scores]
+
+    def is_numeric(self, column: str) -> bool:
+        """Whether the column's values can be read as numbers, as those of a CSV file can."""
+        values = [str(value) for row in self.table.rows if (value := row.get(column)) not in (None, "")]
+        return bool(values) and all(re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", v) for v in values)
+
+    def prompts(self) -> list[dict[str, str]]:
+        """Ways to find what is asked, with a passage before it where there is one, and a system prompt."""
+        prompts, systems = self.role("prompt"), self.role("system")
+        if "prompt" not in self.given:
+            contexts = self.named(_CONTEXTS)
+            if len(prompts) == 1 and len(contexts) == 1:
+                prompts = [f"{contexts[0]}+{prompts[0]}"]
+        head = {"system": systems[0]} if len(systems) == 1 else {}
+        return [{**head, "prompt": prompt} for prompt in prompts]
 
     def pairs(self) -> list[dict[str, str]]:
         prompts, completions, systems = self.role("prompt"), self.role("completion"), self.role("system")
@@ -168,18 +279,21 @@ class _Columns:
     def labelled(self) -> list[dict[str, str]]:
         names = ROLES["label"] + (_PERHAPS_LABELS if self.task == "classify" else ())
         labels = [self.given["label"]] if "label" in self.given else self._without_twins(self.named(names))
+        return [{**text, "label": label} for text in self.texts() for label in labels]
+
+    def texts(self) -> list[dict[str, str]]:
+        """Ways to find the one or two texts of labelled rows."""
         if "text" in self.given:
-            texts = [{role: self.given[role] for role in ("text", "text2") if role in self.given}]
-        else:
-            both = [self.named(pair) for pair in _TEXT_PAIRS]
-            texts = [{"text": pair[0], "text2": pair[1]} for pair in both if len(pair) == 2]
-            if not texts:
-                more = {"text2": self.given["text2"]} if "text2" in self.given else {}
-                texts = [{"text": name, **more} for name in self.named(ROLES["text"])]
-        return [{**text, "label": label} for text in texts for label in labels]
+            return [{role: self.given[role] for role in ("text", "text2") if role in self.given}]
+        both = [self.named(pair) for pair in TEXT_PAIRS]
+        texts = [{"text": pair[0], "text2": pair[1]} for pair in both if len(pair) == 2]
+        if texts:
+            return texts
+        more = {"text2": self.given["text2"]} if "text2" in self.given else {}
+        return [{"text": name, **more} for name in self.named(ROLES["text"])]
 
     def documents(self) -> list[dict[str, str]]:
-        names = ("text", "content", "document") if self.task == "lm" else ("text", "content")
+        names = ("text", "content", "document") if self.task in ("lm", "mlm") else ("text", "content")
         return [{"text": name} for name in ([self.given["text"]] if "text" in self.given else self.named(names))]
 
     def perhaps_labelled(self) -> list[tuple[str, dict[str, str]]]:
@@ -241,23 +355,20 @@ def _ambiguous(
     table: Table, ways: list[tuple[str, dict[str, str]]], perhaps: list[tuple[str, dict[str, str]]]
 ) -> Finding:
     every = [*ways, *perhaps]
-    several_tasks = len({_KIND_TASK[kind] for kind, _ in every}) > 1
-    choices = [(f"--task {_KIND_TASK[kind]} " if several_tasks else "") + _pasteable(way) for kind, way in every]
+    several_tasks = len({_KIND_TASKS[kind][0] for kind, _ in every}) > 1
+    choices = [(f"--task {_KIND_TASKS[kind][0]} " if several_tasks else "") + _pasteable(way) for kind, way in every]
     message = f"{listed(table.columns)} can be understood in {len(every)} ways; choose one"
     more = (f"... and {len(choices) - 5} more",) if len(choices) > 5 else ()
     return Finding("D111", message, table.path.name, choices[0], (*choices[:5], *more))
 
 
 def _wrong_columns(table: Table, task: str, given: Mapping[str, str]) -> Finding:
-    need = TASKS[task] if task != "auto" else "; or ".join(TASKS.values())
+    need = TASKS[task] if task != "auto" else "; or ".join(dict.fromkeys(TASKS.values()))
     if task == "sft" or (task == "auto" and {"prompt", "completion"} & given.keys()):
         need = "prompt and completion"
     message = f"need {need}, found {listed(table.columns)}"
     looks = _looks_like(table, task, given)
-    if {"chosen", "rejected"} <= set(table.columns):
-        message += ". No task learns from preferences yet; the chosen answers alone can be learnt"
-        looks = {"prompt": "prompt", "completion": "chosen"} if "prompt" in table.columns else looks
-    elif looks:
+    if looks:
         message += ". Looks like " + ", ".join(f"{role}={column}" for role, column in looks.items())
     return Finding(
         "D110",

@@ -9,13 +9,14 @@ characters is.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from graftlm.data.checking import Example, Notes
-from graftlm.data.labels import Labels
+from graftlm.data.labels import Labels, Scale
 from graftlm.data.reading import Rejected
 from graftlm.data.templates import Passage, Span, Template, TemplateFault
 from graftlm.data.wording import clip, counted, listed, number, percent, rows
@@ -24,7 +25,10 @@ from graftlm.errors import DataError, Finding
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Item", "Supervision", "Template", "encode_chats", "encode_documents", "encode_labelled"]
+__all__ = [
+    "IGNORED", "Item", "Supervision", "Template", "encode_chats", "encode_documents", "encode_labelled",
+    "encode_masked", "encode_scored", "longest_allowed", "pack", "pieces_of", "trained_tokens",
+]  # fmt: skip
 
 Item = dict[str, Any]
 IGNORED = -100
@@ -127,7 +131,7 @@ def encode_chats(
     for (example, (_, spans)), (ids, offsets) in zip(
         passages, _tokens(tokenizer, [text for _, (text, _) in passages]), strict=True
     ):
-        trained = _trained(offsets, spans)
+        trained = trained_tokens(offsets, spans)
         lengths.append(len(ids))
         if limit is not None and len(ids) > limit:
             if any(trained) and not any(trained[1:limit]):
@@ -146,7 +150,7 @@ def encode_chats(
         cut_rows=cut,
         lengths=tuple(lengths),
         straddling_rows=straddling,
-        examples=tuple(_pieces(item, tokenizer) for item in items[:2]),
+        examples=tuple(pieces_of(item, tokenizer) for item in items[:2]),
     )
     if items and not supervision.trained_tokens:
         total = number(supervision.total_tokens)
@@ -199,7 +203,7 @@ def encode_documents(
         lengths=tuple(lengths),
         what=f"every token but the first of each of {counted(len(items), 'block')}"
         + (f" of at most {number(limit)} tokens" if limit else ""),
-        examples=tuple(_pieces(item, tokenizer) for item in items[:2]),
+        examples=tuple(pieces_of(item, tokenizer) for item in items[:2]),
     )
     return items, supervision
 
@@ -225,8 +229,15 @@ def encode_labelled(
             whole = dict(tokenizer(*example.texts, truncation=True, max_length=limit, verbose=False))
         assert example.label is not None
         kept: Item = {name: whole[name] for name in ("input_ids", "token_type_ids") if name in whole}
-        items.append({**kept, "labels": labels.id(example.label), "row": example.row, "example": example})
+        told: Any = labels.id(example.label) if not labels.several else None
+        if labels.several:  # a number for each label: whether the row has it
+            told = [float(name in example.label) for name in labels.names]
+        items.append({**kept, "labels": told, "row": example.row, "example": example})
     _note_cut(cut, len(items), limit, lengths, notes, place)
+    if labels.several:
+        every = sum(sum(item["labels"]) for item in items)
+        what = f"each of {len(labels)} labels, {every / max(len(items), 1):.1f} of them a row"
+        return items, Supervision(0, sum(len(i["input_ids"]) for i in items), cut, tuple(lengths), what=what)
     counts = [sum(item["labels"] == id for item in items) for id in range(len(labels))]
     most = max(range(len(labels)), key=counts.__getitem__, default=0)
     what = f"one label a row: {len(labels)} classes"
@@ -234,6 +245,101 @@ def encode_labelled(
         what += f", the largest {labels.name(most)} ({percent(counts[most], len(items))})"
     total = sum(len(item["input_ids"]) for item in items)
     return items, Supervision(0, total, cut, tuple(lengths), what=what)
+
+
+def encode_scored(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    scale: Scale,
+    notes: Notes,
+    *,
+    max_length: int | None = None,
+    place: str = "",
+) -> tuple[list[Item], Supervision]:
+    """Texts (one or two each) with their number in standard units; longer ones are cut, the longer text first."""
+    limit = longest_allowed(tokenizer, max_length)
+    items: list[Item] = []
+    lengths: list[int] = []
+    cut = 0
+    for example, whole in zip(examples, _pairs(examples, tokenizer), strict=True):
+        lengths.append(len(whole["input_ids"]))
+        if limit is not None and lengths[-1] > limit:
+            cut += 1
+            whole = dict(tokenizer(*example.texts, truncation=True, max_length=limit, verbose=False))
+        kept: Item = {name: whole[name] for name in ("input_ids", "token_type_ids") if name in whole}
+        told = scale.standard(float(example.label))
+        items.append({**kept, "labels": told, "row": example.row, "example": example})
+    _note_cut(cut, len(items), limit, lengths, notes, place)
+    what = f"one number a row (mean {scale.mean:.3g}, standard deviation {scale.deviation:.3g})"
+    return items, Supervision(0, sum(len(i["input_ids"]) for i in items), cut, tuple(lengths), what=what)
+
+
+def encode_masked(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    share: float = 0.15,
+) -> tuple[list[Item], Supervision]:
+    """Documents as blocks of at most `max_length` tokens, each with the tokenizer's marks around it.
+
+    Which tokens are hidden is decided where batches are made (`collating.MaskingCollator`); nothing is cut away.
+    """
+    limit = longest_allowed(tokenizer, max_length)
+    before, after = _marks_around(tokenizer)
+    encoded = tokenizer([e.texts[0] for e in examples], add_special_tokens=False, verbose=False) if examples else {}
+    items: list[Item] = []
+    lengths: list[int] = []
+    for example, ids in zip(examples, encoded.get("input_ids", ()), strict=True):
+        size = max((limit or len(ids) + len(before) + len(after)) - len(before) - len(after), 1)
+        lengths.append(len(ids) + len(before) + len(after))
+        for order, at in enumerate(range(0, len(ids), size)):
+            block = [*before, *ids[at : at + size], *after]
+            items.append({"input_ids": block, "block": order, "row": example.row, "example": example})
+    total = sum(len(item["input_ids"]) for item in items)
+    what = f"the {percent(round(100 * share), 100)} of tokens that are hidden, of {counted(len(items), 'block')}"
+    return items, Supervision(0, total, lengths=tuple(lengths), what=what)
+
+
+def _marks_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    out = tokenizer("a", return_special_tokens_mask=True)
+    ids, marks = out["input_ids"], out["special_tokens_mask"]
+    first = marks.index(0) if 0 in marks else len(marks)
+    last = len(marks) - marks[::-1].index(0) if 0 in marks else len(marks)
+    return list(ids[:first]), list(ids[last:])
+
+
+def pack(items: Sequence[Item], length: int) -> list[Item]:
+    """Items one behind the other in rows of at most `length` tokens, each with positions that start anew.
+
+    Every item goes, in order of falling length, into the fullest row that has room for it (best fit); the order of
+    rows follows their first item. The first token of an item has no label: what stands before it is another text.
+    """
+    room: list[tuple[int, int]] = []  # (free tokens, row)
+    packed: list[list[int]] = []
+    for at in sorted(range(len(items)), key=lambda at: -len(items[at]["input_ids"])):
+        size = len(items[at]["input_ids"])
+        found = bisect_left(room, (size, 0))
+        free, row = room.pop(found) if found < len(room) else (length, len(packed))
+        if row == len(packed):
+            packed.append([])
+        packed[row].append(at)
+        if free - size > 0:
+            insort(room, (free - size, row))
+    rows: list[Item] = []
+    for members in sorted((sorted(row) for row in packed), key=lambda row: row[0]):
+        parts = [items[at] for at in members]
+        rows.append(
+            {
+                "input_ids": [token for part in parts for token in part["input_ids"]],
+                "labels": [label for part in parts for label in (IGNORED, *part["labels"][1:])],
+                "position_ids": [at for part in parts for at in range(len(part["input_ids"]))],
+                "row": parts[0]["row"],
+                "example": parts[0]["example"],
+            }
+        )
+    return rows
 
 
 def _pairs(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterable[dict[str, Any]]:
@@ -255,7 +361,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterable[tu
     return zip(out["input_ids"], out["offset_mapping"], strict=True)
 
 
-def _trained(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+def trained_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Whether each token covers a trained character. Tokens and spans both ascend, so one pass is enough."""
     trained, at = [], 0
     for start, end in offsets:
@@ -265,7 +371,7 @@ def _trained(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     return trained
 
 
-def _pieces(item: Item, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:
+def pieces_of(item: Item, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:
     """A row as runs of tokens with the same mask, each decoded."""
     runs: list[tuple[list[int], bool]] = []
     for at, (token, label) in enumerate(zip(item["input_ids"], item["labels"], strict=True)):

@@ -5,6 +5,8 @@ from graftlm.evaluation.classes import Prediction, calibration, classification_s
 from graftlm.evaluation.ensemble import Ensemble, ensemble
 from graftlm.evaluation.generating import generate_texts, stream_text
 from graftlm.evaluation.losses import losses, text_scores
+from graftlm.evaluation.numbers import tell_numbers
+from graftlm.evaluation.spans import tag_words
 from graftlm.evaluation.statistics import (
     Estimate,
     bootstrap_interval,
@@ -37,6 +39,8 @@ __all__ = [
     "paired_test",
     "probe_baseline",
     "stream_text",
+    "tag_words",
+    "tell_numbers",
     "text_scores",
     "tfidf_baseline",
     "verdict_on",

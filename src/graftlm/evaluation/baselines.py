@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 from graftlm.evaluation.losses import Collate, batches, evaluating
 from graftlm.objectives import Classification
 
-__all__ = ["majority_baseline", "probe_baseline", "tfidf_baseline"]
+__all__ = ["majority_baseline", "probe_baseline", "tfidf_baseline", "tfidf_numbers"]
 
 
 def majority_baseline(train_labels: Sequence[int], rows: int) -> list[int]:
@@ -31,6 +31,24 @@ def tfidf_baseline(train_texts: Sequence[str], train_labels: Sequence[int], text
     except ValueError:  # no words at all, such as ids
         words = TfidfVectorizer(analyzer="char", ngram_range=(1, 3)).fit(train_texts)
     return _logistic(words.transform(train_texts), train_labels, words.transform(texts), scale=False)
+
+
+def tfidf_numbers(train_texts: Sequence[str], train_values: Sequence[float], texts: Sequence[str]) -> list[float]:
+    """Ridge regression on TF-IDF of words and word pairs, its strength chosen by cross-validation."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import RidgeCV
+
+    try:
+        words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)).fit(train_texts)
+    except ValueError:  # no words at all, such as ids
+        words = TfidfVectorizer(analyzer="char", ngram_range=(1, 3)).fit(train_texts)
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = RidgeCV(alphas=(0.1, 1.0, 10.0), cv=min(4, len(train_texts)))
+        return [
+            float(value)
+            for value in model.fit(words.transform(train_texts), train_values).predict(words.transform(texts))
+        ]
 
 
 def probe_baseline(

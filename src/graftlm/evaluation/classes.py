@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from graftlm.data import Collator, Labels
+from graftlm.data.collating import length_of
 from graftlm.evaluation.losses import Collate, batches, evaluating
 from graftlm.objectives import Classification
 
-__all__ = ["Prediction", "calibration", "class_probabilities", "classification_scores", "classify_texts", "macro_f1"]
+__all__ = [
+    "Prediction", "calibration", "class_probabilities", "classification_scores", "classify_texts",
+    "label_probabilities", "macro_f1",
+]  # fmt: skip
 
 _DRAWS = 1000
 _BINS = 10
@@ -30,31 +35,54 @@ class Prediction:
 def class_probabilities(
     model: Any, items: Sequence[Mapping[str, Any]], collate: Collate, *, batch: int = 32
 ) -> np.ndarray:
-    """Probabilities [rows, classes] of every item under the routing in force."""
-    order = sorted(range(len(items)), key=lambda at: len(items[at]["input_ids"]))
+    """Probabilities [rows, classes] of every item under the routing in force; each row sums to 1."""
+    logits = _logits(model, items, collate, batch)
+    return np.asarray(torch.from_numpy(logits).softmax(-1).numpy())
+
+
+def label_probabilities(
+    model: Any, items: Sequence[Mapping[str, Any]], collate: Collate, *, batch: int = 32
+) -> np.ndarray:
+    """Probabilities [rows, classes] that each label is there, whatever the others are."""
+    return np.asarray(torch.from_numpy(_logits(model, items, collate, batch)).sigmoid().numpy())
+
+
+def _logits(model: Any, items: Sequence[Mapping[str, Any]], collate: Collate, batch: int) -> np.ndarray:
+    order = sorted(range(len(items)), key=lambda at: length_of(items[at]))
     found = np.zeros((len(items), model.config.num_labels))
     with evaluating(model):
         for part in batches(order, batch):
             together = {k: v.to(model.device) for k, v in collate([items[at] for at in part]).items()}
-            logits = model(**Classification().inputs(together)).logits
-            found[list(part)] = logits.float().softmax(-1).cpu().numpy()
+            found[list(part)] = model(**Classification().inputs(together)).logits.float().cpu().numpy()
     return found
 
 
 def classify_texts(
-    model: Any, tokenizer: Any, labels: Labels, texts: Sequence[str], *, max_length: int | None = None, batch: int = 32
+    model: Any,
+    tokenizer: Any,
+    labels: Labels,
+    texts: Sequence[str | tuple[str, str]],
+    *,
+    max_length: int | None = None,
+    batch: int = 32,
 ) -> list[Prediction]:
-    """A prediction for each text, by the adapters in force."""
-    items = [
-        dict(tokenizer(text, truncation=max_length is not None, max_length=max_length, verbose=False)) for text in texts
-    ]
+    """A prediction for each text, or pair of texts, by the adapters in force.
+
+    Where a row may have several labels, `label` names those above one half, and `probability` is that of the likeliest.
+    """
+    cut = {"truncation": max_length is not None, "max_length": max_length, "verbose": False}
+    items = [dict(tokenizer(*((text,) if isinstance(text, str) else text), **cut)) for text in texts]
     collate = Collator(tokenizer.pad_token_id, max_length=max_length)
-    found = class_probabilities(model, items, collate, batch=batch)
+    tell = label_probabilities if labels.several else class_probabilities
+    found = tell(model, items, collate, batch=batch)
     names = [labels.name(at) for at in range(len(labels))]
-    return [
-        Prediction(names[int(row.argmax())], float(row.max()), {n: float(p) for n, p in zip(names, row, strict=True)})
-        for row in found
-    ]
+    predictions = []
+    for row in found:
+        label = names[int(row.argmax())]
+        if labels.several:
+            label = ", ".join(name for name, p in zip(names, row, strict=True) if p > 0.5)
+        predictions.append(Prediction(label, float(row.max()), {n: float(p) for n, p in zip(names, row, strict=True)}))
+    return predictions
 
 
 def classification_scores(truth: Sequence[int], predicted: Sequence[int], classes: int) -> dict[str, float]:

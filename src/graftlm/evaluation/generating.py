@@ -30,7 +30,7 @@ def generate_texts(
     batch: int = 8,
 ) -> list[str]:
     """What the model writes after each conversation, under the routing in force; temperature 0 takes the likeliest."""
-    options = _options(tokenizer, template, max_new_tokens, temperature, top_p)
+    options = _options(model, tokenizer, template, max_new_tokens, temperature, top_p)
     collate = Collator(tokenizer.pad_token_id, side="left", pad_to_multiple_of=1)
     encoded = [{"input_ids": _encode(model, tokenizer, template, c, max_new_tokens)} for c in conversations]
     written: list[str] = []
@@ -39,7 +39,8 @@ def generate_texts(
         for part in batches(encoded, batch):
             together = {name: tensor.to(model.device) for name, tensor in collate(part).items()}
             found = model.generate(**together, **options)
-            width = together["input_ids"].shape[1]
+            # An encoder-decoder begins anew; a decoder goes on behind the prompt.
+            width = 1 if model.config.is_encoder_decoder else together["input_ids"].shape[1]
             written += [text.strip() for text in tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)]
     return written
 
@@ -74,7 +75,7 @@ def stream_text(
                     attention_mask=torch.ones_like(ids),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([stopped]),
-                    **_options(tokenizer, template, max_new_tokens, temperature, top_p),
+                    **_options(model, tokenizer, template, max_new_tokens, temperature, top_p),
                 )
         except BaseException as error:  # handed to the reader below
             failed.append(error)
@@ -92,7 +93,7 @@ def stream_text(
 
 
 def _options(
-    tokenizer: Any, template: Template | None, max_new_tokens: int, temperature: float, top_p: float
+    model: Any, tokenizer: Any, template: Template | None, max_new_tokens: int, temperature: float, top_p: float
 ) -> dict[str, Any]:
     from transformers import GenerationConfig
 
@@ -103,6 +104,8 @@ def _options(
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=getattr(model.generation_config, "decoder_start_token_id", None),
+        forced_bos_token_id=getattr(model.generation_config, "forced_bos_token_id", None),
         **({"do_sample": False} | sampling),
     )
     return {"generation_config": config}
@@ -113,6 +116,8 @@ def _encode(
 ) -> list[int]:
     if isinstance(conversation, str):
         ids = list(tokenizer(conversation, verbose=False)["input_ids"])
+        if model.config.is_encoder_decoder:
+            return ids[: getattr(model.config, "max_position_embeddings", None) or len(ids)]
         if tokenizer.eos_token_id is not None and ids and ids[-1] == tokenizer.eos_token_id:
             ids.pop()  # a text to be continued does not end
     elif template is None:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from graftlm.core import in_eval_mode
+from graftlm.data.collating import length_of
 from graftlm.evaluation.statistics import mean_interval
-from graftlm.objectives import Objective
+from graftlm.objectives import Objective, Reference, settle
 
 __all__ = ["RowLosses", "batches", "evaluating", "losses", "text_scores"]
 
@@ -52,14 +53,24 @@ def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def losses(
-    model: Any, objective: Objective, items: Sequence[Mapping[str, Any]], collate: Collate, *, batch: int = 16
+    model: Any,
+    objective: Objective,
+    items: Sequence[Mapping[str, Any]],
+    collate: Collate,
+    *,
+    batch: int = 16,
+    reference: Reference | None = None,
 ) -> RowLosses:
-    """The loss of every row of `items` under the routing in force, computed in batches of similar length."""
-    order = sorted(range(len(items)), key=lambda at: len(items[at]["input_ids"]))
+    """The loss of every row of `items` under the routing in force, computed in batches of similar length.
+
+    `reference` is what objectives compare with that need it (DPO, KTO).
+    """
+    order = sorted(range(len(items)), key=lambda at: length_of(items[at]))
     sums, counts = np.zeros(len(items)), np.zeros(len(items), dtype=np.int64)
     with evaluating(model):
         for part in batches(order, batch):
             together = {k: v.to(model.device) for k, v in collate([items[at] for at in part]).items()}
+            settle(model, objective, [together], reference)
             outputs = objective.outputs(model, together)
             for at, total, count in zip(part, *objective.row_losses(outputs, together), strict=True):
                 sums[at], counts[at] = total, count

@@ -25,7 +25,7 @@ import numpy as np
 
 __all__ = [
     "NOT_DISTINGUISHABLE", "Estimate", "Verdict", "bootstrap_interval", "crossed_mean", "crossed_test", "holm",
-    "mean_interval", "paired_test", "verdict_on",
+    "mean_interval", "paired_test", "verdict_on", "with_interval",
 ]  # fmt: skip
 
 Verdict = Literal["better", "worse", "not distinguishable"]
@@ -88,6 +88,17 @@ def bootstrap_interval(
     if not (math.isfinite(found.low) and math.isfinite(found.high)):
         return Estimate(value, value, value)
     return Estimate(value, float(found.low), float(found.high))
+
+
+def with_interval(name: str, samples: Sequence[Any], statistic: Callable[..., Any]) -> dict[str, float]:
+    """A score with its bootstrap interval as results have it: `name`, `name_low` and `name_high`.
+
+    Example:
+        >>> with_interval("accuracy", [[1.0, 1.0, 0.0, 1.0]], np.mean)["accuracy"]
+        0.75
+    """
+    found = bootstrap_interval(samples, statistic)
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def mean_interval(values: Any, weights: Any = None, **options: Any) -> Estimate:

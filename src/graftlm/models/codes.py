@@ -23,5 +23,6 @@ CODES: dict[str, str] = {
     "M115": "a weight of the base model has another shape than its config.json says",
     "M116": "the base model cannot be read: its config.json or a weights file is damaged or not understood",
     "M117": "the base model is no folder on this machine, and the hub did not give it",
+    "M118": "the tokenizer has no token that hides another, as masked language modelling needs",
 }
 """Code to meaning."""

@@ -19,7 +19,10 @@ import torch
 from graftlm.errors import EnvironmentFault, Finding, ModelError, nearest
 from graftlm.quantisation import Format, as_format
 
-__all__ = ["BUNDLED", "bundled_base", "generates", "load_base", "load_config", "load_tokenizer", "resolve_base"]
+__all__ = [
+    "BUNDLED", "HEADS", "bundled_base", "generates", "head_of", "is_encoder", "load_base", "load_config",
+    "load_tokenizer", "resolve_base",
+]  # fmt: skip
 
 #: The name of the base that ships with graftlm.
 BUNDLED = "bundled"
@@ -82,19 +85,21 @@ def load_base(
     *,
     task: str = "lm",
     labels: Sequence[str] | None = None,
+    several: bool = False,
     dtype: str | torch.dtype = "auto",
     quantize: str | Format | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """The base model and its tokenizer for `task` (`lm`, `sft` or `classify`), in evaluation mode.
+    """The base model and its tokenizer for `task` (see `head_of`), in evaluation mode.
 
-    `name` is a folder, a hub id or "bundled". For `classify`, `labels` names the classes; the new head is drawn from
-    torch's global generator, so set the seed before. `dtype` "auto" is float32 on a CPU and the checkpoint's own type
-    elsewhere. `quantize` (`nf4`, `fp4`, `int4`, `int8`, or a `Format`) packs the linear maps of the blocks one by one
-    while they are read, so that the peak is the packed model and one weight; embeddings, norms and heads stay as they
-    are. Raises ModelError with what is wrong and the nearest right thing.
+    `name` is a folder, a hub id or "bundled". For `classify` and `tag`, `labels` names the classes (`several` of which
+    a row may have); a new head is drawn from torch's global generator, so set the seed before. `dtype` "auto" is
+    float32 on a CPU and the checkpoint's own type elsewhere. `quantize` (`nf4`, `fp4`, `int4`, `int8`, or a `Format`)
+    packs the linear maps of the blocks one by one while they are read, so that the peak is the packed model and one
+    weight; embeddings, norms and heads stay as they are. Raises ModelError with what is wrong and the nearest right
+    thing.
 
     Example:
         >>> model, tokenizer = load_base("bundled")                                # doctest: +SKIP
@@ -104,15 +109,15 @@ def load_base(
     format = as_format(quantize) if quantize is not None else None
     if isinstance(dtype, str) and dtype not in ("auto", *_DTYPES):
         raise ModelError(Finding("M108", f"dtype {dtype!r}: want auto, {', '.join(_DTYPES)}", fix="dtype=auto"))
-    if task == "classify" and not labels:
-        raise ModelError(Finding("M109", "task classify needs the names of its classes", fix="labels=[...]"))
+    if task in ("classify", "tag") and not labels:
+        raise ModelError(Finding("M109", f"task {task} needs the names of its classes", fix="labels=[...]"))
     where = resolve_base(str(name))
     place = torch.device(device) if device is not None else _best_device()
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if Path(where).is_dir():
         options["local_files_only"] = True
 
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
     from graftlm.quantisation.loading import load_quantized, settle  # with it transformers knows our storage
 
@@ -122,20 +127,19 @@ def load_base(
         raise ModelError(
             Finding("M107", f"{name} is quantised already ({already}), and {format} is asked for", fix="quantize=null")
         )
-    kind: Any
-    if task == "classify":
-        kind = AutoModelForSequenceClassification
-        assert labels is not None
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
-        config.problem_type = "single_label_classification"
-    else:
-        kind = AutoModelForCausalLM
+    head = head_of(task, config)
+    kind: Any = getattr(transformers, HEADS[head])
+    if head in _NEW:
+        names = list(labels or ["score"])
+        config.num_labels = len(names)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {label: index for index, label in enumerate(names)}
+        kinds = {"classify": "multi_label_classification" if several else "single_label_classification"}
+        config.problem_type = kinds.get(task, "regression" if head == "sequence" else None)
     if type(config) not in kind._model_mapping and not (trust_remote_code and hasattr(config, "auto_map")):
-        raise ModelError(_no_such_head(str(name), config, task))
-    if type(config).__name__ in _ENCODERS and task != "classify":
-        raise ModelError(_no_such_head(str(name), config, task))
+        raise ModelError(_no_such_head(str(name), config, task, head))
+    if head == "causal" and is_encoder(config):
+        raise ModelError(_no_such_head(str(name), config, task, head))
 
     if dtype == "auto":
         wanted = torch.float32 if place.type == "cpu" else (config.dtype or torch.float32)
@@ -155,12 +159,14 @@ def load_base(
                 **options,
             )
             settle(model)
-    _check_loaded(str(name), model, report, task)
+    _check_loaded(str(name), model, report, head)
     if tokenizer.pad_token_id is None:
         # Padding is masked everywhere; only its embedding row must exist.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise ModelError(Finding("M110", f"the tokenizer of {name} has no padding, end or unknown token"))
+    if head == "masked" and tokenizer.mask_token_id is None:
+        raise ModelError(Finding("M118", f"the tokenizer of {name} has no mask token", fix="an encoder such as BERT"))
     model.config.pad_token_id = tokenizer.pad_token_id
     if (vocabulary := len(tokenizer)) > model.get_input_embeddings().weight.shape[0]:
         rows = model.get_input_embeddings().weight.shape[0]
@@ -190,6 +196,45 @@ def _how_quantised(config: Any) -> str:
     return str(said.get("format") or said.get("quant_method") or "some way")
 
 
+#: Head to the class of transformers that has it.
+HEADS = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "sequence": "AutoModelForSequenceClassification",
+    "token": "AutoModelForTokenClassification",
+}
+_NEW = ("sequence", "token")  # heads that no checkpoint of a base has: they are learnt with the adapter
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether the model reads in both directions and writes nothing: BERT and its like."""
+    return type(config).__name__ in _ENCODERS
+
+
+def head_of(task: str, config: Any) -> str:
+    """The head (a key of `HEADS`) that a model of this kind needs for the task.
+
+    Encoders tell choices by a head that gives each answer one number; transformers' multiple-choice heads are the same
+    map on the same vector.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> head_of("dpo", SimpleNamespace(is_encoder_decoder=False)), head_of("tag", None)
+        ('causal', 'token')
+    """
+    if task in ("classify", "regress", "reward"):
+        return "sequence"
+    if task == "tag":
+        return "token"
+    if task == "mlm":
+        return "masked"
+    if task == "choice" and is_encoder(config):
+        return "sequence"
+    writes_from_encoder = getattr(config, "is_encoder_decoder", False) and task not in ("lm", "sft")
+    return "seq2seq" if task == "seq2seq" or writes_from_encoder else "causal"
+
+
 def load_config(where: str, **options: Any) -> Any:
     """The configuration of the model at `where`. Raises ModelError where it cannot be read or its kind is unknown."""
     from transformers import AutoConfig
@@ -215,23 +260,29 @@ def _best_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _no_such_head(name: str, config: Any, task: str) -> Finding:
+def _no_such_head(name: str, config: Any, task: str, head: str) -> Finding:
     kind = type(config).__name__.removesuffix("Config")
-    if task == "classify":
-        return Finding("M113", f"{name} ({kind}) has no classification head in transformers")
-    return Finding(
-        "M113",
-        f"{name} ({kind}) cannot generate text: it is not a causal language model",
-        fix="--task classify, or a causal base",
-    )
+    if head == "causal":
+        can = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "mlm" if task == "lm" else "classify"
+        message = f"{name} ({kind}) cannot generate text: it is not a causal language model"
+        return Finding("M113", message, fix=f"--task {can}, or a causal base")
+    wanted = {
+        "masked": "masked language model",
+        "seq2seq": "encoder-decoder",
+        "sequence": "classification head",
+        "token": "head for tokens",
+    }[head]
+    fixes = {"masked": "--task lm, or an encoder such as BERT", "seq2seq": "--task sft, or a base such as T5"}
+    message = f"{name} ({kind}) has no {wanted} in transformers, as task {task} needs"
+    return Finding("M113", message, fix=fixes.get(head, ""))
 
 
-def _check_loaded(name: str, model: Any, report: dict[str, Any], task: str) -> None:
-    """Only a classifier's head may be new; anything else missing or misshapen is not this model's checkpoint."""
+def _check_loaded(name: str, model: Any, report: dict[str, Any], head: str) -> None:
+    """Only a new head may be missing; anything else missing or misshapen is not this model's checkpoint."""
     prefix = model.base_model_prefix + "."
 
     def needed(key: str) -> bool:
-        return task != "classify" or (key.startswith(prefix) and "pooler" not in key)
+        return head not in _NEW or (key.startswith(prefix) and "pooler" not in key)
 
     missing = [key for key in report["missing_keys"] if needed(key)]
     misshapen = [entry[0] if isinstance(entry, tuple) else entry for entry in report.get("mismatched_keys") or []]

@@ -5,13 +5,51 @@ on how a batch is cut up.
 """
 
 from graftlm.objectives.causal_lm import CausalLM
+from graftlm.objectives.choice import Choice
 from graftlm.objectives.classification import Classification
+from graftlm.objectives.dpo import DPO
+from graftlm.objectives.kto import KTO
+from graftlm.objectives.masked_lm import MaskedLM
+from graftlm.objectives.multi_label import MultiLabel
 from graftlm.objectives.objective import Objective
+from graftlm.objectives.reference import Reference, settle
+from graftlm.objectives.regression import Regression
+from graftlm.objectives.reward import Reward
+from graftlm.objectives.seq2seq import Seq2Seq
+from graftlm.objectives.tagging import Tagging
+from graftlm.objectives.tfew import TFew
 
-__all__ = ["OBJECTIVES", "CausalLM", "Classification", "Objective"]
+__all__ = [
+    "DPO",
+    "KTO",
+    "OBJECTIVES",
+    "CausalLM",
+    "Choice",
+    "Classification",
+    "MaskedLM",
+    "MultiLabel",
+    "Objective",
+    "Reference",
+    "Regression",
+    "Reward",
+    "Seq2Seq",
+    "TFew",
+    "Tagging",
+    "settle",
+]
 
+#: Task to objective; of `classify` that of one label a row (`MultiLabel` is for several).
 OBJECTIVES: dict[str, type[Objective]] = {
+    "choice": Choice,
     "classify": Classification,
+    "dpo": DPO,
+    "kto": KTO,
     "lm": CausalLM,
+    "mlm": MaskedLM,
+    "regress": Regression,
+    "reward": Reward,
+    "seq2seq": Seq2Seq,
     "sft": CausalLM,
+    "tag": Tagging,
+    "tfew": TFew,
 }

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftlm.kernels import IGNORED, LossHead
+from graftlm.kernels import LossHead
 from graftlm.objectives.objective import Objective
+from graftlm.objectives.sequences import IGNORED, aligned, sequence_inputs
 
 __all__ = ["IGNORED", "CausalLM"]
 
@@ -44,13 +45,7 @@ class CausalLM(Objective):
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """Token ids, mask and positions; no key-value cache."""
-        names = ("input_ids", "attention_mask", "position_ids")
-        found: dict[str, Any] = {name: batch[name] for name in names if name in batch} | {"use_cache": False}
-        if self.tail_only and self.head is None:
-            labelled = (batch["labels"][:, 1:] != IGNORED).any(0).nonzero()
-            first = int(labelled[0]) if len(labelled) else batch["labels"].shape[1] - 1
-            found["logits_to_keep"] = batch["labels"].shape[1] - first
-        return found
+        return sequence_inputs(batch, tail_only=self.tail_only and self.head is None)
 
     def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
         """The loss of each token [rows, tokens], or what the model returns where its head is not known."""
@@ -66,20 +61,14 @@ class CausalLM(Objective):
         """The summed negative log-likelihood in nats; logits [rows, tokens, vocabulary] are read where labels are."""
         if isinstance(outputs, Tensor):
             return outputs.sum()
-        logits, labels, wanted = self._aligned(outputs, batch)
+        logits, labels, wanted = aligned(outputs, batch)
         return F.cross_entropy(logits[wanted].float(), labels[wanted], reduction="sum")
 
     def row_losses(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
         """Nats and labelled tokens of each row."""
         if isinstance(outputs, Tensor):
             return outputs.double().sum(1).tolist(), (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
-        logits, labels, wanted = self._aligned(outputs, batch)
+        logits, labels, wanted = aligned(outputs, batch)
         each = torch.zeros(labels.shape, device=logits.device)
         each[wanted] = F.cross_entropy(logits[wanted].float(), labels[wanted], reduction="none")
         return each.double().sum(1).tolist(), wanted.sum(1).tolist()
-
-    def _aligned(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [rows, kept - 1, vocabulary] with the labels that they predict, and where there are any."""
-        logits = outputs.logits[:, :-1]
-        labels = batch["labels"][:, -logits.shape[1] :] if logits.shape[1] else batch["labels"][:, :0]
-        return logits, labels, labels != IGNORED

@@ -52,10 +52,10 @@ def write_card(folder: Path) -> Path:
         base=base_id(run),
         verdict=verdict,
         scores=scores(run),
-        measure="macro-F1" if run.is_classification else "loss (nats per token)",
-        second="accuracy" if run.is_classification else "perplexity",
+        measure=run.measure["title"] + (f" ({run.measure['unit']})" if run.measure["unit"] else ""),
+        second=run.second["title"],
         tags=_tags(run),
-        pipeline={"classify": "text-classification"}.get(run.text("task"), "text-generation"),
+        pipeline=_PIPELINES.get(run.text("task"), "text-generation"),
         learns=TASKS.get(run.text("task"), run.text("task")),
         trained=trained(run),
         data=data_lines(run),
@@ -71,6 +71,18 @@ def write_card(folder: Path) -> Path:
         path = run.path / "README.new.md"
     path.write_text(f"{card}\n<!-- written by graftlm, {_digest(card)} -->\n", encoding="utf-8", newline="\n")
     return path
+
+
+#: Task to the kind of use that model collections know, where it is not writing text.
+_PIPELINES = {
+    "choice": "multiple-choice",
+    "classify": "text-classification",
+    "mlm": "fill-mask",
+    "regress": "text-classification",
+    "reward": "text-classification",
+    "seq2seq": "text2text-generation",
+    "tag": "token-classification",
+}
 
 
 def _digest(text: str) -> str:

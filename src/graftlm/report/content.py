@@ -29,7 +29,20 @@ __all__ = [
 
 Row = tuple[str, str]
 
-TASKS = {"classify": "labels for texts", "sft": "answers to prompts", "lm": "continuing text"}
+TASKS = {
+    "choice": "the right one of several answers",
+    "classify": "labels for texts",
+    "dpo": "to prefer chosen to rejected answers",
+    "kto": "to write what is wanted rather than what is not",
+    "lm": "continuing text",
+    "mlm": "hidden words of texts",
+    "regress": "a number for texts",
+    "reward": "a reward for answers",
+    "seq2seq": "texts from texts",
+    "sft": "answers to prompts",
+    "tag": "a tag for each word",
+    "tfew": "the right one of several answers, from few rows",
+}
 
 
 def is_bundled(run: RunFolder) -> bool:
@@ -160,8 +173,10 @@ def settings(run: RunFolder) -> list[tuple[str, Any, str]]:
 def commands(run: RunFolder) -> list[Row]:
     """What can be typed next, with what it does."""
     name = shlex.quote(run.name)
-    if run.is_classification:
-        first = [(f'graftlm predict {name} "a text to label"', "the label of a text, with its probability")]
+    if run.text("task") in ("classify", "regress", "tag"):
+        first = [(f'graftlm predict {name} "a text to label"', "what it says of a text")]
+    elif run.text("task") in ("choice", "mlm", "reward"):
+        first = []
     else:
         first = [
             (f"graftlm chat {name}", "talk to it"),

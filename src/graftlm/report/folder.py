@@ -81,11 +81,31 @@ class RunFolder:
         return bool(self.run.get("task") == "classify")
 
     @property
+    def measure(self) -> dict[str, Any]:
+        """The score that counts: `key` in the results, `title` and `unit` for people, `more_is_better`."""
+        by_itself = ("macro_f1", "macro-F1", True, "") if self.is_classification else _LOSS
+        return self._measure("results.measure", *by_itself)
+
+    @property
+    def second(self) -> dict[str, Any]:
+        """The score that is told beside it."""
+        by_itself = ("accuracy", "accuracy", True, "") if self.is_classification else ("perplexity",) * 2 + (False, "")
+        return self._measure("results.second", *by_itself)
+
+    def _measure(self, dotted: str, key: str, title: str, more_is_better: bool, unit: str) -> dict[str, Any]:
+        told = self.mapping(dotted)
+        plain = {"key": key, "title": title, "more_is_better": more_is_better, "unit": unit}
+        return plain if not told.get("key") else plain | {name: told[name] for name in plain if name in told}
+
+    @property
     def name(self) -> str:
         """How the folder is called on a command line: relative to the working folder where it lies below it."""
         path = self.path.resolve()
         here = Path.cwd()
         return (path.relative_to(here) if path.is_relative_to(here) and path != here else path).as_posix()
+
+
+_LOSS = ("loss", "loss", False, "nats per token")
 
 
 def read_run(folder: Path) -> RunFolder:

@@ -69,8 +69,8 @@ def _view(run: RunFolder) -> dict[str, Any]:
         "verdict": judge(run),
         "scores": found,
         "score_charts": _score_charts(run, found),
-        "second": "accuracy" if run.is_classification else "perplexity",
-        "measure": "macro-F1" if run.is_classification else "loss",
+        "second": run.second["title"],
+        "measure": run.measure["title"],
         "samples": [_sample(row) for row in run.samples[:_SAMPLES]],
         "sample_count": len(run.samples),
         "right": right,
@@ -109,10 +109,10 @@ def _markup(drawings: dict[str, str]) -> dict[str, Any]:
 def _score_charts(run: RunFolder, found: list[Any]) -> dict[str, Any]:
     if not found:
         return {}
-    if run.is_classification:
-        measure, most = "macro-F1, more is better", 1.0
-    else:
-        measure, most = "loss in nats per token, less is better", None
+    told = run.measure
+    unit = f" in {told['unit']}" if told["unit"] else ""
+    measure = f"{told['title']}{unit}, {'more' if told['more_is_better'] else 'less'} is better"
+    most = 1.0 if told["more_is_better"] else None
     return _markup({name: charts.score_chart(found, measure, most=most, width=width) for name, width in _WIDTHS})
 
 
@@ -137,7 +137,7 @@ def _curves(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
             "The training line is the mean over neighbouring steps; "
             "the band reaches from the smallest to the largest of them."
         )
-    unit = "nats per row" if run.is_classification else "nats per token"
+    unit = "nats per token" if run.text("task") in ("lm", "mlm", "seq2seq", "sft", "tag", "") else "loss per row"
     drawn = {name: charts.curve_chart(train, evaluation, rate, unit, width=width) for name, width in _WIDTHS}
     return _markup(drawn), notes
 

@@ -17,7 +17,7 @@ __all__ = ["Score", "Verdict", "judge", "scores"]
 
 @dataclass(frozen=True)
 class Score:
-    """One line of the comparison: `value` is macro-F1 (more is better) or loss in nats per token (less is better)."""
+    """One line of the comparison: `value` is that of the run's measure, such as macro-F1 or loss."""
 
     name: str
     title: str
@@ -25,7 +25,7 @@ class Score:
     low: float | None
     high: float | None
     second: float | None
-    """Accuracy, or perplexity."""
+    """The measure told beside it, such as accuracy or perplexity."""
 
     @property
     def interval(self) -> str:
@@ -34,7 +34,7 @@ class Score:
 
     @property
     def second_text(self) -> str:
-        """Accuracy with three decimals, perplexity with about three digits."""
+        """Three decimals up to 1, about three digits above."""
         value = self.second
         return measured(value) if value is None or value <= 1 or value >= 10 else f"{value:.2f}"
 
@@ -56,7 +56,7 @@ class Verdict:
 
 def scores(run: RunFolder) -> list[Score]:
     """The scores in run.json that have a value, in the order of the file."""
-    key, second = ("macro_f1", "accuracy") if run.is_classification else ("loss", "perplexity")
+    key, second = run.measure["key"], run.second["key"]
     found = []
     for row in run.rows("results.scores"):
         value = finite(row.get(key))
@@ -79,8 +79,8 @@ def judge(run: RunFolder) -> Verdict:
     state = _state(run)
     if tuned is None:
         return Verdict("unknown", "Not evaluated", "This run has no score of the tuned model.", state)
-    more_is_better = run.is_classification
-    measure, unit = ("macro-F1", "") if more_is_better else ("loss", " nats per token")
+    more_is_better, measure = bool(run.measure["more_is_better"]), str(run.measure["title"])
+    unit = f" {run.measure['unit']}" if run.measure["unit"] else ""
     first_interval = f" (95\u00a0% interval {tuned.interval})" if tuned.interval else ""
     sentence = f"{tuned.title}: {measure} {measured(tuned.value)}{first_interval}{unit}{_held_out(run)}"
     if not rivals:
@@ -91,7 +91,7 @@ def judge(run: RunFolder) -> Verdict:
     sentence += f", against {base.text} for {base.title}"
     if best is not base:
         sentence += f" and {best.text} for {best.title}, the strongest baseline"
-    if not more_is_better and tuned.second is not None and base.second is not None:
+    if run.second["key"] == "perplexity" and tuned.second is not None and base.second is not None:
         sentence += f"; perplexity {tuned.second_text} instead of {base.second_text}"
 
     gain = tuned.value - best.value if more_is_better else best.value - tuned.value

@@ -25,6 +25,7 @@ __all__ = [
     "Flag",
     "GenerateSettings",
     "ModelSettings",
+    "PreferenceSettings",
     "RunSettings",
     "Setting",
     "TrainSettings",
@@ -153,6 +154,7 @@ class TrainSettings(_Section):
     max_length: Annotated[
         int | None, _count("Most tokens of a row; without one, by the data", (128, 4096), "--max-length")
     ] = None
+    packing: Annotated[bool, _about("Put texts one behind the other in one row; they do not see one another")] = False
     schedule: Annotated[
         Literal["linear", "cosine", "constant"], _about("Shape of the learning rate after the warm-up", "linear")
     ] = "linear"
@@ -176,6 +178,25 @@ class TrainSettings(_Section):
     ] = "none"
     gradient_checkpointing: Annotated[bool, _about("The same as recompute: blocks, as other tools call it")] = False
     threads: Annotated[int | None, _count("Processor threads; without one, all", (1, 64))] = None
+
+
+class PreferenceSettings(_Section):
+    """What learning from preferences (dpo, kto) weighs.
+
+    Example:
+        >>> PreferenceSettings(beta=0.2).loss
+        'sigmoid'
+    """
+
+    section: ClassVar[str] = "preferences"
+
+    beta: Annotated[float, _about("How closely the model is held to its start", (0.05, 0.5), gt=0, le=100)] = 0.1
+    loss: Annotated[Literal["sigmoid", "ipo"], _about("Form of the dpo loss", "sigmoid")] = "sigmoid"
+    smoothing: Annotated[
+        float, _about("Share of the pairs taken to be in the wrong order (dpo)", (0, 0.2), ge=0, lt=0.5)
+    ] = 0.0
+    wanted_weight: Annotated[float, _about("Weight of wanted answers (kto)", (0.5, 4), gt=0, le=1000)] = 1.0
+    unwanted_weight: Annotated[float, _about("Weight of unwanted answers (kto)", (0.5, 4), gt=0, le=1000)] = 1.0
 
 
 class GenerateSettings(_Section):
@@ -211,10 +232,25 @@ class RunSettings(_Section):
         _text("What is trained, as name(setting=value)", "", "--method"),
     ] = "lora(rank=16,targets=all-linear)"
     task: Annotated[
-        Literal["auto", "lm", "sft", "classify"],
-        _about("What is learnt: text, answers or labels; auto goes by the columns", "auto", "--task"),
+        Literal[
+            "auto",
+            "lm",
+            "mlm",
+            "sft",
+            "classify",
+            "regress",
+            "tag",
+            "seq2seq",
+            "choice",
+            "tfew",
+            "dpo",
+            "kto",
+            "reward",
+        ],
+        _about("What is learnt; auto goes by the columns and the base", "auto", "--task"),
     ] = "auto"
     train: TrainSettings = TrainSettings()
+    preferences: PreferenceSettings = PreferenceSettings()
     generate: GenerateSettings = GenerateSettings()
     output: Annotated[
         str | None, _text("Folder of the run; without one, runs/<data>-<n>", "", "-o", "--out"), _AsText

@@ -7,9 +7,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from graftlm.data import MaskingCollator
 from graftlm.training.progress import Voice
 
-__all__ = ["Interrupt"]
+__all__ = ["Interrupt", "OtherTokensEachEpoch"]
 
 
 class Interrupt(TrainerCallback):
@@ -41,3 +42,15 @@ class Interrupt(TrainerCallback):
         del args, state
         if self.asked:
             control.should_save = control.should_training_stop = True
+
+
+class OtherTokensEachEpoch(TrainerCallback):
+    """Hide other tokens in each pass over the data; they follow from the pass, so that resuming changes nothing."""
+
+    def __init__(self, collate: MaskingCollator) -> None:
+        self.collate = collate
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell the collator which pass it is."""
+        del args, control
+        self.collate.epoch = int(state.epoch or 0)

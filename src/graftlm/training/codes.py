@@ -35,5 +35,6 @@ CODES: dict[str, str] = {
     "U133": "no rows are left for evaluation",
     "U134": "data.waive names a code that cannot be waived",
     "U135": "the method's virtual tokens leave no room for a row in the base's context",
+    "U136": "texts cannot be packed into one row with this task, method or base",
 }
 """Code to meaning."""

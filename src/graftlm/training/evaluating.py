@@ -25,6 +25,7 @@ from graftlm.evaluation.texts import ROW_MEASURES, answer_rows, need_text_metric
 from graftlm.objectives import CausalLM
 from graftlm.training.opening import Opened, open_adapter
 from graftlm.training.scoring import questions_of, score_classification, text_results
+from graftlm.training.tasks import chooses_by_head, learnt_of
 
 __all__ = ["evaluate"]
 
@@ -121,7 +122,9 @@ def _rows(
         tokenizer=opened.tokenizer,
         max_length=opened.max_length,
         labels=opened.labels,
+        scale=opened.scale,
         template=opened.template,
+        by_head=chooses_by_head(opened.task, opened.model.config),
     )
     if given.task == "classify" and opened.labels is None:
         message = f"{path} is a base model without a classifier, and {data} has labels"
@@ -143,7 +146,12 @@ def _not_trained_on(path: str | Path, rows: Sequence[Any], trained: Sequence[Any
 def _scored(opened: Opened, held: list[Any], known: Sequence[Any]) -> _Found:
     collate = Collator(opened.tokenizer.pad_token_id, max_length=opened.max_length)
     name = opened.adapter.method.parts[0].title if opened.adapter is not None else "untouched base"
-    if opened.task == "classify":
+    one_label = opened.task == "classify" and opened.labels is not None and not opened.labels.several
+    if opened.task not in ("lm", "sft") and not one_label:
+        told, rows = learnt_of(opened).score(held, known)
+        return _Found(told, {}, lambda count: rows[:count])
+    measures = learnt_of(opened).measures() if opened.adapter is not None else {}
+    if one_label:
         assert opened.labels is not None
         results, lines = score_classification(
             opened.model, opened.labels, held, collate, adapter=name, train=list(known)
@@ -155,7 +163,7 @@ def _scored(opened: Opened, held: list[Any], known: Sequence[Any]) -> _Found:
             order = sorted(range(len(lines)), key=lambda at: (-lines[at]["nats"], at))
             return [lines[at] | {"text": lines[at]["text"][:_SHOWN]} for at in order[:count]]
 
-        return _Found(results, {"accuracy": (right, None, True), "nats": (nats, None, False)}, worst_rows)
+        return _Found(measures | results, {"accuracy": (right, None, True), "nats": (nats, None, False)}, worst_rows)
     tuned = losses(opened.model, CausalLM.of(opened.model), held, collate)
     if opened.adapter is None:
         results = {
@@ -176,7 +184,7 @@ def _scored(opened: Opened, held: list[Any], known: Sequence[Any]) -> _Found:
             for at in order[:count]
         ]
 
-    return _Found(results, {"loss": (tuned.sums, tuned.counts, False)}, worst_texts)
+    return _Found(measures | results, {"loss": (tuned.sums, tuned.counts, False)}, worst_texts)
 
 
 def _said(item: Mapping[str, Any]) -> str:

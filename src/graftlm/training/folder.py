@@ -2,6 +2,7 @@
 
 run.json          settings with their origin, versions, device, hashes of the data, the base's fingerprint, results
 adapter/          the adapter in PEFT's format with our facts
+start/            the adapter before training, where preferences are told against it and it is not the base
 checkpoints/      what resuming needs
 metrics.jsonl     losses and rates by step
 data/rejected.jsonl   rows left out, with the reason
@@ -43,6 +44,7 @@ class RunFolder:
         self.path = Path(path)
         self.record_path = self.path / "run.json"
         self.adapter = self.path / "adapter"
+        self.start = self.path / "start"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"

@@ -10,7 +10,8 @@ import torch
 from graftlm.core import Method
 from graftlm.data import Prepared
 from graftlm.data.tokenising import IGNORED
-from graftlm.errors import Finding
+from graftlm.errors import Finding, PlanError
+from graftlm.models import head_of
 from graftlm.planning import Plan, said
 from graftlm.planning.plan import plan_shape
 from graftlm.planning.step import Shape
@@ -18,6 +19,8 @@ from graftlm.settings import RunSettings
 
 __all__ = ["does_not_fit", "foresee", "longest_batch"]
 
+#: Head to the task whose step is like that of any task with it; what the planner knows.
+_LIKE = {"causal": "sft", "sequence": "classify"}
 _MULTIPLE = 8  # what the collator rounds the length of a batch up to
 _EVALUATION_ROWS = 16  # scored at once, as `evaluation.losses` does
 
@@ -25,8 +28,12 @@ _EVALUATION_ROWS = 16  # scored at once, as `evaluation.losses` does
 def foresee(settings: RunSettings, config: Any, prepared: Prepared, method: Method) -> Plan:
     """The plan of the run's largest step: its longest rows, with the loss reading all that any row's loss reads.
 
-    Raises PlanError where the base's code does not run without values.
+    A row with several answers counts as so many rows. Raises PlanError where the base's code does not run without
+    values, and for tasks whose step is not known to the planner.
     """
+    like = _LIKE.get(head_of(prepared.task, config))
+    if like is None:
+        raise PlanError(Finding("P102", f"a step of task {prepared.task} cannot be planned yet"))
     train = settings.train
     on_cuda = torch.cuda.is_available()
     dtype = settings.model.dtype
@@ -34,20 +41,22 @@ def foresee(settings: RunSettings, config: Any, prepared: Prepared, method: Meth
         kind = (getattr(config, "dtype", None) if on_cuda else None) or torch.float32
     else:
         kind = getattr(torch, dtype)
-    length, labelled = longest_batch([*prepared.train, *prepared.eval])
+    rows = [sequence for item in [*prepared.train, *prepared.eval] for sequence in item.get("sequences", [item])]
+    several = max(len(item.get("sequences", [item])) for item in prepared.train)
+    length, labelled = longest_batch(rows)
     shape = Shape(
-        rows=min(train.batch // train.accumulate, len(prepared.train)),
+        rows=min(train.batch // train.accumulate, len(prepared.train)) * several,
         length=length,
         dtype=kind,
         checkpointing=train.gradient_checkpointing,
         quantize=settings.model.quantize,
         labelled=labelled,
-        evaluation_rows=min(_EVALUATION_ROWS, len(prepared.eval)),
+        evaluation_rows=min(_EVALUATION_ROWS, len(prepared.eval)) * several,
     )
     return plan_shape(
         config,
         method,
-        prepared.task,
+        prepared.task if prepared.task in ("lm", "sft") else like,
         shape,
         name=settings.model.name,
         accumulate=train.accumulate,
@@ -66,7 +75,7 @@ def longest_batch(rows: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
     firsts = [
         next((at for at, label in enumerate(row["labels"]) if label != IGNORED), 0)
         for row in rows
-        if not isinstance(row["labels"], int)
+        if isinstance(row.get("labels"), list) and len(row["labels"]) == len(row["input_ids"])
     ]
     return length, (length - min(firsts)) / length if firsts else 1.0
 

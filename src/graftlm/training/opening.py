@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.core import Adapter
-from graftlm.data import Labels, Template
+from graftlm.data import Labels, Scale, Template
 from graftlm.errors import AdapterError, Finding, RunError
 from graftlm.formats import load_adapter, read_facts
 from graftlm.models import load_base
@@ -30,6 +30,10 @@ class Opened:
     labels: Labels | None
     template: Template | None
     max_length: int | None
+    #: Of adapters that tell numbers.
+    scale: Scale | None = None
+    #: The adapter that this one stands on, by its name on the model.
+    beneath: str | None = None
 
 
 def open_adapter(
@@ -57,23 +61,30 @@ def open_adapter(
     labels = Labels.from_dict(facts["labels"]) if facts.get("labels") else None
     task = facts.get("task") or "lm"
     names = [labels.name(at) for at in range(len(labels))] if labels else None
-    if task == "classify" and names is None:
+    if task in ("classify", "tag") and names is None:
         raise AdapterError(Finding("A121", f"{folder} does not name its classes: it was not written by graftlm train"))
     model, tokenizer = load_base(
         base or str(remembered),
         task=task,
         labels=names,
+        several=labels is not None and labels.several,
         dtype=dtype,
         device=device,
         quantize=facts.get("quantize"),
         revision=None if base else facts.get("revision"),
     )
+    beneath = None
+    if task in ("dpo", "kto") and (folder.parent / "start").is_dir():
+        beneath = load_adapter(model, folder.parent / "start", name="start").name
     adapter = load_adapter(model, folder)
     stored = facts.get("template")
     template = Template.from_dict(stored) if stored else None
-    if template is None and task != "classify" and getattr(tokenizer, "chat_template", None):
+    if template is None and task in ("lm", "sft") and getattr(tokenizer, "chat_template", None):
         template = Template.of(tokenizer, chat=True)
-    return Opened(model, tokenizer, adapter, facts, folder, task, labels, template, facts.get("max_length"))
+    scale = Scale(**facts["scale"]) if facts.get("scale") else None
+    return Opened(
+        model, tokenizer, adapter, facts, folder, task, labels, template, facts.get("max_length"), scale, beneath
+    )
 
 
 def _adapter_folder(path: Path) -> Path | None:

@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import graftlm
 from graftlm.core import Adapter, Method, Samples, attach, parameter_count, summary, use
-from graftlm.data import Collator, Prepared, prepare
+from graftlm.data import MaskingCollator, Prepared, prepare
 from graftlm.data.codes import WAIVABLE
 from graftlm.data.reading import read_rows
 from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, RunError, SettingsError
@@ -29,14 +29,23 @@ from graftlm.evaluation import losses
 from graftlm.evaluation.losses import batches as each_of
 from graftlm.formats import load_adapter
 from graftlm.methods import read_method
-from graftlm.models import BUNDLED, fingerprint, load_base, load_config, load_tokenizer, resolve_base
-from graftlm.objectives import OBJECTIVES, CausalLM, Objective
+from graftlm.models import (
+    BUNDLED,
+    fingerprint,
+    head_of,
+    is_encoder,
+    load_base,
+    load_config,
+    load_tokenizer,
+    resolve_base,
+)
+from graftlm.objectives import OBJECTIVES, Reference
 from graftlm.planning import Plan
 from graftlm.planning.memory import available_bytes
 from graftlm.report import write_card, write_report
 from graftlm.settings import Resolved, RunSettings, dump, resolve
 from graftlm.training import checkpoint
-from graftlm.training.callbacks import Interrupt
+from graftlm.training.callbacks import Interrupt, OtherTokensEachEpoch
 from graftlm.training.decisions import (
     context_of,
     decide_epochs,
@@ -53,7 +62,8 @@ from graftlm.training.folder import RunFolder, free_folder, lines_of
 from graftlm.training.foresight import does_not_fit, foresee
 from graftlm.training.opening import Opened
 from graftlm.training.progress import Progress, Voice, clock
-from graftlm.training.scoring import score_classification, score_text, write_samples
+from graftlm.training.scoring import write_samples
+from graftlm.training.tasks import Learnt, score_line
 from graftlm.training.trainer import GraftTrainer
 
 __all__ = ["Run", "data_of", "held_out_of", "plan_resolved", "train", "train_resolved"]
@@ -62,6 +72,9 @@ _BUNDLED_DATA = {"bundled:messages": "messages.csv", "bundled:answers": "answers
 _EVAL_ROWS_WHILE_TRAINING = 200
 _SAMPLES = 64  # rows that methods look at which choose by data
 _ROWS = "data/rows.jsonl"
+#: Bases whose attention tells packed texts apart by their positions.
+_PACKS = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "gemma", "gemma2", "phi", "phi3", "olmo", "smollm3")
+_NEEDS_MASK = ("prefix", "prompt", "ptuning", "attempt")
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -83,7 +96,7 @@ class Run:
 
     @property
     def task(self) -> str:
-        """What was learnt: `lm`, `sft` or `classify`."""
+        """What was learnt, one of `graftlm.training.tasks.TASKS`."""
         return str(self.record["task"])
 
     @property
@@ -248,7 +261,19 @@ class _Work:
         if before:
             self._check_unchanged(before)
         longest = context_of(model.config) - positions_taken(method)
-        self.collate = Collator(tokenizer.pad_token_id, max_length=longest)
+        self.learnt = Learnt(
+            prepared.task,
+            model,
+            tokenizer,
+            labels=prepared.labels,
+            scale=prepared.scale,
+            template=prepared.template,
+            longest=longest,
+            seed=self.settings.train.seed,
+            preferences=self.settings.preferences.model_dump(),
+            title=title_of(self.asked),
+        )
+        self.collate = self.learnt.collator()
         adapter = self._attach(prepared, model, method)
         self._describe(model, adapter)
         self.facts = {
@@ -257,6 +282,8 @@ class _Work:
             "revision": self.settings.model.revision,
             "quantize": self.settings.model.quantize,
             "labels": prepared.labels.to_dict() if prepared.labels else None,
+            "scale": prepared.scale.to_dict() if prepared.scale else None,
+            "preferences": dict(self.learnt.preferences) if prepared.task in ("dpo", "kto") else None,
             "template": prepared.template.to_dict() if prepared.template else None,
             "max_length": self.settings.train.max_length or decide_length(model.config, method),
         }
@@ -316,6 +343,7 @@ class _Work:
                 path,
                 tokenizer,
                 train.max_length or decide_length(config, method),
+                config,
                 eval_path=data.eval_path,
             )
         )
@@ -327,8 +355,29 @@ class _Work:
         if not prepared.eval:
             raise SettingsError(Finding("U133", "no rows are left for evaluation", fix="--set data.eval_share=0.2"))
         self._say_data(prepared)
+        if prepared.task == "tfew" and self.origin.get("method", "default") == "default":
+            method = read_method("ia3")  # as in the paper
+        self._check_packing(prepared, method, config)
         self.asked = method  # as it was written: a recipe is known by its own name and rate, without a head beside it
-        return prepared, with_head(method) if prepared.task == "classify" else method, tokenizer
+        return (
+            prepared,
+            with_head(method) if head_of(prepared.task, config) in ("sequence", "token") else method,
+            tokenizer,
+        )
+
+    def _check_packing(self, prepared: Prepared, method: Method, config: Any) -> None:
+        """Raise SettingsError where texts in one row would see one another, or packing would do nothing."""
+        if not self.settings.train.packing:
+            return
+        faults = []
+        if prepared.task not in ("lm", "sft"):
+            faults.append(f"rows of task {prepared.task} cannot be packed, only texts and answers")
+        if any(part.context_taken or part.name in _NEEDS_MASK for part in method.parts):
+            faults.append(f"{method} adds virtual tokens, which need a mask of their own")
+        if getattr(config, "model_type", "") not in _PACKS:
+            faults.append(f"in a {config.model_type} base packed texts could see one another")
+        if faults:
+            raise SettingsError([Finding("U136", fault, fix="--set train.packing=false") for fault in faults])
 
     def _tokenizer(self, where: str) -> tuple[Any, Any]:
         options: dict[str, Any] = {
@@ -360,6 +409,7 @@ class _Work:
             wanted.name,
             task=prepared.task,
             labels=[labels.name(at) for at in range(len(labels))] if labels else None,
+            several=labels is not None and labels.several,
             dtype=wanted.dtype,
             quantize=wanted.quantize,
             revision=wanted.revision,
@@ -403,7 +453,7 @@ class _Work:
         chosen = random.Random(train.seed).sample(range(len(prepared.train)), min(_SAMPLES, len(prepared.train)))
         micro = train.batch // train.accumulate
         batches = [self.collate([prepared.train[at] for at in part]) for part in each_of(chosen, micro)]
-        objective = _objective(prepared.task, model)
+        objective = self.learnt.objective()
 
         def loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
             return objective.loss_sum(objective.outputs(model, batch), batch) / max(objective.count(batch), 1)
@@ -460,7 +510,11 @@ class _Work:
     def _trainer(self, prepared: Prepared, model: Any, adapter: Adapter) -> tuple[GraftTrainer, Progress]:
         train = self.settings.train
         epochs = train.epochs or decide_epochs(len(prepared.train))
-        objective = _objective(prepared.task, model)
+        objective = self.learnt.objective()
+        reference = Reference(adapter) if "reference" in objective.needs else None
+        if reference is not None and reference.by_values:  # what scores are told against, now and later
+            adapter.save(self.folder.start)
+        judge = self.learnt.collator()  # hides the same tokens each time, where tokens are hidden
         held = prepared.eval[:_EVAL_ROWS_WHILE_TRAINING]
         micro = train.batch // train.accumulate
         # An epoch in steps: what is due at its end is then done before the checkpoint of that step is written.
@@ -501,6 +555,8 @@ class _Work:
         args.load_best_model_at_end = train.early_stopping is not None
         progress = Progress(self.voice, self.folder.metrics, objective.unit)
         callbacks: list[TrainerCallback] = [progress, Interrupt(self.voice)]
+        if isinstance(self.collate, MaskingCollator):
+            callbacks.append(OtherTokensEachEpoch(self.collate))
         if train.early_stopping is not None:
             from transformers import EarlyStoppingCallback
 
@@ -509,7 +565,8 @@ class _Work:
             adapter,
             objective,
             args,
-            evaluate_with=lambda: {"eval_loss": losses(model, objective, held, self.collate).mean},
+            evaluate_with=lambda: {"eval_loss": losses(model, objective, held, judge, reference=reference).mean},
+            reference=reference,
             learning_rate_of=lambda kind: next(
                 rate for part, rate in zip(adapter.method.parts, self.learning_rates, strict=True) if part is kind
             ),
@@ -560,23 +617,25 @@ class _Work:
         stopped: bool,
     ) -> Run:
         generate = self.settings.generate
-        name = title_of(self.asked)
         adapter.save(self.folder.adapter, facts=self.facts)
         # What is scored is what was written.
         use(model, None)
         adapter.detach()
         adapter = load_adapter(model, self.folder.adapter, name="default")
-        if prepared.labels is not None:
-            results, lines = score_classification(
-                model, prepared.labels, prepared.eval, self.collate, adapter=name, train=prepared.train
-            )
+        reference = None
+        if "reference" in OBJECTIVES[prepared.task].needs:
+            rest = None
+            if self.folder.start.is_dir():
+                rest = load_adapter(model, self.folder.start, name="start").name
+                use(model, adapter.name)
+            reference = Reference(adapter, rest=rest)
+        learnt = replace(self.learnt, reference=reference)
+        results, lines = learnt.score(prepared.eval, prepared.train)
+        if lines:
             self.folder.write_lines("eval/predictions.jsonl", lines)
             for at, line in enumerate(lines[:3]):
-                said = f"{line['predicted']} ({line['probability']:.2f})"
-                wanted = "" if line["predicted"] == line["label"] else f", wanted {line['label']}"
-                self.voice.say("" if at else "sample", f"{_clip(line['text'], 76)}  ->  {said}{wanted}")
-        else:
-            results = score_text(model, CausalLM.of(model), prepared.eval, self.collate, adapter=name)
+                self.voice.say("" if at else "sample", _told(line))
+        if prepared.task in ("lm", "sft"):
             samples = write_samples(
                 model,
                 tokenizer,
@@ -613,17 +672,7 @@ class _Work:
         how = "stopped" if stopped else "done"
         self.voice.say(how, f"{steps} steps in {clock(seconds)}, scores on {results['eval_rows']:,} held-out rows:")
         for score in results["scores"]:
-            if "macro_f1" in score:
-                said = (
-                    f"macro-F1 {score['macro_f1']:.3f} ({score['macro_f1_low']:.3f} to {score['macro_f1_high']:.3f})  "
-                    f"accuracy {score['accuracy']:.3f}"
-                )
-            else:
-                said = (
-                    f"loss {score['loss']:.3f} ({score['loss_low']:.3f} to {score['loss_high']:.3f})  "
-                    f"perplexity {score['perplexity']:,.1f}"
-                )
-            self.voice.say("", f"  {score['title']:<30} {said}")
+            self.voice.say("", f"  {score['title']:<30} {score_line(score, results)}")
 
 
 def held_out_of(path: Path, opened: Opened) -> Prepared:
@@ -643,9 +692,11 @@ def held_out_of(path: Path, opened: Opened) -> Prepared:
         there / data_of(data.path),
         opened.tokenizer,
         opened.max_length,
+        opened.model.config,
         eval_path=there / data.eval_path if data.eval_path else None,
         task=record["task"],
         template=opened.template,
+        packing=False,
     )
     if list(prepared.sha256.values()) != list(record["data"]["sha256"].values()):
         message = f"{', '.join(prepared.sha256)} changed since {folder.path} was trained on it"
@@ -654,11 +705,21 @@ def held_out_of(path: Path, opened: Opened) -> Prepared:
 
 
 def _read(
-    settings: RunSettings, path: Path, tokenizer: Any, max_length: int | None, *, eval_path: Any, **known: Any
+    settings: RunSettings,
+    path: Path,
+    tokenizer: Any,
+    max_length: int | None,
+    config: Any,
+    *,
+    eval_path: Any,
+    **known: Any,
 ) -> Prepared:
-    """The rows as the settings say; `known` overrides what a finished run has decided."""
+    """The rows as the settings say, for a base of this configuration; `known` is what a finished run has decided."""
     data = settings.data
-    options = {"task": settings.task, "template": data.template} | known
+    options = {"task": settings.task, "template": data.template, "packing": settings.train.packing} | known
+    encoder = is_encoder(config)
+    # With `auto`, what this kind of base can do with such rows.
+    does = {"lm": "mlm"} if encoder else {"sft": "seq2seq"} if getattr(config, "is_encoder_decoder", False) else {}
     return prepare(
         path,
         eval_path=eval_path,
@@ -672,6 +733,8 @@ def _read(
         seed=settings.train.seed,
         merge_labels=data.merge_labels,
         waived=_codes(data.waive),
+        instead=does,
+        by_head=encoder,
         **options,
     )
 
@@ -685,9 +748,13 @@ def _codes(text: str | None) -> set[str]:
     return {code.strip() for code in (text or "").split(",") if code.strip()}
 
 
-def _objective(task: str, model: Any) -> Objective:
-    kind = OBJECTIVES[task]
-    return CausalLM.of(model) if kind is CausalLM else kind()
+def _told(line: Mapping[str, Any]) -> str:
+    """One prediction in one line."""
+    if "reward" in line:
+        return f"{_clip(line['text'], 60)}  ->  {_clip(line['answer'], 40)}: {line['reward']:+.3f} ({line['label']})"
+    sure = f" ({line['probability']:.2f})" if "probability" in line else ""
+    wanted = "" if line["predicted"] == line["label"] else f", wanted {_clip(str(line['label']), 76)}"
+    return f"{_clip(line['text'], 76)}  ->  {_clip(str(line['predicted']), 76)}{sure}{wanted}"
 
 
 def _trained_at(adapter: Adapter) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from graftlm.core import use
-from graftlm.data import Collator, Labels, Template
+from graftlm.data import Labels, Template
 from graftlm.evaluation import (
     classification_scores,
     generate_texts,
@@ -20,8 +20,8 @@ from graftlm.evaluation import (
     tfidf_baseline,
 )
 from graftlm.evaluation.classes import calibration, class_probabilities
-from graftlm.evaluation.losses import RowLosses
-from graftlm.objectives import CausalLM
+from graftlm.evaluation.losses import Collate, RowLosses
+from graftlm.objectives import Objective
 
 _BASELINE_ROWS = 2000
 
@@ -32,7 +32,7 @@ def score_classification(
     model: Any,
     labels: Labels,
     held: Sequence[Any],
-    collate: Collator,
+    collate: Collate,
     *,
     adapter: str,
     train: Sequence[Any] = (),
@@ -85,7 +85,7 @@ def score_classification(
 
 
 def score_text(
-    model: Any, objective: CausalLM, held: Sequence[Any], collate: Collator, *, adapter: str
+    model: Any, objective: Objective, held: Sequence[Any], collate: Collate, *, adapter: str
 ) -> dict[str, Any]:
     """Results for run.json: loss per token of the adapter and of the untouched base."""
     tuned = losses(model, objective, held, collate)

@@ -25,7 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from graftlm.core import Adapter, Method
 from graftlm.errors import Finding, RunError
 from graftlm.kernels import Recompute, fuse
-from graftlm.objectives import Objective
+from graftlm.objectives import Objective, Reference, settle
 from graftlm.training import checkpoint
 
 __all__ = ["GraftTrainer"]
@@ -52,6 +52,7 @@ class GraftTrainer(Trainer):
         args: TrainingArguments,
         *,
         evaluate_with: Evaluate | None = None,
+        reference: Reference | None = None,
         learning_rate_of: Callable[[Method], float] | None = None,
         recompute: Recompute = "none",
         **options: Any,
@@ -60,6 +61,10 @@ class GraftTrainer(Trainer):
         self.objective: Objective = objective
         self.evaluate_with, self.learning_rate_of = evaluate_with, learning_rate_of
         self.recompute: Recompute = recompute
+        #: The model before training, for objectives that compare with it.
+        self.reference = reference
+        if reference is None and "reference" in objective.needs:
+            self.reference = Reference(adapter)
         #: The method's penalty in the last step; None where it has none.
         self.penalty: float | None = None
         #: Losses counted since the start of this process (tokens or rows): the measure of speed.
@@ -86,10 +91,15 @@ class GraftTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         del device
+        settle(self.adapter.model, self.objective, batch_samples, self.reference, total=self._over_processes)
         count = sum(self.objective.count(batch) for batch in batch_samples)
         self.counted += count
         self._rows = [int(row) for batch in batch_samples for row in batch.get("row", ())]
         return count
+
+    def _over_processes(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all processes."""
+        return value
 
     def compute_loss(
         self,

@@ -1,0 +1,180 @@
+"""Turns rows with a question and several answers into sequences: for preferences, choices and judged answers.
+
+Items hold `sequences`, one for each answer: `input_ids`, and `labels` on the answer's tokens and the end of its turn.
+`target` is what the row says: the right answer's place, or 1 where the only answer is wanted and 0 where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from graftlm.data.checking import Example, Notes
+from graftlm.data.reading import Rejected
+from graftlm.data.templates import Template, TemplateFault
+from graftlm.data.tokenising import IGNORED, Item, Supervision, longest_allowed, pieces_of, trained_tokens
+from graftlm.data.wording import counted, number, rows
+from graftlm.errors import DataError, Finding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["encode_candidates", "encode_paired", "encode_scored_answers"]
+
+_DROP = "--set data.drop_bad_rows=true"
+
+
+def encode_candidates(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    notes: Notes,
+    *,
+    max_length: int | None = None,
+    drop_bad_rows: bool = False,
+    place: str = "",
+    mismatched: bool = False,
+    what: str = "the answers + end of turn",
+) -> tuple[list[Item], Supervision, list[Rejected]]:
+    """Every answer of a row after its question, as the template writes them, with labels on the answer only.
+
+    A question that is too long loses its beginning, so that all answers of a row are told after the same words; rows
+    whose answers do not fit by themselves are a fault (D165), or left out with `drop_bad_rows`.
+
+    Args:
+        examples: with `messages` and `answers`.
+        tokenizer: a fast one.
+        template: writes question and answer.
+        notes: takes D140, D141, D146, D165.
+        max_length: tokens of a sequence; None: the tokenizer's own limit.
+        drop_bad_rows: leave faulty rows out and return them.
+        place: the file's name for messages.
+        mismatched: each row also gets the next row's answer to its own question, as KTO wants it.
+        what: what the loss is on, in words.
+    """
+    if not tokenizer.is_fast:
+        message = f"the tokenizer of {tokenizer.name_or_path} cannot say which characters a token stands for"
+        raise DataError(Finding("D144", message, fix="use a base with a tokenizer.json"))
+    limit = longest_allowed(tokenizer, max_length)
+    items: list[Item] = []
+    lengths: list[int] = []
+    cut = 0
+    refused: dict[tuple[str, str], list[Example]] = {}
+    others = [examples[(at + 1) % len(examples)].answers[0] for at in range(len(examples))] if mismatched else []
+    for at, example in enumerate(examples):
+        answers = [*example.answers, *others[at : at + 1]]
+        try:
+            sequences = [_answered(example, answer, tokenizer, template) for answer in answers]
+        except TemplateFault as fault:
+            refused.setdefault((fault.code, str(fault)), []).append(example)
+            continue
+        longest = max(len(ids) for ids, _ in sequences)
+        lengths.append(longest)
+        if limit is not None and longest > limit:
+            shorter = _without_beginning(sequences, limit)
+            if shorter is None:
+                why = f"an answer is longer than max_length {limit}"
+                refused.setdefault(("D165", why), []).append(example)
+                continue
+            cut, sequences = cut + 1, shorter
+        made = [
+            {"input_ids": ids, "labels": [i if wanted else IGNORED for i, wanted in zip(ids, trained, strict=True)]}
+            for ids, trained in sequences
+        ]
+        target = int(example.label) if example.label is not None else 0
+        items.append({"sequences": made, "target": target, "row": example.row, "example": example})
+    rejected: list[Rejected] = []
+    for (code, why), those in refused.items():
+        if drop_bad_rows:
+            rejected += [Rejected(e.place, e.row, f"{why} [{code}]", e.raw) for e in those]
+        else:
+            notes.error(code, f"{counted(len(those), 'row')} ({rows([e.row for e in those])}): {why}", place, _DROP)
+    if cut:
+        message = (
+            f"{number(cut)} of {counted(len(items), 'row')}: the question lost its beginning to fit {limit} tokens"
+        )
+        notes.note("D146", message, place)
+    own = [sequence for item in items for sequence in item["sequences"]]
+    supervision = Supervision(
+        trained_tokens=sum(label != IGNORED for sequence in own for label in sequence["labels"][1:]),
+        total_tokens=sum(len(sequence["input_ids"]) for sequence in own),
+        cut_rows=cut,
+        lengths=tuple(lengths),
+        what=what,
+        examples=tuple(pieces_of(item["sequences"][0], tokenizer) for item in items[:2]),
+    )
+    return items, supervision, rejected
+
+
+def _answered(
+    example: Example, answer: str, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> tuple[list[int], list[bool]]:
+    """Token ids of the question with this answer, and which of them are the answer's."""
+    text, spans = template.passages([*example.messages, {"role": "assistant", "content": answer}])[-1]
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(out["input_ids"]), trained_tokens(out["offset_mapping"], spans[-1:])
+
+
+def _without_beginning(
+    sequences: list[tuple[list[int], list[bool]]], limit: int
+) -> list[tuple[list[int], list[bool]]] | None:
+    """The sequences without the first tokens of their question, the same number in each; None where it is too short."""
+    away = max(len(ids) for ids, _ in sequences) - limit
+    question = min(trained.index(True) if True in trained else len(trained) for _, trained in sequences)
+    if away > question - 1:
+        return None
+    return [(ids[away:], trained[away:]) for ids, trained in sequences]
+
+
+def encode_paired(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    notes: Notes,
+    *,
+    max_length: int | None = None,
+    place: str = "",
+) -> tuple[list[Item], Supervision]:
+    """Every answer beside its question, as encoders read two texts; longer pairs are cut, the longer text first."""
+    limit = longest_allowed(tokenizer, max_length)
+    items: list[Item] = []
+    lengths: list[int] = []
+    cut = 0
+    for example in examples:
+        whole = [tokenizer(example.text, answer, verbose=False) for answer in example.answers]
+        lengths.append(max(len(one["input_ids"]) for one in whole))
+        if limit is not None and lengths[-1] > limit:
+            cut += 1
+            whole = [
+                tokenizer(example.text, answer, truncation=True, max_length=limit, verbose=False)
+                for answer in example.answers
+            ]
+        names = ("input_ids", "token_type_ids")
+        sequences = [{name: list(one[name]) for name in names if name in one} for one in whole]
+        target = int(example.label) if example.label is not None else 0
+        items.append({"sequences": sequences, "target": target, "row": example.row, "example": example})
+    if cut:
+        notes.note("D146", f"{number(cut)} of {counted(len(items), 'row')} cut to {limit} tokens", place)
+    total = sum(len(s["input_ids"]) for item in items for s in item["sequences"])
+    several = sorted({len(item["sequences"]) for item in items})
+    what = "the head's number for each answer" + (f": {several[0]} to {several[-1]} a row" if several[1:] else "")
+    return items, Supervision(0, total, cut, tuple(lengths), what=what)
+
+
+def encode_scored_answers(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    notes: Notes,
+    **options: Any,
+) -> tuple[list[Item], Supervision, list[Rejected]]:
+    """As `encode_candidates`, for a head that gives whole sequences a number: no token has a label."""
+    items, supervision, rejected = encode_candidates(examples, tokenizer, template, notes, **options)
+    for item in items:
+        for sequence in item["sequences"]:
+            del sequence["labels"]
+    return (
+        items,
+        replace(supervision, trained_tokens=0, examples=(), what="the head's number for each answer"),
+        rejected,
+    )

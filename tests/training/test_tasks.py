@@ -1,0 +1,91 @@
+"""Every task as a whole run on tiny bases: recognised, trained, scored, opened again, scored as before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from graftlm.data.recognise import TASKS as ROLES_OF
+from graftlm.errors import GraftError
+from graftlm.objectives import OBJECTIVES
+from graftlm.settings import RunSettings
+from graftlm.training import evaluate, open_adapter
+from graftlm.training.tasks import TASKS
+from training.tiny_runs import Tiny, metrics_of, rows_for, texts, write_jsonl
+
+#: (rows, task asked for, base) to (task, measure).
+RUNS = {
+    ("multi", "auto", "tiny_bert"): ("classify", "micro_f1"),
+    ("pairs", "auto", "tiny_bert"): ("classify", "macro_f1"),
+    ("pairs", "auto", "tiny_base"): ("classify", "macro_f1"),
+    ("regress", "auto", "tiny_bert"): ("regress", "pearson"),
+    ("regress", "auto", "tiny_base"): ("regress", "pearson"),
+    ("tag", "auto", "tiny_bert"): ("tag", "span_f1"),
+    ("tag", "auto", "tiny_base"): ("tag", "span_f1"),
+    ("seq2seq", "auto", "tiny_t5"): ("seq2seq", "loss"),
+    ("choice", "auto", "tiny_base"): ("choice", "accuracy"),
+    ("choice", "auto", "tiny_bert"): ("choice", "accuracy"),
+    ("choice", "tfew", "tiny_base"): ("tfew", "accuracy"),
+    ("dpo", "auto", "tiny_base"): ("dpo", "pair_accuracy"),
+    ("dpo", "reward", "tiny_base"): ("reward", "pair_accuracy"),
+    ("dpo", "reward", "tiny_bert"): ("reward", "pair_accuracy"),
+    ("kto", "auto", "tiny_base"): ("kto", "auc"),
+}
+
+
+@pytest.mark.parametrize(("rows", "asked", "base"), RUNS, ids=lambda value: value)
+def test_a_run_of_every_task(
+    rows: str, asked: str, base: str, tiny: Tiny, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    task, measure = RUNS[rows, asked, base]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows_for(rows))
+    run = tiny(data, task=asked, base=request.getfixturevalue(base), epochs=6.0, learning_rate=0.02)
+    assert run.task == task
+    results = run.record["results"]
+    assert results["measure"]["key"] == measure
+    assert results["eval_rows"] == 4
+    tuned = results["scores"][0]
+    assert tuned[f"{measure}_low"] <= tuned[measure] <= tuned[f"{measure}_high"]
+    assert results["second"]["key"] in tuned
+    losses = [row["loss"] for row in metrics_of(run.folder) if "loss" in row]
+    assert losses[-1] < losses[0], "nothing was learnt"
+    lines = [json.loads(line) for line in (run.folder / "eval" / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    assert open_adapter(run.folder).task == task
+    again = evaluate(run.folder)
+    assert again["scores"][0] == pytest.approx(tuned, abs=1e-6)
+    assert again["measure"] == results["measure"]
+
+
+def test_masked_words_of_plain_text(tiny: Tiny, tiny_bert: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.txt"
+    data.write_text(texts(60))
+    run = tiny(data, base=tiny_bert, max_length=24, epochs=8.0, learning_rate=0.02)
+    assert run.task == "mlm"
+    tuned, base = run.record["results"]["scores"]
+    assert tuned["loss"] < base["loss"]
+    assert evaluate(run.folder)["scores"][0] == pytest.approx(tuned, abs=1e-6)
+
+
+def test_an_encoder_cannot_write_and_a_decoder_hides_nothing(
+    tiny: Tiny, tiny_base: Path, tiny_bert: Path, tiny_t5: Path, answered: Path, tmp_path: Path
+) -> None:
+    document = tmp_path / "rows.txt"
+    document.write_text(texts(60))
+    for data, task, base, code in (
+        (document, "mlm", tiny_base, "M113"), (document, "lm", tiny_bert, "M113"), (answered, "sft", tiny_bert, "M113"),
+        (answered, "seq2seq", tiny_base, "M113"), (answered, "sft", tiny_t5, "M113"),
+    ):  # fmt: skip
+        with pytest.raises(GraftError) as caught:
+            tiny(data, task=task, base=base)
+        assert caught.value.findings[0].code == code
+        assert caught.value.findings[0].fix
+
+
+def test_one_table_says_all_tasks() -> None:
+    asked: Any = RunSettings.model_fields["task"].annotation
+    assert TASKS.keys() == OBJECTIVES.keys() == ROLES_OF.keys() == set(get_args(asked)) - {"auto"}
+    assert all(task.measure.key != task.second.key for task in TASKS.values())

@@ -18,6 +18,7 @@ from training.tiny_runs import (
     answered_rows,
     labelled_rows,
     metrics_of,
+    rows_for,
     same,
     save_llama,
     weights,
@@ -54,7 +55,8 @@ SHOWN = {
     "model.quantize", "train.accumulate", "train.eval_every", "train.save_every", "train.keep_checkpoints",
     "train.early_stopping", "train.gradient_checkpointing", "train.recompute", "train.threads", "generate.max_new_tokens",
     "generate.temperature", "generate.top_p", "generate.samples", "output",
-    "task",
+    "task", "train.packing", "preferences.beta", "preferences.loss", "preferences.smoothing", "preferences.wanted_weight",
+    "preferences.unwanted_weight",
 }  # fmt: skip
 
 
@@ -118,6 +120,32 @@ def test_data_path_and_model_name(tiny: Tiny, answered: Path, tmp_path: Path) ->
 def test_task(tiny: Tiny, labelled: Path) -> None:
     tasks = [tiny(labelled, task=task, out=task).task for task in ("auto", "classify", "lm")]
     assert tasks == ["classify", "classify", "lm"]
+
+
+@pytest.mark.parametrize(
+    ("task", "values"),
+    [
+        ("dpo", {"beta": 0.5, "loss": "ipo", "smoothing": 0.3}),
+        ("kto", {"beta": 0.5, "wanted_weight": 3.0, "unwanted_weight": 3.0}),
+    ],
+)
+def test_preferences(task: str, values: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", rows_for(task))
+    before = weights(tiny(data, steps=3, learning_rate=0.02, out="default"))
+    for name, value in values.items():
+        found = weights(tiny(data, steps=3, learning_rate=0.02, out=name, **{f"preferences.{name}": value}))
+        assert not same(found, before), name
+
+
+def test_train_packing(tiny: Tiny, answered: Path, labelled: Path) -> None:
+    plain = tiny(answered, out="plain", max_length=64)
+    packed = tiny(answered, out="packed", max_length=64, packing=True)
+    assert packed.record["steps"] < plain.record["steps"]
+    assert "packed into" in packed.record["data"]["loss_line"]
+    assert packed.record["results"]["eval_rows"] == plain.record["results"]["eval_rows"]
+    for settings in ({"method": "prompt(length=4)"}, {"data": labelled, "task": "classify"}):
+        with pytest.raises(GraftError, match="U136"):
+            tiny(settings.pop("data", answered), out="refused", packing=True, **settings)
 
 
 def test_data_eval_path(tiny: Tiny, answered: Path, tmp_path: Path) -> None:

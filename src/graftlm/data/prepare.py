@@ -171,7 +171,7 @@ def prepare(
         items, supervision, out = encode(rows, name) if rows else ([], Supervision(), [])
         rejected += out
         sets.append((items, supervision))
-    if packing and not notes.errors:
+    if packing and reading.task in ("lm", "sft") and not notes.errors:
         sets[0] = _packed(*sets[0], longest_allowed(tokenizer, max_length))
     if not sets[0][0] and not notes.errors:
         notes.error("D142", "0 tokens would be trained: no row with two tokens is left", names[0])

@@ -31,6 +31,11 @@ _SAMPLE_SHOWN = 1500
 _MISTAKES = 10
 _CONFUSION_MOST = 20  # labels; a wider table cannot be read
 _REJECTED = 20
+#: Task to what its loss is told in, where that is not nats per token.
+_LOSS_UNITS = {
+    "choice": "nats per row", "classify": "nats per row", "dpo": "loss per row", "kto": "loss per row",
+    "regress": "squared deviations per row", "reward": "nats per row", "tfew": "nats per row",
+}  # fmt: skip
 
 
 def write_report(folder: Path) -> Path:
@@ -137,7 +142,7 @@ def _curves(run: RunFolder) -> tuple[dict[str, Any], list[str]]:
             "The training line is the mean over neighbouring steps; "
             "the band reaches from the smallest to the largest of them."
         )
-    unit = "nats per token" if run.text("task") in ("lm", "mlm", "seq2seq", "sft", "tag", "") else "loss per row"
+    unit = _LOSS_UNITS.get(run.text("task"), "nats per token")
     drawn = {name: charts.curve_chart(train, evaluation, rate, unit, width=width) for name, width in _WIDTHS}
     return _markup(drawn), notes
 

@@ -41,6 +41,12 @@ _SAME = {
     "train.gradient_checkpointing": "use_gradient_checkpointing grad_checkpoint enable_activation_checkpointing",
     "train.recompute": "recompute_granularity selective_recompute activation_recompute",
     "train.threads": "num_threads",
+    "train.packing": "sample_packing use_packing",
+    "preferences.beta": "dpo_beta pref_beta kto_beta",
+    "preferences.loss": "loss_type pref_loss",
+    "preferences.smoothing": "label_smoothing dpo_label_smoothing cdpo_label_smoothing",
+    "preferences.wanted_weight": "desirable_weight kto_chosen_weight kto_desirable_weight",
+    "preferences.unwanted_weight": "undesirable_weight kto_rejected_weight kto_undesirable_weight",
     "model.name": "model_name_or_path base_model model_name base_model_name base_model_name_or_path pretrained_model"
     " pretrained_model_name_or_path model_id model_path checkpoint_dir model.path model.id model.model",
     "model.revision": "model_revision revision_of_model base_model_revision",
@@ -136,7 +142,7 @@ NO_COUNTERPART: frozenset[str] = frozenset(
     tracking_project push_to_hub hub_model_id hub_strategy flash_attention attn_implementation use_unsloth optim
     optimizer adam_beta1 adam_beta2 adam_epsilon adam8bit min_lr dataloader_num_workers num_workers
     preprocessing_num_workers dataset_num_proc dataset_processes dataset_prepared_path overwrite_cache
-    overwrite_output_dir per_device_eval_batch_size eval_batch_size sample_packing packing eval_sample_packing
+    overwrite_output_dir per_device_eval_batch_size eval_batch_size eval_sample_packing
     pad_to_sequence_len group_by_length train_on_inputs remove_unused_columns ddp_timeout deepspeed fsdp fsdp_config
     local_rank tf32 plot_loss special_tokens fan_in_fan_out inference_mode
     ddp_find_unused_parameters label_smoothing_factor strict tokenizer_type model_type resume_from_checkpoint

@@ -11,6 +11,7 @@ import numpy as np
 from graftlm.data import Collator, Labels
 from graftlm.data.collating import length_of
 from graftlm.data.tags import words_to_tokens
+from graftlm.errors import EnvironmentFault, Finding
 from graftlm.evaluation.losses import Collate, batches, evaluating
 from graftlm.evaluation.statistics import with_interval
 from graftlm.objectives import Tagging
@@ -72,8 +73,7 @@ def span_scores(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str
         >>> round(span_scores([["B-a", "I-a", "O"]], [["B-a", "O", "O"]])["accuracy"], 2)
         0.67
     """
-    from seqeval.metrics.sequence_labeling import get_entities
-
+    get_entities = _entities()
     padded = [
         [*(got[: len(want)]), *["O"] * (len(want) - len(got))] for want, got in zip(truth, predicted, strict=True)
     ]
@@ -91,6 +91,16 @@ def span_scores(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str
         "recall": float(both / true) if true else 0.0,
         "accuracy": right / max(total, 1),
     }
+
+
+def _entities() -> Any:
+    """seqeval's reading of tags into spans. Raises EnvironmentFault where it is not installed."""
+    try:
+        from seqeval.metrics.sequence_labeling import get_entities
+    except ImportError:
+        message = "scores of tags need seqeval, which is not installed"
+        raise EnvironmentFault(Finding("E130", message, fix="pip install 'graftlm[scores]'")) from None
+    return get_entities
 
 
 def f1_of(both: np.ndarray, told: np.ndarray, true: np.ndarray, axis: int = -1) -> Any:

@@ -609,7 +609,12 @@ def _at_entry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     mask = kwargs.get("attention_mask")
     switch.batch.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    switch.batch.admit(switch.current(), given, cached=kwargs.get("past_key_values") is not None)
+    cache = kwargs.get("past_key_values")
+    filled = getattr(cache, "get_seq_length", None)
+    switch.going_on = bool(filled is not None and filled())
+    if not switch.going_on:
+        switch.epoch += 1
+    switch.batch.admit(switch.current(), given, cached=cache is not None)
     graft = _graft_of(module)
     if module.training and graft is not None:
         switch.remember()

@@ -69,8 +69,14 @@ class Splice:
 
         None for the last where all are. Rows with fewer virtual tokens have theirs at the right end.
         """
-        x, batch = self.x, self.junction.switch.batch
+        x, batch, switch = self.x, self.junction.switch.batch, self.junction.switch
         count = int(key.shape[0])
+        kept = self.junction.kept_prefix
+        state = (switch.epoch, count, key.dtype, key.device)
+        alone = not torch.is_grad_enabled() and not any(d.reads_input for group in self.groups for d in group.prefixes)
+        if alone and switch.going_on and kept is not None and kept[0] is self.groups and kept[1] == state:
+            found: tuple[Tensor, Tensor, Tensor | None] = kept[2]
+            return found
         lengths = [sum(delta.length for delta in group.prefixes) for group in self.groups]
         longest = max(lengths)
         cut = Rows.of(self.groups, count, key.device)
@@ -86,7 +92,9 @@ class Splice:
                 parts.append(nn.functional.pad(part, (0, 0, longest - length, 0)).expand(size, -1, -1, -1))
             real.append((torch.arange(longest, device=key.device) >= longest - length).expand(size, -1))
         alike = min(lengths) == longest
-        return cut.join(keys), cut.join(values), None if alike else cut.join(real)
+        made = cut.join(keys), cut.join(values), None if alike else cut.join(real)
+        self.junction.kept_prefix = (self.groups, state, made) if alone else None
+        return made
 
 
 def _substitute(junction: Junction, config: Any) -> Any:

@@ -167,6 +167,8 @@ class BranchDelta(Delta):
     port: ClassVar[Port] = "branch"
     #: Whether `branch` reads `x`; where none does, `x` is not kept, and `y` is given twice.
     reads_input: ClassVar[bool] = False
+    #: Whether `branch` reads `mask`; where it does not, None is given.
+    reads_mask: ClassVar[bool] = True
 
     def branch(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
         """What is added instead of `y`, for the input `x`; all [rows, tokens, width], or [tokens, width].
@@ -184,6 +186,8 @@ class KeyValueDelta(Delta):
     length: int
     #: True where the tokens' positions start behind the virtual ones (PEFT's prefixes).
     shifts_positions: bool = False
+    #: Whether keys and values depend on the input; where they do not, a generation computes them once.
+    reads_input: ClassVar[bool] = True
 
     def keys_values(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values, each [key-value heads, length, head width], or [rows, ...] where they depend on the row.

@@ -13,7 +13,7 @@ from graftlm.core.routing import entries
 from graftlm.core.sites import Site
 from graftlm.errors import Finding, RoutingError
 
-__all__ = ["Group", "Rows", "Slice", "total_rows"]
+__all__ = ["Entries", "Group", "Rows", "Slice", "total_rows"]
 
 
 @dataclass(frozen=True)
@@ -140,3 +140,35 @@ class Rows:
             )
         whole = torch.cat(list(parts))
         return whole if self.back is None else whole.index_select(0, self.back)
+
+
+class Entries:
+    """Some entries of the first dimension: a piece of it where they lie together."""
+
+    def __init__(self, rows: Sequence[int], count: int, total: int, device: torch.device) -> None:
+        rows = sorted(rows)
+        each = count // total
+        self.rows, self.start, self.length = rows, rows[0] * each, len(rows) * each
+        together = rows[-1] - rows[0] + 1 == len(rows)
+        self.index = None if together else entries(tuple(rows), count, total, device)
+        self.all = together and len(rows) == total
+
+    def take(self, x: Tensor) -> Tensor:
+        """Those of x; a view where they lie together."""
+        if self.all:
+            return x
+        return x.narrow(0, self.start, self.length) if self.index is None else x.index_select(0, self.index)
+
+    def add(self, y: Tensor, change: Tensor) -> None:
+        """Add `change`, of a shape that theirs takes, to those of y."""
+        if self.index is None:
+            self.take(y).add_(change.to(y.dtype))
+        else:
+            y.index_add_(0, self.index, change.to(y.dtype).expand(self.length, *y.shape[1:]))
+
+    def put(self, y: Tensor, value: Tensor) -> None:
+        """Write to those of y."""
+        if self.index is None:
+            self.take(y).copy_(value)
+        else:
+            y.index_copy_(0, self.index, value.to(y.dtype))

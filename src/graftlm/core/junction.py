@@ -29,7 +29,8 @@ from graftlm.core.delta import (
     ParameterDelta,
     acts,
 )
-from graftlm.core.groups import Group, Rows, Slice, total_rows
+from graftlm.core.groups import Entries, Group, Rows, Slice, total_rows
+from graftlm.core.lane import Lane, plain_forward
 from graftlm.core.routing import Batch, Choice, Routing
 from graftlm.core.sequence import Layout, check_cache, positions_by_mask
 from graftlm.core.sites import Site, linear_kind
@@ -39,6 +40,36 @@ from graftlm.errors import Finding, RoutingError
 __all__ = ["Junction", "Replay", "Switch", "columns_of", "junction_of"]
 
 _KEY = "_graftlm_junction"
+#: How many routings a junction has a plan of at the same time.
+_PLANS = 32
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """What there is among groups."""
+
+    prefixed: bool = False
+    placed: bool = False  # prompts, or positions that are moved
+    prefixes: bool = False
+    inputs: bool = False  # changes of a module's input
+    outputs: bool = False  # changes of its output
+    branches_alone: bool = False  # and no other changes of its output
+    entries: tuple[str, ...] = ()  # the sites whose input branches read
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> _Kinds:
+        """The kinds among `groups`."""
+        others = any(group.acts or group.parameters for group in groups)
+        branches = any(group.branches for group in groups)
+        return cls(
+            prefixed=any(group.prefixed for group in groups),
+            placed=any(group.prompts or group.shift for group in groups),
+            prefixes=any(group.prefixes for group in groups),
+            inputs=any(group.befores or group.streams for group in groups),
+            outputs=others or branches,
+            branches_alone=branches and not others,
+            entries=tuple({site.entry for group in groups for site, _ in group.branches}),
+        )
 
 
 @dataclass
@@ -55,6 +86,10 @@ class Switch:
     #: The base's own parameters where a merge put others in place, by (module path, name).
     originals: dict[tuple[str, str], nn.Parameter | None] = field(default_factory=dict)
     batch: Batch = field(default_factory=Batch)
+    #: Counts the model's calls, but for those that go on from a cache: what lanes keep of the deltas holds for one.
+    epoch: int = 0
+    #: Whether the call in progress goes on from a cache.
+    going_on: bool = False
     #: What sublayers were given, by the path of their first module, from there until their end.
     seen: dict[str, Tensor] = field(default_factory=dict)
     #: The routing of the forward that is being recomputed, while it is.
@@ -138,8 +173,14 @@ class Junction:
         #: Whether any adapter has virtual tokens here.
         self.prompted = False
         self._planned: tuple[Routing, tuple[Group, ...]] | None = None
+        #: What there is among the planned groups; asked at every call, worked out with the plan.
+        self._kinds = _Kinds()
+        #: The prefixes of a generation in progress, put together.
+        self.kept_prefix: tuple[Any, ...] | None = None
+        self._plans: dict[Routing, tuple[Group, ...]] = {}
         self._followed: tuple[Any, ...] = ()
         self._kept_rows: tuple[tuple[Group, ...], int, torch.device, Rows] | None = None
+        self._kept_places: tuple[tuple[Group, ...], int, torch.device, tuple[Entries, ...]] | None = None
         self._taken: dict[str, Tensor | None] = {}
         self._added = False
         #: Of a stack's entry: whether its tokens see only earlier ones, whether its output keeps virtual tokens, and
@@ -152,10 +193,13 @@ class Junction:
         self._splice: Splice | None = None
         self._layout: Layout | None = None
         module.__dict__[_KEY] = self
-        self._handles: list[RemovableHandle] = [
-            module.register_forward_pre_hook(_enter, with_kwargs=True),
-            module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
-        ]
+        self._lane = Lane(module, self) if linear_kind(module) in ("linear", "conv1d") else None
+        self._handles: list[RemovableHandle] = []
+        if self._lane is None:
+            self._handles = [
+                module.register_forward_pre_hook(_enter, with_kwargs=True),
+                module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
+            ]
 
     def put(self, adapter: str, delta: Delta, site: Site, parameter: str = "") -> None:
         """Attach `delta` for `adapter`; `parameter` names what a parameter delta stands for."""
@@ -174,12 +218,15 @@ class Junction:
         if not (self.deltas or self.watchers or self.shifts or self.encoder):
             for handle in self._handles:
                 handle.remove()
+            if self._lane is not None:
+                self._lane.remove()
             module.__dict__.pop(_KEY, None)
 
     def _changed_deltas(self) -> None:
         # Asked at every call, also of the many where nothing acts: worked out when something comes or goes.
         self.prompted = any(isinstance(delta, EmbedDelta) for placed in self.deltas.values() for _, _, delta in placed)
         self._planned = None
+        self._plans.clear()
 
     # --- the plan ---
 
@@ -191,14 +238,20 @@ class Junction:
         """The groups of the routing in force, without idle ones where one choice holds for all rows."""
         routing = self.switch.current()
         if self._planned is None or self._planned[0] is not routing:
-            if routing.rows is None:
-                groups = tuple(g for g in (self._group(routing.whole, None),) if not g.idle)
-            else:
-                groups = tuple(self._group(choice, rows) for choice, rows in routing.groups)
-                if all(group.idle for group in groups):
-                    groups = ()
-            self._planned = (routing, groups)
+            groups = self._plans.get(routing)
+            if groups is None:
+                if len(self._plans) >= _PLANS:
+                    self._plans.clear()
+                groups = self._plans[routing] = self._groups(routing)
+            self._planned, self._kinds = (routing, groups), _Kinds.of(groups)
+            self.kept_prefix = None
         return self._planned[1]
+
+    def _groups(self, routing: Routing) -> tuple[Group, ...]:
+        if routing.rows is None:
+            return tuple(g for g in (self._group(routing.whole, None),) if not g.idle)
+        groups = tuple(self._group(choice, rows) for choice, rows in routing.groups)
+        return () if all(group.idle for group in groups) else groups
 
     def _group(self, choice: Choice, rows: tuple[int, ...] | None) -> Group:
         linear: list[LinearDelta] = []
@@ -248,9 +301,14 @@ class Junction:
         group = groups[0]
         if group.rows is not None or not group.adds_only:
             return None
-        self._follow(module, groups, device)
+        self.follow(module, groups, device)
         found = [delta.low_rank() for delta, _ in group.adds]
         return None if None in found else tuple(found)  # type: ignore[arg-type]
+
+    @property
+    def hooks(self) -> int:
+        """How many hooks of each kind it has at its module: none at a linear map, which has a lane."""
+        return len(self._handles) // 2
 
     def added(self) -> None:
         """The output of the call in progress has what `low_rank` gave already."""
@@ -270,19 +328,19 @@ class Junction:
             if self.prompted:
                 check_cache(kwargs)
             return (args, kwargs) if self.encoder is not None else None
-        counted = None
-        if any(group.prefixed for group in groups):
+        counted, kinds = None, self._kinds
+        if kinds.prefixed:
             counted = positions_by_mask(module, groups, args, kwargs)
             args, kwargs = counted or (args, kwargs)
-        if any(group.prompts or group.shift for group in groups):
-            self._follow(module, groups, _input(args, kwargs)[1].device)
+        if kinds.placed:
+            self.follow(module, groups, _input(args, kwargs)[1].device)
             self._layout = Layout.of(module, self, groups, args, kwargs)
             return (), self._layout.inputs
         if counted:
             return counted
         at, x = _input(args, kwargs)
-        self._follow(module, groups, x.device)
-        if any(group.prefixes for group in groups):
+        self.follow(module, groups, x.device)
+        if kinds.prefixes:
             self._splice = Splice(module, self, groups, x)
         if groups[0].rows is None:
             group = groups[0]
@@ -292,7 +350,7 @@ class Junction:
             for delta in group.befores:
                 x = delta.before(x)
             for branch in group.streams:
-                x = branch.branch(module.forward(x), x, self.switch.batch.mask_like(x))
+                x = branch.branch(plain_forward(module)(x), x, self.switch.batch.mask_like(x))
             return _with_input(args, kwargs, at, x)
         return self._enter_rows(module, args, kwargs, at, x, groups)
 
@@ -306,7 +364,7 @@ class Junction:
             "encoder_attention_mask": Layout.memory(self, groups, states, kwargs.get("encoder_attention_mask")),
         }
 
-    def _follow(self, module: nn.Module, groups: tuple[Group, ...], device: torch.device) -> None:
+    def follow(self, module: nn.Module, groups: tuple[Group, ...], device: torch.device) -> None:
         """Bring the deltas to the device of their input and the mode of their module, where either has changed."""
         kept = self._followed
         if kept and kept[0] is groups and kept[1:] == (module.training, device):
@@ -340,7 +398,7 @@ class Junction:
                     fix="give all rows of the batch the same adapters: use(model, NAME)",
                 )
             )
-        if any(group.befores or group.streams for group in groups):
+        if self._kinds.inputs:
             rows = self._rows(groups, count, x.device)
             parts = list(rows.split(x))
             for place, (group, index) in enumerate(zip(groups, rows.indices, strict=True)):
@@ -348,7 +406,7 @@ class Junction:
                     parts[place] = delta.before(parts[place])
                 for branch in group.streams:
                     mask = self.switch.batch.mask_like(x, index)
-                    parts[place] = branch.branch(module.forward(parts[place]), parts[place], mask)
+                    parts[place] = branch.branch(plain_forward(module)(parts[place]), parts[place], mask)
             x = rows.join(parts)
         return _with_input(args, kwargs, at, x)
 
@@ -368,9 +426,8 @@ class Junction:
                 output = self._leave_rows(module, args, kwargs, x, output, groups)
             else:
                 output = self._changed(module, groups[0], x, output, None, x)
-            for group in groups:
-                for site, _ in group.branches:
-                    self.switch.seen.pop(site.entry, None)
+            for entry in self._kinds.entries:
+                self.switch.seen.pop(entry, None)
             return output
         finally:
             self.settle(module)
@@ -383,7 +440,7 @@ class Junction:
         `index` are its entries in the `whole` input, None for all.
         """
         for product in group.beside(x) if group.products else ():
-            output = output + product.add(x, partial(self._own_weight, module)).to(output.dtype)
+            output = output + product.add(x, partial(self.own_weight, module)).to(output.dtype)
         if group.acts:
             base = self._base(module, output, index, whole) if group.asks_base else None
             for delta, over in group.adds:
@@ -398,6 +455,23 @@ class Junction:
             output = self._branched(group, x, output, index, whole)
         return output
 
+    def _branch_rows(self, groups: tuple[Group, ...], x: Tensor, output: Any, rows: Rows) -> Any:
+        """As by groups, but without gradients: only the rows that change are touched, in a copy."""
+        y: Tensor = (output[0] if isinstance(output, tuple) else output).clone()
+        for group, index, at in zip(groups, rows.indices, self._places(groups, int(x.shape[0]), x.device), strict=True):
+            if group.branches:
+                at.put(y, self._branched(group, at.take(x), at.take(y), index, x))
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def _places(self, groups: tuple[Group, ...], count: int, device: torch.device) -> tuple[Entries, ...]:
+        """The entries of each group; kept, as `_rows` are."""
+        kept = self._kept_places
+        if kept is None or kept[0] is not groups or kept[1:3] != (count, device):
+            total = total_rows(groups)
+            places = tuple(Entries(group.rows or (), count, total, device) for group in groups)
+            self._kept_places = kept = (groups, count, device, places)
+        return kept[3]
+
     def _branched(self, group: Group, x: Tensor, output: Any, index: Tensor | None, whole: Tensor) -> Any:
         y = output[0] if isinstance(output, tuple) else output
         for site, delta in group.branches:
@@ -406,13 +480,14 @@ class Junction:
                 given = x if site.entry == site.path else self.switch.seen_at(site.entry)
                 if site.entry != site.path and index is not None:
                     given = given.index_select(0, index)
-            y = delta.branch(given.reshape(y.shape), y, self.switch.batch.mask_like(whole, index))
+            mask = self.switch.batch.mask_like(whole, index) if delta.reads_mask else None
+            y = delta.branch(given.reshape(y.shape), y, mask)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def _base(self, module: nn.Module, output: Tensor, index: Tensor | None, whole: Tensor) -> Base:
         across = linear_kind(module) == "conv1d"
         bias = getattr(module, "bias", None)
-        forward = module.forward
+        forward = plain_forward(module)
 
         def bare(z: Tensor) -> Tensor:
             y: Tensor = forward(z)
@@ -436,11 +511,10 @@ class Junction:
         output: Any,
         groups: tuple[Group, ...],
     ) -> Any:
-        if not any(group.acts or group.branches or group.parameters for group in groups):
+        if not self._kinds.outputs:
             return output
         count = int(x.shape[0])
         rows = self._rows(groups, count, x.device)
-        given = rows.split(x)
         if isinstance(output, Tensor) and output.shape[0] == 1 < count:
             # One entry for all rows (positions made inside the module).
             output = output.expand(count, *output.shape[1:])
@@ -448,16 +522,18 @@ class Junction:
             raise RoutingError(
                 Finding("R107", f"{self.path} returns {type(output).__name__}: rows cannot be told apart there")
             )
-        parts = list(_split_output(output, rows, count))
+        if self._kinds.branches_alone and not torch.is_grad_enabled():
+            return self._branch_rows(groups, x, output, rows)
+        parts, given = list(_split_output(output, rows, count)), rows.split(x)
         for place, (group, index) in enumerate(zip(groups, rows.indices, strict=True)):
             beside = group.beside(given[place])
             if len(beside) < sum(len(deltas) for _, deltas in group.parameters):
                 assert index is not None
-                # The rows again, with this group's parameters; module.forward, so that no hook runs twice.
+                # The rows again, with this group's parameters; its forward, so that no hook runs twice.
                 self._replace(module, group, beside)
                 try:
                     part_args, part_kwargs = _split(args, kwargs, count, index)
-                    part = module.forward(*part_args, **part_kwargs)
+                    part = plain_forward(module)(*part_args, **part_kwargs)
                     if isinstance(part, Tensor) and part.shape[0] == 1 < len(index):
                         part = part.expand(len(index), *part.shape[1:])
                     parts[place] = self._changed(module, group, given[place], part, index, x)
@@ -493,7 +569,7 @@ class Junction:
                 value = value + (delta.parameter(base) - base)
             module._parameters[name] = value  # type: ignore[assignment]
 
-    def _own_weight(self, module: nn.Module) -> Tensor:
+    def own_weight(self, module: nn.Module) -> Tensor:
         """The base's own weight, whatever is merged into it or stands in its place during this call."""
         now = self._taken["weight"] if "weight" in self._taken else module._parameters["weight"]
         original = self.switch.originals.get((self.path, "weight"))
@@ -517,7 +593,15 @@ class Junction:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts between calls, and with a configuration of its own.
-        return {**self.__dict__, "_layout": None, "_splice": None, "substitute": None}
+        return {
+            **self.__dict__,
+            "_layout": None,
+            "_splice": None,
+            "substitute": None,
+            "_planned": None,
+            "_plans": {},
+            "kept_prefix": None,
+        }
 
     @property
     def splice(self) -> Splice | None:

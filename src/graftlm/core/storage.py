@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftlm.core.lane import plain_forward
 from graftlm.core.sites import linear_kind
 
 __all__ = ["dense", "is_offloaded", "is_packed", "parameter_count", "read_storage"]
@@ -70,7 +71,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _asked(module: nn.Module) -> Tensor:
     """The weight as the module's own outputs for unit vectors, less its bias, some at a time."""
-    forward: Callable[[Tensor], Tensor] = module.forward
+    forward: Callable[[Tensor], Tensor] = plain_forward(module)
     bias = getattr(module, "bias", None)
     device, dtype = _computes_at(module)
     rows = []

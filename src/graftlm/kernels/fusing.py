@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from graftlm.core import KeyValueDelta, LinearDelta, LowRank, in_eval_mode, linear_kind, survey, without_adapters
 from graftlm.core.attention import implementation_of, named_attention
 from graftlm.core.junction import junction_of
+from graftlm.core.lane import lane_of
 from graftlm.kernels.attention import attention_forward
 from graftlm.kernels.feedforward import Map, feed_forward
 from graftlm.kernels.linear import low_rank_linear
@@ -52,7 +53,10 @@ class Fused:
         """Give every module its class's forward back."""
         modules = dict(self.model.named_modules())
         for path in (path for paths in self.fused.values() for path in paths):
-            modules[path].__dict__.pop("forward", None)
+            if (lane := lane_of(modules[path])) is not None:
+                lane.fused = None
+            else:
+                modules[path].__dict__.pop("forward", None)
         for path, config in self.configs.items():
             modules[path].config = config
         self.fused, self.configs = {}, {}
@@ -86,12 +90,18 @@ def fuse(model: nn.Module, *, recompute: Recompute = "none") -> Fused:
     modules = dict(model.named_modules())
 
     def put(kind: str, path: str, forward: Callable[..., Any], *plan: Any) -> None:
-        modules[path].__dict__["forward"] = functools.partial(forward, modules[path], *plan)
+        made = functools.partial(forward, modules[path], *plan)
+        if (lane := lane_of(modules[path])) is not None:
+            lane.fused = made
+        else:
+            modules[path].__dict__["forward"] = made
         done.fused.setdefault(kind, []).append(path)
 
     with in_eval_mode(model), without_adapters(model):
         for path, module in modules.items():
-            if "forward" in module.__dict__ or module.__dict__.get("_hf_hook") is not None:
+            lane = lane_of(module)
+            theirs = "forward" in module.__dict__ if lane is None else lane.before is not None or lane.fused is not None
+            if theirs or module.__dict__.get("_hf_hook") is not None:
                 continue  # somebody else's
             if _offers_low_rank(module):
                 put("linear", path, _linear_forward)
@@ -296,7 +306,8 @@ def _does_nothing_else(module: Any) -> bool:
 
 def _is_unwatched(module: nn.Module) -> bool:
     """Whether nobody but a junction wants to know of the module's calls, so that they may be left out."""
-    own = 0 if junction_of(module) is None else 1
+    junction = junction_of(module)
+    own = 0 if junction is None else junction.hooks
     return (
         len(module._forward_hooks) == len(module._forward_pre_hooks) == own
         and not module._backward_hooks

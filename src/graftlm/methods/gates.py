@@ -164,6 +164,7 @@ class GatedBranchDelta(_Gated, BranchDelta):
     def __init__(self, inner: BranchDelta, gate: Gate, label: str, owns: bool = True) -> None:
         super().__init__(inner, gate, label, owns)
         self.reads_input = inner.reads_input  # type: ignore[misc]  # as the one inside
+        self.reads_mask = inner.reads_mask or gate.reads_input  # type: ignore[misc]
 
     def branch(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
         """y + g (branch(y) - y)."""
@@ -181,6 +182,7 @@ class GatedKeyValueDelta(_Gated, KeyValueDelta):
     def __init__(self, inner: KeyValueDelta, gate: Gate, label: str, owns: bool = True) -> None:
         super().__init__(inner, gate, label, owns)
         self.length, self.shifts_positions = inner.length, inner.shifts_positions
+        self.reads_input = inner.reads_input or gate.reads_input  # type: ignore[misc]
 
     def keys_values(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """g K and g V: [heads, length, head width], or [rows, ...] where the gate depends on the row."""

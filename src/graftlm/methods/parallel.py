@@ -72,6 +72,7 @@ class ParallelDelta(BranchDelta):
     """A bottleneck beside a sublayer: it reads the sublayer's input and adds to its output."""
 
     reads_input: ClassVar[bool] = True
+    reads_mask: ClassVar[bool] = False
 
     def __init__(
         self, width_in: int, width: int, width_out: int, activation: str, dropout: float, scale: float

@@ -209,6 +209,8 @@ class PrefixMLP(nn.Module):
 class PrefixDelta(KeyValueDelta):
     """The keys and values before one attention call: its own, or `first` and following columns of a shared MLP."""
 
+    reads_input: ClassVar[bool] = False
+
     def __init__(
         self, length: int, heads: int, head_width: int, shifted: bool, dropout: float, *,
         mlp: PrefixMLP | None = None, first: int = 0, owns: bool = False,

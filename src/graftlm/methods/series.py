@@ -99,6 +99,8 @@ class SeriesAdapter(Method):
 class SeriesDelta(BranchDelta):
     """A bottleneck behind a sublayer of `features`; it reads what its variant reads, and adds to what goes on."""
 
+    reads_mask: ClassVar[bool] = False
+
     def __init__(self, features: int, width: int, activation: str, dropout: float, start: str, variant: str) -> None:
         super().__init__()
         self.variant = variant

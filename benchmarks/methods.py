@@ -33,8 +33,8 @@ benchmarks/results/methods.json:
                 0 to 1, or nats), start_score (the untouched model on the same rows), trainable_parameters,
                 trainable_share (of the base), adapter_bytes (the saved safetensors), peak_bytes, step_seconds, seconds;
                 or, where the method cannot be there, task, method, seed and refused (the error)
-    summary     by task and method: seeds, score, score_se, gain (over the yardstick, positive is better), gain_se,
-                passes, the medians of the columns above, and why (where it does not pass)
+    summary     by task and method: seeds, score, score_sd (over seeds), gain (over the yardstick, positive is better),
+                gain_se, passes, the medians of the columns above, and why (where it does not pass)
 """
 
 from __future__ import annotations
@@ -437,18 +437,20 @@ def summarised(found: dict[str, Any]) -> dict[str, Any]:
         sign = 1 if told["better"] == "higher" else -1
         yard, yardstick = {run["seed"]: run["start_score"] for run in runs if "start_score" in run}, ""
         if told["better"] == "higher":
-            scores = {
+            by_name = {
                 name: {run["seed"]: run["score"] for run in runs if run["method"] == name} for name in ("probe", "head")
             }
-            yardstick = max(scores, key=lambda name: statistics.mean(scores[name].values() or [0.0]))
-            yard = scores[yardstick]
+            yardstick = max(by_name, key=lambda name: statistics.mean(by_name[name].values() or [0.0]))
+            yard = by_name[yardstick]
         for name in found["methods"]:
             mine = [run for run in runs if run["method"] == name]
             if not mine:
                 continue
             gains = [sign * (run["score"] - yard[run["seed"]]) for run in mine if run["seed"] in yard]
             row: dict[str, Any] = {"seeds": len(mine)}
-            row["score"], row["score_se"] = mean_and_error([run["score"] for run in mine])
+            scores = [run["score"] for run in mine]
+            row["score"] = statistics.mean(scores)
+            row["score_sd"] = statistics.stdev(scores) if len(scores) > 1 else None
             row["gain"], row["gain_se"] = mean_and_error(gains)
             for column in COLUMNS:
                 known = [run[column] for run in mine if run.get(column) is not None]
@@ -472,26 +474,32 @@ def mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
 # --- what is shown ---
 
 
-def table(found: dict[str, Any]) -> str:
-    """The summary in Markdown, a table a task, best first."""
+def table(found: dict[str, Any], level: str = "###") -> str:
+    """The summary in Markdown, a table a task, best first; what is not there is named."""
     lines: list[str] = []
-    for task, told in found["tasks"].items():
+    for task, plan in TASKS.items():
+        told, rows = found["tasks"].get(task), found["summary"].get(task, {})
+        lines += [f"{level} {plan['title']}", ""]
+        if told is None:
+            lines += ["Not run yet.", ""]
+            continue
         percent = told["metric"] == "accuracy"
-        rows = found["summary"].get(task, {})
-        what = "accuracy, %" if percent else "nats a token"
+        times, digits = (100, 1) if percent else (1, 3)
+        start = statistics.mean(run["start_score"] for run in found["runs"] if run["task"] == task)
         lines += [
-            f"### {told['title']}", "",
             f"{told['train_rows']:,} rows to train on, {told['held_rows']:,} held out, {told['steps']} steps of "
-            f"{told['batch']}; gain over the {told['yardstick']}.", "",
-            f"| method | {what} | gain (standard error) | trainable | adapter | peak | step | passes |",
-            "|---|---|---|---|---|---|---|---|",
+            f"{told['batch']}; gain over the {told['yardstick']}. Untouched: {times * start:.{digits}f}.", "",
+            f"| method | seeds | {'accuracy, %' if percent else 'nats a token'} (sd) | gain (standard error) "
+            "| trainable | adapter | peak | step | beats it by two errors |", "|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for name, row in sorted(rows.items(), key=lambda pair: -(pair[1]["gain"] or 0.0)):
-            times, digits = (100, 1) if percent else (1, 3)
+            spread = "" if row["score_sd"] is None else f" ({times * row['score_sd']:.{digits}f})"
             error = "" if row["gain_se"] is None else f" ({times * row['gain_se']:.{digits}f})"
+            text = found["methods"][name]
             cells = (
-                f"`{found['methods'][name]}`",
-                f"{times * row['score']:.{digits}f}",
+                text if name in PROBES else f"`{text}`",
+                row["seeds"],
+                f"{times * row['score']:.{digits}f}{spread}",
                 "" if row["gain"] is None else f"{times * row['gain']:+.{digits}f}{error}",
                 f"{row['trainable_parameters']:,.0f} ({100 * row['trainable_share']:.2f} %)",
                 "" if row["adapter_bytes"] is None else f"{row['adapter_bytes'] / 1e3:,.0f} kB",
@@ -499,29 +507,38 @@ def table(found: dict[str, Any]) -> str:
                 "" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f} ms",
                 {True: "yes", False: "no", None: "yardstick" if row["yardstick"] else ""}[row["passes"]],
             )
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
         lines.append("")
-        lines += [f"`{name}`: {row['why']}" for name, row in rows.items() if row.get("why")]
+        lines += [f"- `{found['methods'][name]}`: {row['why']}" for name, row in rows.items() if row.get("why")]
+        refused = {run["method"]: run["refused"] for run in found["runs"] if run["task"] == task and "refused" in run}
+        lines += [f"- `{METHODS[name]}` cannot be there: {said.splitlines()[0]}" for name, said in refused.items()]
+        missing = [f"`{text}`" for name, text in METHODS.items() if name not in rows and name not in refused]
+        if missing:
+            lines.append(f"- Not run yet: {', '.join(missing)}.")
+        few = [f"`{METHODS[name]}`" for name, row in rows.items() if name in METHODS and row["seeds"] < 3]
+        if few:
+            lines.append(f"- Fewer than three seeds yet, so little is shown: {', '.join(few)}.")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Score against trainable parameters, one panel a task."""
+    """Score against trainable parameters, one panel a task that was run."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "graftlm"
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    down = max((len(found["tasks"]) + 1) // 2, 1)
+    figure, axes = plt.subplots(down, 2, figsize=(12, 4.8 * down), layout="constrained", squeeze=False)
     for axis, (task, told) in zip(axes.flat, found["tasks"].items(), strict=False):
         rows = found["summary"].get(task, {})
         times = 100 if told["metric"] == "accuracy" else 1
         for name, row in rows.items():
             x, y = row["trainable_parameters"], times * row["score"]
             colour = {True: "#1b6ca8", False: "#c8553d", None: "#555555"}[row["passes"]]
-            axis.errorbar(x, y, yerr=times * (row["score_se"] or 0), fmt="o", color=colour, markersize=4, linewidth=0.8)
+            axis.errorbar(x, y, yerr=times * (row["score_sd"] or 0), fmt="o", color=colour, markersize=4, linewidth=0.8)
             axis.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
         axis.set_xscale("log")
         axis.set_title(told["title"])
@@ -529,7 +546,16 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("accuracy, %" if times == 100 else "loss, nats a token")
         if told["better"] == "lower":
             axis.invert_yaxis()
-    figure.suptitle("up is better; blue beats the frozen base with its head by two standard errors, red does not")
+        yards = [row["score"] - row["gain"] * (1 if told["better"] == "higher" else -1)
+                 for row in rows.values() if row["gain"] is not None]  # fmt: skip
+        if yards:
+            axis.axhline(times * statistics.median(yards), color="#999999", linewidth=0.8, linestyle="--")
+    for axis in list(axes.flat)[len(found["tasks"]) :]:
+        axis.set_axis_off()
+    figure.suptitle(
+        "up is better; dashed: the frozen base with its head. Blue beats it by two standard errors, red does not,\n"
+        "grey is not known yet. Bars: one standard deviation over seeds"
+    )
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 

@@ -98,6 +98,39 @@ def measured(name: str) -> str:
     return results_of(results, name)
 
 
+def every_method() -> str:
+    """The tables of the benchmark of all methods."""
+    results = _results()
+    _on_path(DOCS.parent)
+    from benchmarks import methods as benchmark
+
+    return benchmark.table(results) if results else "Not measured yet.\n"
+
+
+def rates_tried() -> str:
+    """The scores on validation rows at several learning rates, by task and method."""
+    found = json.loads((DOCS.parent / "benchmarks" / "results" / "method_rates.json").read_text(encoding="utf-8"))
+    by = sorted({run["times"] for run in found["runs"]})
+    scores: dict[tuple[str, str], dict[float, tuple[float, float]]] = {}
+    for run in found["runs"]:
+        if "learning_rate" in run:
+            told = scores.setdefault((run["task"], run["method"]), {})
+            told[run["times"]] = (run["score"], run["learning_rate"])
+    rows = []
+    for (task, name), told in sorted(scores.items()):
+        percent = found["tasks"][task]["metric"] == "accuracy"
+        shown = [f"{100 * told[t][0]:.1f}" if percent else f"{told[t][0]:.3f}" for t in by if t in told]
+        cells = iter(shown)
+        times, (_, rate) = next(iter(told.items()))
+        rows.append(
+            (
+                found["tasks"][task]["title"], f"`{found['methods'][name]}`", f"{rate / times:.2g}",
+                *(next(cells) if t in told else "" for t in by),
+            )
+        )  # fmt: skip
+    return table(("data and base", "method", "rate then", *(f"rate x {t:g}" for t in by)), rows)
+
+
 def settings_of(name: str) -> str:
     """The settings of a method with their defaults, and its learning rate; of a variant what it changes."""
     import dataclasses
@@ -194,6 +227,8 @@ WHAT: dict[str, Callable[..., str]] = {
     "codes": codes,
     "columns": columns,
     "cost": cost_of,
+    "every method": every_method,
+    "rates tried": rates_tried,
     "help": help_of,
     "measured": measured,
     "methods": methods,
@@ -351,26 +386,30 @@ def results_of(results: Any, name: str) -> str:
         found = results["summary"].get(task, {})
         times, digits, unit = (100, 1, " %") if told["metric"] == "accuracy" else (1, 3, " nats")
 
-        def shown(value: float | None, sign: str = "", times: int = times, digits: int = digits) -> str:
-            return "" if value is None else f"{times * value:{sign}.{digits}f}"
+        def shown(value: float | None, form: str = "{}", sign: str = "", by: int = times, digits: int = digits) -> str:
+            return "" if value is None else form.format(f"{by * value:{sign}.{digits}f}")
 
-        for key in [key for key in own if key in found]:
+        mine = [key for key in own if key in found]
+        for key in [*mine, *(["full"] if mine and "full" in found and "full" not in mine else [])]:
             row = found[key]
-            error = "" if row["gain_se"] is None else f" ± {shown(row['gain_se'])}"
-            full = shown(found["full"]["score"]) if "full" in found else ""
             rows.append(
                 (
-                    told["title"], f"`{texts[key]}`", shown(row["score"]) + unit, shown(row["gain"], "+") + error, full,
+                    told["title"], f"`{texts[key]}`", row["seeds"], shown(row["score"]) + unit
+                    + shown(row["score_sd"], " ± {}"), shown(row["gain"], sign="+") + shown(row["gain_se"], " ± {}"),
                     f"{100 * row['trainable_share']:.2f} %", f"{row['adapter_bytes'] / 1e3:,.0f} kB",
-                    f"{1000 * row['step_seconds']:.0f} ms",
+                    f"{row['peak_bytes'] / 1e6:,.0f} MB", f"{1000 * row['step_seconds']:.0f} ms",
                 )
             )  # fmt: skip
             if row.get("why"):
                 notes.append(f"{told['title']}: {escaped(row['why'])}\n")
     if not rows:
-        return "The benchmark does not have it.\n"
-    head = ("data and base", "method", "score", "gain", "full", "trained", "file", "step")
-    said = "Gain over the frozen base with its head, ± standard error; accuracy in %, or loss in nats a token.\n"
+        return "Not among the results yet: [every method](../benchmarks.md#every-method).\n"
+    head = ("data and base", "method", "seeds", "score", "gain", "trained", "file", "memory", "step")
+    said = (
+        "Score: accuracy in %, or loss in nats a token, ± standard deviation over seeds. Gain over the frozen base "
+        "with its head ± standard error; without one, one seed was run. Memory beyond the base; processor time a step, "
+        "one thread ([benchmarks](../benchmarks.md#every-method)).\n"
+    )
     return "\n".join([table(head, rows), said, *notes])
 
 

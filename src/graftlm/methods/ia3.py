@@ -47,7 +47,7 @@ class IA3(Method):
 
     name: ClassVar[str] = "ia3"
     title: ClassVar[str] = "(IA)^3"
-    learning_rate: ClassVar[float] = 3e-3  # of the T-Few recipe
+    learning_rate: ClassVar[float] = 1e-2  # the T-Few recipe has 3e-3, for 11B and more steps
     learning_rate_range: ClassVar[tuple[float, float]] = (5e-4, 5e-2)
 
     targets: Targets = ("key", "value")

@@ -27,7 +27,7 @@ class NormTuning(Parameters):
 
     name: ClassVar[str] = "norm"
     title: ClassVar[str] = "norm tuning"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
 
     targets: Targets = "norm"
 

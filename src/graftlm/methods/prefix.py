@@ -40,10 +40,11 @@ _SMALL = 0.02
 class PrefixTuning(Method):
     """Trained keys and values before those of the tokens, at every attention call; without an MLP P-tuning v2.
 
-    `mlp` is the inner width of the reparametrisation, 0 for none. `targets` are `attention`, `cross`, or either of a
-    stack (`encoder/attention`); all by themselves. `positions="shifted"` counts the prefix among the positions, as the
-    authors' GPT-2 code and PEFT do; `own` leaves the tokens' positions alone, as the authors' BART code does.
-    `start="tokens"` begins with what the model itself computes for the token ids `tokens`, cycled to `length`.
+    `mlp` is the inner width of the reparametrisation, 0 for none; with one the learning rate is 2e-3. `targets` are
+    `attention`, `cross`, or either of a stack (`encoder/attention`); all by themselves. `positions="shifted"` counts
+    the prefix among the positions, as the authors' GPT-2 code and PEFT do; `own` leaves the tokens' positions alone, as
+    the authors' BART code does. `start="tokens"` begins with what the model itself computes for the token ids `tokens`,
+    cycled to `length`.
 
     Example:
         >>> print(PrefixTuning(length=10, mlp=512))
@@ -52,7 +53,7 @@ class PrefixTuning(Method):
 
     name: ClassVar[str] = "prefix"
     title: ClassVar[str] = "prefix tuning"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 1e-1)
     starts_as_identity: ClassVar[bool] = False
 
@@ -83,6 +84,8 @@ class PrefixTuning(Method):
             ),
             (not (self.mlp and self.tokens), "an MLP cannot start from tokens", "mlp=0"),
         )
+        if self.mlp:  # a step of the network moves all that it computes
+            self.__dict__["learning_rate"] = 2e-3
 
     @property
     def context_taken(self) -> int:

@@ -42,7 +42,7 @@ class PTuning(Method):
 
     name: ClassVar[str] = "ptuning"
     title: ClassVar[str] = "P-tuning"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 1e-2)
     starts_as_identity: ClassVar[bool] = False
 

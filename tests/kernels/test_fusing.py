@@ -211,6 +211,26 @@ def test_what_looks_alike_and_is_not_is_left_alone() -> None:
     assert len(fused.fused["feed-forward"]) == 1
 
 
+def test_maps_that_hold_no_plain_weight_are_left_alone() -> None:
+    class Packed(torch.nn.Module):
+        def __init__(self, plain: torch.nn.Linear) -> None:
+            super().__init__()
+            self.in_features, self.out_features = plain.in_features, plain.out_features
+            self.register_buffer("weight", plain.weight.detach().half())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype))
+
+    model = tiny("llama")
+    for layer in model.model.layers:
+        for part, names in ((layer.mlp, ("gate_proj", "up_proj", "down_proj")), (layer.self_attn, ("q_proj",))):
+            for name in names:
+                setattr(part, name, Packed(getattr(part, name)))
+    fused = same(model, [shaken(model, "lora(rank=3,targets=all-linear)")])
+    assert "feed-forward" not in fused.fused
+    assert len(fused.fused["linear"]) == 6
+
+
 @pytest.mark.parametrize("recompute", ["none", "feedforward"])
 def test_less_is_kept(recompute: Any) -> None:
     model = tiny("llama")

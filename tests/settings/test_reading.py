@@ -197,13 +197,6 @@ def test_twice(run_file):
         ("batch: [4]", "S104", 10, "train.batch is a list; wanted a whole number", "batch: 16"),
         ("seed:", "S104", 3, "train.seed is empty; wanted a whole number", "seed: 0"),
         (
-            "gradient_checkpointing: yes",
-            "S104",
-            27,
-            "train.gradient_checkpointing is 'yes'; wanted true or false",
-            "gradient_checkpointing: true",
-        ),
-        (
             "learning_rate: 20",
             "S105",
             18,
@@ -258,6 +251,12 @@ def test_twice(run_file):
 def test_wrong_values(run_file, line, code, column, message, fix):
     finding = one(file=run_file(f"train:\n  {line}\n"))
     assert (finding.code, finding.place, finding.message, finding.fix) == (code, f"run.yaml:2:{column}", message, fix)
+
+
+def test_a_wrong_yes_or_no(run_file):
+    finding = one(file=run_file("data:\n  drop_bad_rows: yes\n"))
+    wanted = ("S104", "data.drop_bad_rows is 'yes'; wanted true or false", "drop_bad_rows: true")
+    assert (finding.code, finding.message, finding.fix) == wanted
 
 
 @pytest.mark.parametrize("value", [1e-7, 0.3, 0.1])

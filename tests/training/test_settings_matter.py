@@ -53,7 +53,7 @@ EXCUSED = {
 SHOWN = {
     "data.path", "data.eval_path", "data.format", "data.drop_bad_rows", "data.merge_labels", "data.waive", "model.name",
     "model.quantize", "train.accumulate", "train.eval_every", "train.save_every", "train.keep_checkpoints",
-    "train.early_stopping", "train.gradient_checkpointing", "train.recompute", "train.threads", "generate.max_new_tokens",
+    "train.early_stopping", "train.recompute", "train.threads", "generate.max_new_tokens",
     "generate.temperature", "generate.top_p", "generate.samples", "output",
     "task", "train.packing", "preferences.beta", "preferences.loss", "preferences.smoothing", "preferences.wanted_weight",
     "preferences.unwanted_weight",
@@ -230,9 +230,7 @@ def test_train_early_stopping_stops(tiny: Tiny, answered: Path) -> None:
     assert run.record["results"]["scores"][0]["loss"] == pytest.approx(min(losses.values()), rel=1e-5)
 
 
-def test_train_gradient_checkpointing_computes_twice(
-    tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_recompute_blocks_computes_twice(tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama.modeling_llama import LlamaAttention
 
     calls: list[int] = []
@@ -245,11 +243,11 @@ def test_train_gradient_checkpointing_computes_twice(
 
     monkeypatch.setattr(LlamaAttention, "forward", forward)
     counts = []
-    for at, settings in enumerate(({}, {"gradient_checkpointing": True}, {"recompute": "blocks"})):
+    for at, settings in enumerate(({}, {"recompute": "blocks"})):
         calls.clear()
         tiny(answered, out=str(at), steps=2, **settings)
         counts.append(len(calls))
-    assert counts == [2, 4, 4]
+    assert counts == [2, 4]
 
 
 def test_train_recompute_feed_forward_parts(tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:

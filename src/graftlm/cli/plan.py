@@ -50,7 +50,7 @@ def verb(
             accumulate=settings.train.accumulate,
             length=settings.train.max_length or _LENGTH,
             task=settings.task,
-            gradient_checkpointing=settings.train.gradient_checkpointing,
+            recompute=settings.train.recompute,
             quantize=settings.model.quantize,
             device=device,
             revision=settings.model.revision,

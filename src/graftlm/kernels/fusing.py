@@ -148,8 +148,8 @@ def _checkpoint(model: Any) -> None:
 def _is_same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) -> bool:
     """Whether `forward` gives what the module's own gives, and the same gradient, on a few random tokens."""
     like = next(module.parameters())
-    if like.is_meta:
-        return False
+    if like.is_meta:  # for planning: there are no numbers to compare
+        return True
     numbers = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, width, generator=numbers).to(like.device, like.dtype)
     results: list[list[Tensor]] = []
@@ -180,7 +180,7 @@ def _offers_low_rank(module: nn.Module) -> bool:
     return any(isinstance(delta, LinearDelta) and delta.low_rank() is not None for delta in placed)
 
 
-def _is_bare(module: nn.Module) -> bool:
+def _is_bare(module: Any) -> bool:
     """Whether the module is a linear map over a plain tensor: not a subclass, not quantised."""
     return type(module) is nn.Linear or linear_kind(module) == "conv1d"
 
@@ -217,7 +217,8 @@ def _together(changes: Sequence[LowRank]) -> LowRank | None:
 
 
 def _trains(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)
+    cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.is_grad_enabled() and x.is_floating_point() and not cast
 
 
 def _linear_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -258,13 +259,11 @@ def _feed_forwards(
     for path, module in modules.items():
         lead = f"{path}." if path else ""
         named = {roles[lead + name]: name for name in module._modules if lead + name in roles}
-        if (
-            "down" not in named
-            or "up" not in named
-            or (maps := set(named.values()))
-            != {name for name, child in module._modules.items() if child is not None and linear_kind(child)}
-        ):
+        maps = {name for name, child in module._modules.items() if child is not None and linear_kind(child)}
+        if "down" not in named or "up" not in named or maps != set(named.values()):
             continue
+        if not all(_is_bare(module._modules[name]) for name in maps):
+            continue  # quantised
         others = {name: child for name, child in module._modules.items() if name not in maps and child is not None}
         idle = tuple(name for name, child in others.items() if isinstance(child, nn.Dropout))
         acting = [name for name in others if name not in idle]
@@ -333,11 +332,13 @@ class _NormPlan:
 def _norm_of(module: nn.Module) -> _NormPlan | None:
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     eps = next((getattr(module, name) for name in _EPSILON if isinstance(getattr(module, name, None), float)), None)
-    if weight is None or weight.dim() != 1 or eps is None or module._modules or weight.is_meta:
+    if weight is None or weight.dim() != 1 or eps is None or module._modules:
         return None
     if len([each for each in module._parameters.values() if each is not None]) != 1 + (bias is not None):
         return None
     width = int(weight.shape[0])
+    if weight.is_meta:
+        return _NormPlan(isinstance(module, nn.LayerNorm), 0.0, float(eps), width)
     x = torch.linspace(-2, 3, 2 * width, device=weight.device).view(1, 2, width).sin().to(weight.dtype)
     try:
         with torch.no_grad():
@@ -377,6 +378,8 @@ def _norm_forward(module: nn.Module, plan: _NormPlan, x: Tensor, *args: Any, **k
 
 
 def _is_fit(plan: _NormPlan, weight: Tensor, bias: Tensor | None) -> bool:
+    if weight.is_meta:
+        return True
     known = (weight.data_ptr(), weight._version)
     if plan.fit != known:
         plan.fit = known if invertible(weight + plan.plus, bias) else None

@@ -62,7 +62,7 @@ class LossHead:
         found = cls(float(scale), getattr(config, "final_logit_softcapping", None))
         device = head.weight.device
         if device.type == "meta":
-            return None
+            return found  # for planning: there are no numbers to compare
         ids = torch.arange(3, 6, device=device)[None] % int(head.weight.shape[0])
         with in_eval_mode(model), without_adapters(model), torch.no_grad():
             states, outputs = _with_states(model, {"input_ids": ids, "use_cache": False})
@@ -94,7 +94,7 @@ class LossHead:
         if not len(target):
             return found + 0 * states.sum().float()  # nothing to learn, but a gradient to ask for
         losses = self._of_states(model, states[:, :-1], wanted, target)
-        return F.pad(torch.zeros_like(wanted, dtype=torch.float32).masked_scatter(wanted, losses), (1, 0))
+        return F.pad(losses.new_zeros(wanted.shape).index_put((wanted,), losses), (1, 0))
 
     def _of_states(self, model: nn.Module, states: Tensor, wanted: Tensor, target: Tensor) -> Tensor:
         head = _head(model)
@@ -167,7 +167,7 @@ def _is_plain(head: nn.Module, states: Tensor) -> bool:
         and (junction is None or not junction.plan())
         and len(head._forward_hooks) == len(head._forward_pre_hooks) == own
         and not head._backward_hooks
-        and not torch.is_autocast_enabled(states.device.type)
+        and (states.is_meta or not torch.is_autocast_enabled(states.device.type))
     )
 
 

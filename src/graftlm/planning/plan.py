@@ -12,6 +12,7 @@ import torch
 
 from graftlm.core import Method
 from graftlm.errors import Finding, GraftError, ModelError, PlanError
+from graftlm.kernels import Recompute
 from graftlm.methods import read_method
 from graftlm.models import load_config, resolve_base
 from graftlm.models.loading import generates
@@ -85,7 +86,7 @@ class Plan:
             "batch": self.shape.rows * self.accumulate,
             "accumulate": self.accumulate,
             "length": self.shape.length,
-            "gradient_checkpointing": self.shape.checkpointing,
+            "recompute": self.shape.recompute,
             "device": self.device,
             "parameters": self.parameters,
             "trainable": self.trainable,
@@ -114,7 +115,7 @@ class Plan:
             f"{self.method}  {self.trainable:,} trainable ({share:.2g} %)  adapter file {said(self.adapter_bytes)}",
             f"  trained: {where}" if where else "",
             f"a step of {rows} x {self.shape.length:,} tokens: {self.flops / 1e12:,.3g} TFLOP"
-            + ("  gradient checkpointing" if self.shape.checkpointing else ""),
+            + (f"  {self.shape.recompute} recomputed" if self.shape.recompute != "none" else ""),
         ]
 
     def _tail(self) -> str:
@@ -149,7 +150,7 @@ def plan(
     length: int = 512,
     task: str = "auto",
     classes: int = 2,
-    gradient_checkpointing: bool = False,
+    recompute: Recompute = "none",
     quantize: str | None = None,
     labelled: float = 1.0,
     evaluation_rows: int = 0,
@@ -161,8 +162,9 @@ def plan(
 
     `base` is a folder (config.json is enough), a config.json, a hub id, "bundled", a transformers configuration or a
     dict of one. `batch` rows of `length` tokens make an optimizer step, computed in `accumulate` parts; `labelled` is
-    the share of the tokens that the loss reads. `dtype` "auto" is float32 on a CPU, elsewhere the checkpoint's own.
-    `device` is "cpu" or "cuda": one that is meant, not one that must be there.
+    the share of the tokens that the loss reads; `recompute` says what is computed twice to hold less, as in training.
+    `dtype` "auto" is float32 on a CPU, elsewhere the checkpoint's own. `device` is "cpu" or "cuda": one that is meant,
+    not one that must be there.
 
     Raises ModelError, MethodError, SiteError and PlanError with everything that is wrong.
 
@@ -182,7 +184,7 @@ def plan(
         rows=batch // accumulate,
         length=length,
         dtype=_DTYPES[kind] if isinstance(kind, str) else kind,
-        checkpointing=gradient_checkpointing,
+        recompute=recompute,
         quantize=quantize,
         labelled=labelled,
         evaluation_rows=evaluation_rows,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core import Adapter, Method, attach, parts_of, survey
+from graftlm.kernels import Recompute, fuse
 from graftlm.objectives import OBJECTIVES, CausalLM, Objective
 from graftlm.planning.packing import pack
 from graftlm.planning.tracing import Trace
@@ -36,7 +37,7 @@ class Shape:
     rows: int = 1
     length: int = 512
     dtype: torch.dtype = torch.float32
-    checkpointing: bool = False
+    recompute: Recompute = "none"
     quantize: str | None = None
     labelled: float = 1.0
     evaluation_rows: int = 0
@@ -82,11 +83,7 @@ def meta_model(config: Any, task: str, dtype: torch.dtype, classes: int = 2) -> 
 def objective_of(task: str, model: Any) -> Objective:
     """The objective that a run of `task` minimises."""
     kind = OBJECTIVES[task]
-    if kind is not CausalLM:
-        return kind()
-    import inspect
-
-    return CausalLM(tail_only="logits_to_keep" in inspect.signature(model.forward).parameters)
+    return CausalLM.of(model) if kind is CausalLM else kind()
 
 
 def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classes: int = 2) -> Traced:
@@ -117,14 +114,12 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
     sizes = +counted.alive
     objective = objective_of(task, model)
     batch = _batch(task, shape, shape.rows)
-    if shape.checkpointing:
-        model.activation_checkpointing_enable()
-    with counted:
+    with fuse(model, recompute=shape.recompute), counted:
         if adapter is not None:
             model.train()
             with counted.phase("forward"):
                 count = max(objective.count(batch), 1)
-                loss = objective.loss_sum(model(**objective.inputs(batch)), batch) / count
+                loss = objective.loss_sum(objective.outputs(model, batch), batch) / count
             with counted.phase("backward"):
                 torch.autograd.backward(loss)
                 del loss
@@ -137,7 +132,7 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
             model.eval()
             held = _batch(task, shape, shape.evaluation_rows or shape.rows)
             with counted.phase("evaluation"), torch.no_grad():
-                objective.loss_sum(model(**objective.inputs(held)), held)
+                objective.loss_sum(objective.outputs(model, held), held)
     return Traced(
         sizes=sizes + Counter(gradients=sum(map(_bytes, trained))),
         peaks=counted.peaks,

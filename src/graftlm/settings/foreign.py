@@ -38,8 +38,8 @@ _SAME = {
     "train.save_every": "save_steps save_interval checkpointing_steps",
     "train.keep_checkpoints": "save_total_limit",
     "train.early_stopping": "early_stopping_patience patience",
-    "train.gradient_checkpointing": "use_gradient_checkpointing grad_checkpoint enable_activation_checkpointing",
-    "train.recompute": "recompute_granularity selective_recompute activation_recompute",
+    "train.recompute": "gradient_checkpointing use_gradient_checkpointing grad_checkpoint activation_checkpointing"
+    " enable_activation_checkpointing recompute_granularity",
     "train.threads": "num_threads",
     "train.packing": "sample_packing use_packing",
     "preferences.beta": "dpo_beta pref_beta kto_beta",

@@ -176,7 +176,6 @@ class TrainSettings(_Section):
             "What is computed twice to hold fewer activations: nothing, feed-forward parts, or whole blocks", "none"
         ),
     ] = "none"
-    gradient_checkpointing: Annotated[bool, _about("The same as recompute: blocks, as other tools call it")] = False
     threads: Annotated[int | None, _count("Processor threads; without one, all", (1, 64))] = None
 
 

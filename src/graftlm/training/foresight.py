@@ -48,7 +48,7 @@ def foresee(settings: RunSettings, config: Any, prepared: Prepared, method: Meth
         rows=min(train.batch // train.accumulate, len(prepared.train)) * several,
         length=length,
         dtype=kind,
-        checkpointing=train.gradient_checkpointing,
+        recompute=train.recompute,
         quantize=settings.model.quantize,
         labelled=labelled,
         evaluation_rows=min(_EVALUATION_ROWS, len(prepared.eval)) * several,
@@ -85,4 +85,4 @@ def does_not_fit(plan: Plan, room: int) -> Finding:
     most = sorted(plan.terms.items(), key=lambda term: -term[1])[:4]
     detail = ", ".join(f"{name} {said(size)}" for name, size in most)
     message = f"the run needs {said(plan.total_bytes)}, there are {said(room)}: {detail}"
-    return Finding("E105", message, fix="--set train.gradient_checkpointing=true, or a smaller --batch")
+    return Finding("E105", message, fix="--set train.recompute=blocks, or a smaller --batch")

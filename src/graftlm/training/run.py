@@ -570,7 +570,7 @@ class _Work:
             learning_rate_of=lambda kind: next(
                 rate for part, rate in zip(adapter.method.parts, self.learning_rates, strict=True) if part is kind
             ),
-            recompute="blocks" if train.gradient_checkpointing else train.recompute,
+            recompute=train.recompute,
             train_dataset=prepared.train,
             eval_dataset=held,
             data_collator=self.collate,

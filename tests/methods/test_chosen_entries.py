@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from graftlm.core import Samples, attach, use
-from graftlm.errors import MethodError
+from graftlm.core import Samples, adapters, attach, use
+from graftlm.errors import MethodError, NotMergeable
 from graftlm.methods import AdaLoRA, LoRA, Prune, ReZero, Sparse, VeRA
+from graftlm.methods.prune import lowest
 from graftlm.methods.scoring import FROM_DATA, best
 from graftlm.methods.sparse import SparseDelta
 from models_for_tests import inputs_for, logits_of, loss_of, perturb, tiny
@@ -272,3 +274,183 @@ def test_training_a_few_entries_keeps_no_weight_for_the_backward_pass():
     others = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in own]
     assert others
     assert not shapes & {shape for tensor in others for shape in (tuple(tensor.shape), tuple(tensor.shape[::-1]))}
+
+
+def test_a_threshold_trains_what_reaches_it():
+    model = tiny("llama")
+    weights = [layer.self_attn.v_proj.weight for layer in model.model.layers]
+    every = torch.cat([weight.detach().abs().flatten() for weight in weights])
+    threshold = float(every.sort(descending=True).values[9])
+    adapter = attach(model, Sparse(threshold=threshold, targets="value"))
+    assert adapter.parameter_count == 10
+    for part, weight in zip(adapter.parts, weights, strict=True):
+        assert torch.equal(part.delta.index.long(), (weight.abs().flatten() >= threshold).nonzero().flatten())
+    adapter.detach()
+    for unit in ("entry", "head", "layer"):
+        with pytest.raises(MethodError) as caught:
+            attach(model, Sparse(threshold=99.0, unit=unit, targets="attention"))
+        assert caught.value.findings[0].code == "T163"
+        assert unit in str(caught.value)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "snip"])
+def test_whole_layers_by_their_mean_score(score):
+    model = tiny("llama")
+    with torch.no_grad():
+        for parameter in model.model.layers[1].parameters():
+            parameter.mul_(3)
+    adapter = attach(model, Sparse(fraction=0.5, unit="layer", score=score), samples=batches(model))
+    chosen = {part.site.layer for part in adapter.parts if len(part.delta.index)}
+    assert len(chosen) == 1
+    assert chosen == {1} or score != "magnitude"
+    for part in adapter.parts:
+        entries = part.site.in_features * part.site.out_features
+        assert len(part.delta.index) == (entries if part.site.layer in chosen else 0)
+    perturb(adapter)
+    changed = logits_of(model)
+    adapter.merge()
+    assert torch.allclose(logits_of(model), changed, rtol=1e-5, atol=1e-6)
+    adapter.unmerge().detach()
+    mean = torch.cat(
+        [p.detach().abs().flatten() for n, p in model.model.layers[1].named_parameters() if "proj" in n]
+    ).mean()
+    adapter = attach(model, Sparse(threshold=float(mean) * 0.99, unit="layer"))
+    assert {part.site.layer for part in adapter.parts if len(part.delta.index)} == {1}
+
+
+@pytest.mark.parametrize("model_name", ["llama", "bert", "opt", "t5"])
+def test_whole_heads_by_their_mean_score(model_name):
+    """A head that is made large is the one that is trained: all of it, and nothing else."""
+    model = tiny(model_name)
+    sites = attach(model, Sparse(unit="head", targets="attention"), name="look").parts
+    calls = sorted({part.site.entry for part in sites})
+    wanted = sites[0].site
+    adapter_count = len(calls) * wanted.kv_heads
+    for part in sites:
+        part.delta.requires_grad_(False)
+    adapters(model)["look"].detach()
+    head, chosen = wanted.kv_heads - 1, calls[-1]
+    expected = {}
+    for part in sites:
+        if part.site.entry != chosen:
+            continue
+        weight = model.get_submodule(part.site.path).weight
+        size = weight.shape[1 if part.site.role == "output" else 0] // wanted.kv_heads
+        mark = torch.zeros_like(weight, dtype=torch.bool)
+        own = slice(head * size, (head + 1) * size)
+        mark[(slice(None), own) if part.site.role == "output" else (own,)] = True
+        with torch.no_grad():
+            weight[mark] *= 20
+        expected[part.site.path] = mark.flatten().nonzero().flatten()
+    assert len(expected) == 4
+    adapter = attach(model, Sparse(fraction=1.01 / adapter_count, unit="head", targets="attention"))
+    for part in adapter.parts:
+        assert torch.equal(part.delta.index.long(), expected.get(part.site.path, torch.empty(0, dtype=torch.long)))
+
+
+@pytest.mark.parametrize(
+    ("model_name", "method"),
+    [("llama", Sparse(unit="head")), ("gpt2", Sparse(unit="head", targets="attention"))],
+    ids=["feed-forward", "fused"],
+)
+def test_heads_where_there_are_none_are_refused(model_name, method):
+    with pytest.raises(MethodError) as caught:
+        attach(tiny(model_name), method)
+    assert caught.value.findings[0].code == "T164"
+
+
+@pytest.mark.parametrize("options", [{"unit": "heads"}, {"unit": "layer", "scope": "tensor"}, {"threshold": 0.0}])
+def test_settings_of_sparse_that_cannot_be(options):
+    with pytest.raises(MethodError):
+        Sparse(**options)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.013, 0.37, 0.5, 1.0])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_the_lowest_over_all_tensors_are_those_of_sorting_everything(share, kind):
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(shape, generator=generator).to(kind).float() for shape in ((30, 40), (5, 6), (200,))]
+    scores[2][:7] = 0.0
+    count = int(share * 1430)
+    value, ties = lowest(lambda: scores, count)
+    every = torch.cat([score.flatten() for score in scores]).sort().values
+    if count:
+        assert value == float(every[count - 1])
+    assert sum(int((score < value).sum()) for score in scores) + ties == count
+
+
+def test_one_threshold_over_all_weights():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(100)
+    for method in (Prune(0.5, scope="global"), Prune(0.5, scope="global", score="wanda")):
+        adapter = attach(model, method, samples=batches(model))
+        gone = {part.site.path: ~part.delta.mask for part in adapter.parts}
+        total = sum(mask.numel() for mask in gone.values())
+        assert sum(int(mask.sum()) for mask in gone.values()) == int(0.5 * total)
+        assert gone["model.layers.1.mlp.up_proj"].float().mean() < 0.05
+        if method.score == "magnitude":
+            sizes = {path: model.get_submodule(path).weight.abs() for path in gone}
+            assert max(float(sizes[p][gone[p]].max()) for p in gone) <= min(
+                float(sizes[p][~gone[p]].min()) for p in gone
+            )
+        adapter.detach()
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda"])
+@pytest.mark.parametrize("scope", ["row", "global"])
+def test_a_schedule_holds_masks_alone_and_ends_where_pruning_at_once_would(score, scope):
+    model = tiny("llama")
+    adapter = attach(model, Prune(0.6, score, scope, initial=0.1), name="late", samples=batches(model))
+    for part in adapter.parts:
+        floats = sum(t.numel() for t in part.delta.state_dict().values() if t.is_floating_point())
+        assert floats == (part.site.in_features if score == "wanda" else 0)
+        assert part.delta.mask.dtype == torch.bool
+    before = logits_of(model)
+    for step in range(1, 401):
+        adapter.after_step(step, 400)
+    masks = [part.delta.mask.clone() for part in adapter.parts]
+    assert not torch.equal(logits_of(model), before)
+    twin = copy.deepcopy(model)
+    assert adapters(twin)["late"].parts[0].delta.at[0] is twin.get_submodule(adapter.parts[0].site.path)
+    adapter.detach()
+    at_once = attach(model, Prune(0.6, score, scope), samples=batches(model))
+    assert all(torch.equal(part.delta.mask, mask) for part, mask in zip(at_once.parts, masks, strict=True))
+
+
+@pytest.mark.parametrize("model_name", ["llama", "gpt2"])
+def test_a_merge_that_keeps_the_zeros(model_name):
+    model = tiny(model_name)
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruned = attach(model, Prune(0.5, targets="output,down") + LoRA(rank=2, targets="output,down"), name="p")
+    other = attach(model, LoRA(rank=2, targets="output"), name="other")
+    perturb(pruned)
+    perturb(other, seed=1)
+
+    def zeros():
+        return [
+            float((model.get_submodule(p.site.path).weight == 0).float().mean())
+            for p in pruned.parts
+            if hasattr(p.delta, "mask")
+        ]
+
+    with pytest.raises(NotMergeable) as caught:
+        other.merge(keep_zeros=True)
+    assert caught.value.findings[0].code == "R203"
+    assert not other.merged
+    pruned.merge()
+    assert max(zeros()) < 0.1
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruned.merge(keep_zeros=True)
+    assert all(abs(share - 0.5) < 0.02 for share in zeros())
+    other.merge()  # what comes later keeps them too
+    assert all(abs(share - 0.5) < 0.02 for share in zeros())
+    other.unmerge()
+    for part in pruned.parts:
+        if hasattr(part.delta, "mask"):
+            name = f"{part.site.path}.weight"
+            assert torch.equal(model.state_dict()[name], dense[name] * part.delta.mask)
+    pruned.unmerge()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
+    pruned.merge()
+    assert max(zeros()) < 0.1

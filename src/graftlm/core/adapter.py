@@ -72,6 +72,7 @@ class _Graft:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)  # parameters that required a gradient before
     tied: bool | None = None  # config.tie_word_embeddings before a merge untied the weights
+    keep_zeros: bool = False  # whether merged weights are zero wherever a merged adapter prunes
     handles: list[RemovableHandle] = field(default_factory=list)
     blocks: list[nn.Module] = field(default_factory=list)  # what transformers may checkpoint
 
@@ -214,14 +215,25 @@ class Adapter:
         written: Path = importlib.import_module(_FORMATS).save_adapter(self, folder, **options)
         return written
 
-    def merge(self) -> Adapter:
+    def merge(self, *, keep_zeros: bool = False) -> Adapter:
         """Fold the adapter into the base's weights; the originals are kept for `unmerge`.
 
-        All rows then have it, whatever the routing: `use` refuses to leave a merged adapter out.
-        Raises NotMergeable naming every delta that has no folded form, before anything changes.
+        All rows then have it, whatever the routing: `use` refuses to leave a merged adapter out. With `keep_zeros` what
+        this or another merged adapter prunes stays zero: the changes of others are left out there, so the merged model
+        is sparse and differs from the attached one. It holds until nothing is merged.
+        Raises NotMergeable naming every delta that has no folded form, and where there are no zeros to keep, before
+        anything changes.
         """
         graft = self._at_home()
-        if self.merged:
+        if keep_zeros and not any(_zeros(graft.adapters[name]) for name in {*graft.switch.merged, self.name}):
+            raise NotMergeable(
+                Finding(
+                    "R203",
+                    f"{self.name} prunes nothing, and no adapter that is merged does: there are no zeros to keep",
+                    fix="merge()",
+                )
+            )
+        if self.merged and graft.keep_zeros >= keep_zeros:
             return self
         for part in self.parts:
             if not folds(part.delta):
@@ -238,10 +250,12 @@ class Adapter:
                     fix="merged_copy(model)",
                 )
             )
-        merged = graft.switch.merged
+        merged, kept = graft.switch.merged, graft.keep_zeros
+        graft.keep_zeros = kept or keep_zeros
         try:
-            _refold(self.model, (*merged, self.name))
+            _refold(self.model, merged if self.merged else (*merged, self.name))
         except BaseException:
+            graft.keep_zeros = kept
             _refold(self.model, merged)
             raise
         return self
@@ -711,6 +725,17 @@ def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:
                 put([(part.site.path, "weight")], folded.T if across else folded, weight, dtype)
                 if shift is not None:
                     put([(part.site.path, "bias")], shift, weight if bias is None else bias, dtype)
+        graft.keep_zeros = graft.keep_zeros and bool(merged)
+        for part, kept in (pair for name in merged if graft.keep_zeros for pair in _zeros(graft.adapters[name])):
+            changed = modules[part.site.path]._parameters[part.site.parameter or ""]
+            assert changed is not None
+            changed.mul_(kept)  # a merge has put it there: the original is kept elsewhere
+
+
+def _zeros(adapter: Adapter) -> list[tuple[Part, Tensor]]:
+    """The parts of `adapter` that make zeros, with what they let stand."""
+    found = [(part, part.delta.kept()) for part in adapter.parts if isinstance(part.delta, ParameterDelta)]
+    return [(part, kept) for part, kept in found if kept is not None]
 
 
 def _takes_weights(model: nn.Module, part: Part) -> bool:

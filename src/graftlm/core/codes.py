@@ -38,6 +38,7 @@ CODES: dict[str, str] = {
     "R116": "positions must be moved for an adapter, and the model takes none",
     "R201": "the method's change cannot be folded into a weight, so the adapter cannot be merged",
     "R202": "a merged weight cannot be put in the place of one that another library holds, or that is offloaded",
+    "R203": "zeros are to be kept in a merge, and nothing that is merged makes any",
     "T102": "a setting of a method has a value that it cannot take",
     "T103": "attach was given something that is not a method",
     "T104": "the method changes nothing in this model",

@@ -136,6 +136,10 @@ class ParameterDelta(Delta):
         """
         raise NotImplementedError
 
+    def kept(self) -> Tensor | None:
+        """True for the entries that this delta lets stand, where others are zero; None where it makes no zeros."""
+        return None
+
     def parameter(self, base: Tensor) -> Tensor:
         """The parameter that the module computes with, in the type of `base`; differentiable in the delta's own."""
         raise NotImplementedError

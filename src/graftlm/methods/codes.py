@@ -29,6 +29,8 @@ CODES: dict[str, str] = {
     "T143": "a gate is put around a change that it cannot scale: virtual tokens, or what is not added",
     "T162": "tokens is given no token ids to train",
     "T161": "the method changes whole weights, and a part of a fused one was named",
+    "T163": "sparse is given a threshold that no score reaches",
+    "T164": "whole heads are to be chosen where a map has none: not of an attention call, or several maps in one",
     "T160": "head is given a number of outputs in a model whose head stands for the vocabulary",
     "T150": "keys and values cannot be put into the attention code of this model",
     "T151": "a prefix is to shift positions in a model that counts them for itself",

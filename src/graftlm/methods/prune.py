@@ -4,27 +4,31 @@
 
 Scores: `magnitude` |w|, and `wanda` |w| times the norm of the input that it meets (Sun et al. 2023, "A Simple and
 Effective Pruning Approach...", equation 1), which needs `attach(..., samples=...)`. They are compared within each
-output row (Wanda's choice), within a tensor, or in groups of m inputs of which n are kept (`pattern="2:4"`). With
-`initial` below `sparsity` the share of zeros rises along a cubic between the shares `begin` and `end` of the run (Zhu
-and Gupta 2017); the scores are then kept until the adapter is saved. It composes with other methods by `+`: their
-changes act beside the mask, and a merge of both adds them up, so entries that a low-rank change touches are no zeros
-any more.
+output row (Wanda's choice), within a tensor, over all weights together (`scope=global`: one threshold), or in groups of
+m inputs of which n are kept (`pattern="2:4"`). With `initial` below `sparsity` the share of zeros rises along a cubic
+between the shares `begin` and `end` of the run (Zhu and Gupta 2017), in steps of 1/128 of the way; scores are made
+anew from the frozen weight at each, so that nothing is held but the masks (and an input norm a column for `wanda`). It
+composes with other methods by `+`: their changes act beside the mask, and a merge of both adds them up, so entries that
+a low-rank change touches are no zeros any more, unless it is asked to keep them (`adapter.merge(keep_zeros=True)`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import Method, ParameterDelta, Part, Samples, Site, Survey, Targets, in_eval_mode
+from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, in_eval_mode
 from graftlm.methods.parameters import weight_of, weights_at
 
-__all__ = ["Prune", "PruneDelta"]
+__all__ = ["Prune", "PruneDelta", "lowest"]
+
+#: In how many steps a schedule goes from its first share to its last.
+_STEPS = 128
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,11 @@ class Prune(Method):
                 f"score {self.score!r} is neither magnitude nor wanda",
                 "score=wanda",
             ),
-            (self.scope in ("row", "tensor"), f"scope {self.scope!r} is neither row nor tensor", "scope=row"),
+            (
+                self.scope in ("row", "tensor", "global"),
+                f"scope {self.scope!r} is none of row, tensor, global",
+                "scope=row",
+            ),
             (numbers, f"pattern {self.pattern!r} is not n:m with n below m", 'pattern="2:4"'),
             (
                 self.initial is None or (0 <= self.initial <= self.sparsity and not self.pattern),
@@ -77,29 +85,35 @@ class Prune(Method):
         return weights_at(self, found)
 
     def build(self, site: Site, module: nn.Module) -> PruneDelta:
-        """The mask of the weight at `site`, by magnitude until something is measured."""
+        """A mask for the weight at `site` that keeps every entry."""
         weight = weight_of(self, site, module)
-        delta = PruneDelta(tuple(weight.shape), self.initial is not None)
-        if not delta.mask.is_meta:
-            self._begin(delta, site, weight.detach().float().abs())
-        return delta
+        scheduled = self.initial is not None
+        norms = scheduled and self.needs_samples
+        return PruneDelta(tuple(weight.shape), site.in_features if norms else None, module if scheduled else None)
 
-    def _begin(self, delta: PruneDelta, site: Site, score: Tensor) -> None:
-        """Start from `score`, which a schedule keeps."""
-        if delta.scores is not None:
-            delta.scores.copy_(score)
-        self._set(delta, site, score, self._first)
+    def build_all(self, sites: Sequence[Site], modules: Mapping[str, nn.Module], *, values: bool) -> list[Delta]:
+        """The masks of the weights, by magnitude until something is measured."""
+        deltas = super().build_all(sites, modules, values=values)
+        if values:
+            weights = [weight_of(self, site, modules[site.path]) for site in sites]
+            self._set([(cast(PruneDelta, d), s, w, None) for d, s, w in zip(deltas, sites, weights, strict=True)])
+        return deltas
 
-    @property
-    def _first(self) -> float:
-        return self.sparsity if self.initial is None else self.initial
-
-    def _set(self, delta: PruneDelta, site: Site, score: Tensor, sparsity: float) -> None:
-        """Put the mask of `sparsity` in place; rows are outputs, whatever way round the weight is stored."""
-        across = site.kind == "conv1d"
-        by_row = score.T if across else score
-        mask = _mask(by_row, sparsity, self.scope, self.pattern)
-        delta.mask.copy_(mask.T if across else mask)
+    def _set(self, given: Sequence[_Given], sparsity: float | None = None) -> None:
+        """Put the masks of `sparsity` in place, or those of the start."""
+        share = sparsity if sparsity is not None else self.sparsity if self.initial is None else self.initial
+        if self.scope == "global" and not self.pattern:
+            total = sum(weight.numel() for _, _, weight, _ in given)
+            threshold, ties = lowest(lambda: (_score(each) for each in given), int(share * total))
+            for each in given:
+                mask, ties = _above(_score(each), threshold, ties)
+                each[0].mask.copy_(mask)
+            return
+        for each in given:
+            across = each[1].kind == "conv1d"  # rows are outputs, whatever way round the weight is stored
+            score = _score(each)
+            mask = _mask(score.T if across else score, share, self.scope, self.pattern)
+            each[0].mask.copy_(mask.T if across else mask)
 
     @property
     def needs_samples(self) -> bool:
@@ -131,53 +145,120 @@ class Prune(Method):
 
     def apply_measured(self, parts: Sequence[Part], measured: Any, model: nn.Module) -> None:
         """Put the masks of |w| times the norm of its input in place."""
+        given: list[_Given] = []
         for part, norms in zip(parts, measured, strict=True):
-            weight = weight_of(self, part.site, model.get_submodule(part.site.path)).detach().float().abs()
-            norms = norms.to(weight.device)
-            score = weight * (norms[:, None] if part.site.kind == "conv1d" else norms)
-            self._begin(cast(PruneDelta, part.delta), part.site, score)
+            delta = cast(PruneDelta, part.delta)
+            if delta.norms is not None:
+                delta.norms.copy_(norms)
+            given.append((delta, part.site, weight_of(self, part.site, model.get_submodule(part.site.path)), norms))
+        self._set(given)
 
     def share(self, step: int, total: int) -> float:
         """The share of zeros after optimizer step `step` of `total`."""
-        start, first, last = self._first, self.begin * total, self.end * total
+        start = self.sparsity if self.initial is None else self.initial
+        first, last = self.begin * total, self.end * total
         if step >= last:
             return self.sparsity
         if step <= first:
             return start
-        return self.sparsity + (start - self.sparsity) * (1 - (step - first) / (last - first)) ** 3
+        way = 1 - (1 - (step - first) / (last - first)) ** 3
+        return start + (self.sparsity - start) * int(way * _STEPS) / _STEPS
 
     def after_step(self, parts: Sequence[Part], step: int, total: int) -> None:
         """Follow the schedule, where there is one."""
-        if self.initial is None:
+        if self.initial is None or self.share(step, total) == self.share(step - 1, total):
             return
-        for part in parts:
-            delta = cast(PruneDelta, part.delta)
-            if delta.scores is not None:
-                self._set(delta, part.site, delta.scores, self.share(step, total))
+        deltas = [cast(PruneDelta, part.delta) for part in parts]
+        given = [(d, part.site, self._weight(d, part.site), d.norms) for d, part in zip(deltas, parts, strict=True)]
+        self._set(given, self.share(step, total))
+
+    def _weight(self, delta: PruneDelta, site: Site) -> Tensor:
+        (module,) = delta.at
+        assert module is not None
+        return weight_of(self, site, module)
 
     def bake(self, part: Part) -> Part:
         """The mask alone: what a schedule needs is dropped."""
         if self.initial is None:
             return part
-        delta = PruneDelta(tuple(cast(PruneDelta, part.delta).mask.shape), False)
+        delta = PruneDelta(tuple(cast(PruneDelta, part.delta).mask.shape))
         delta.mask = cast(PruneDelta, part.delta).mask.clone()
         return Part(dataclasses.replace(self, initial=None), part.site, delta)
 
 
 class PruneDelta(ParameterDelta):
-    """A mask over one weight: True where an entry stays (stored as bytes)."""
+    """A mask over one weight: True where an entry stays (stored as bytes).
+
+    A scheduled one knows the module `at` which it acts, whose frozen weight it looks at again, and for `wanda` the
+    norms of its `inputs`.
+    """
 
     mask: Tensor
-    scores: Tensor | None
+    norms: Tensor | None
 
-    def __init__(self, shape: tuple[int, ...], scheduled: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], inputs: int | None = None, module: nn.Module | None = None) -> None:
         super().__init__()
+        self.at = (module,)  # in a tuple, so that it is no child
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
-        self.register_buffer("scores", torch.zeros(shape, dtype=torch.float32) if scheduled else None)
+        self.register_buffer("norms", None if inputs is None else torch.ones(inputs, dtype=torch.float32))
 
     def parameter(self, base: Tensor) -> Tensor:
         """The weight with zeros where the mask says so."""
         return base * self.mask
+
+    def kept(self) -> Tensor:
+        """The mask."""
+        return self.mask
+
+
+#: A mask, its site, the weight it is for, and the norms of its inputs where they count.
+_Given = tuple[PruneDelta, Site, Tensor, Tensor | None]
+
+
+def _score(given: _Given) -> Tensor:
+    """|w|, or |w| times the norm of the input that it meets; float32, as the weight is stored."""
+    _, site, weight, norms = given
+    score = weight.detach().float().abs()
+    if norms is None:
+        return score
+    norms = norms.to(score.device)
+    return score * (norms[:, None] if site.kind == "conv1d" else norms)
+
+
+def lowest(scores: Callable[[], Iterable[Tensor]], count: int) -> tuple[float, int]:
+    """The `count`-th lowest of all scores, and how many of its equals are among the `count` lowest.
+
+    Scores are float32 and not negative; each call of `scores` gives them anew, so that one tensor is held at a time.
+    They order as their bits do: the upper half of these is found in a first pass, the lower in a second.
+
+    Example:
+        >>> lowest(lambda: [torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0])], 2)
+        (2.0, 1)
+    """
+    if count < 1:
+        return 0.0, 0
+    upper = torch.zeros(2**15, dtype=torch.long)
+    for score in scores():
+        upper += (score.flatten().view(torch.int32) >> 16).bincount(minlength=2**15).cpu()
+    before = upper.cumsum(0)
+    high = int((before < count).sum())
+    rest = count - int(before[high] - upper[high])
+    lower = torch.zeros(2**16, dtype=torch.long)
+    for score in scores():
+        bits = score.flatten().view(torch.int32)
+        lower += (bits[bits >> 16 == high] & 0xFFFF).bincount(minlength=2**16).cpu()
+    before = lower.cumsum(0)
+    low = int((before < rest).sum())
+    value = torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32)
+    return float(value), rest - int(before[low] - lower[low])
+
+
+def _above(score: Tensor, threshold: float, ties: int) -> tuple[Tensor, int]:
+    """True for the entries to keep, where those below `threshold` go and the first `ties` of its equals; ties left."""
+    mask = score > threshold
+    equal = (score == threshold).flatten().nonzero().flatten()
+    mask.view(-1)[equal[ties:]] = True
+    return mask, max(0, ties - len(equal))
 
 
 def _mask(score: Tensor, sparsity: float, scope: str, pattern: str) -> Tensor:

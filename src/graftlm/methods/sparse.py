@@ -6,14 +6,18 @@ Only the indices (int32 where they fit) and the values are held and optimised, s
 is that of k numbers; masking gradients instead would keep full-size moments and decay what is not chosen. Where few
 entries change, the map stays as it is and the change is a sparse product beside it, so that no changed weight and no
 gradient of a whole weight is ever built. Start: values zero. Parameters: k = int(fraction * N) over the N entries of
-the targeted weights (`scope=global`), or of each tensor by itself.
+the targeted weights (`scope=global`), or of each tensor by itself; or as many as have a score of `threshold` or more.
+With `unit=layer` or `unit=head` whole layers or attention heads are chosen by the mean score of their entries: a share
+of `fraction`, at least one. A head is its rows of the query, key and value maps and its columns of the output map;
+query heads that share a key-value head are one.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,11 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, device_at
+from graftlm.errors import Finding, MethodError
 from graftlm.methods.parameters import weight_of, weights_at
 from graftlm.methods.scoring import FROM_DATA, SCORES, best, scores_from_data
 
 __all__ = ["Sparse", "SparseDelta"]
 
+_UNITS = ("entry", "head", "layer")
+_OF_HEADS = ("query", "key", "value", "output")
 #: A weight of fewer than one changed entry in so many is multiplied beside the map where that saves a product.
 _SPARSE = 8
 #: How many entries of a weight are built in the time of one multiplication by a chosen entry.
@@ -50,6 +57,8 @@ class Sparse(Method):
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 1e-2)
 
     fraction: float = 0.005
+    threshold: float | None = None
+    unit: str = "entry"
     score: str = "magnitude"
     scope: str = "global"
     targets: Targets = "all-linear"
@@ -61,12 +70,42 @@ class Sparse(Method):
             (0 < self.fraction <= 1, f"fraction {self.fraction} is not in (0, 1]", "fraction=0.005"),
             (self.score in SCORES, f"score {self.score!r} is none of {', '.join(SCORES)}", "score=fisher"),
             (self.scope in ("global", "tensor"), f"scope {self.scope!r} is neither global nor tensor", "scope=global"),
+            (self.unit in _UNITS, f"unit {self.unit!r} is none of {', '.join(_UNITS)}", "unit=entry"),
+            (
+                self.unit == "entry" or self.scope == "global",
+                f"scope={self.scope} has no meaning with unit={self.unit}, which is chosen among all",
+                "scope=global",
+            ),
+            (
+                self.threshold is None or 0 < self.threshold < math.inf,
+                f"threshold {self.threshold} is not above 0",
+                "threshold=0.01",
+            ),
         )
 
     def sites(self, survey: Survey) -> list[Site]:
         """The weights of the linear maps that `targets` name in `layers`."""
         found = survey.select(self.targets, layers=self.layers, exclude=self.exclude, kinds=("linear", "conv1d"))
-        return weights_at(self, found)
+        weights = weights_at(self, found)
+        return [self._with_heads(site, survey) for site in weights] if self.unit == "head" else weights
+
+    def _with_heads(self, site: Site, survey: Survey) -> Site:
+        """`site` with the heads of its attention call, whose path is its `entry`. Raises MethodError without one."""
+        near = [call for call in survey.attentions if call.layer == site.layer and call.stack == site.stack]
+        near = near or [call for call in survey.attentions if call.layer == site.layer]
+        call = max(near, key=lambda each: _shared(each.path, site.path), default=None)
+        wide = site.in_features if site.role == "output" else site.out_features
+        heads = 0 if call is None else call.kv_heads if site.role in ("key", "value") else call.heads
+        if call is None or site.role not in _OF_HEADS or wide != heads * call.head_width:
+            raise MethodError(
+                Finding(
+                    "T164",
+                    f"{self.name}: unit=head wants query, key, value and output maps, and {site.path} is "
+                    f"{site.role or 'none'}" + (", several in one" if site.role == "qkv" else ""),
+                    fix="targets=attention" if site.role != "qkv" else "unit=layer",
+                )
+            )
+        return replace(site, heads=call.heads, kv_heads=call.kv_heads, head_width=call.head_width, entry=call.path)
 
     def build_all(self, sites: Sequence[Site], modules: Mapping[str, nn.Module], *, values: bool) -> list[Delta]:
         """A delta for each weight; its entries are chosen here, or by `apply_measured` for scores from data."""
@@ -78,7 +117,7 @@ class Sparse(Method):
                 chosen = [torch.arange(max(1, int(self.fraction * each))) for each in numel]
         else:
             scores = [torch.rand(w.shape) if self.score == "random" else w.detach().float().abs() for w in weights]
-            chosen = self._chosen(scores)
+            chosen = self._chosen(scores, sites)
         found = [
             SparseDelta(index, tuple(weight.shape), across=site.kind == "conv1d")
             for index, weight, site in zip(chosen, weights, sites, strict=True)
@@ -88,10 +127,53 @@ class Sparse(Method):
             for site, delta in zip(sites, found, strict=True)
         ]
 
-    def _chosen(self, scores: Sequence[Tensor]) -> list[Tensor]:
+    def _chosen(self, scores: Sequence[Tensor], sites: Sequence[Site]) -> list[Tensor]:
+        """The flat indices of what is trained in each weight. Raises MethodError where the threshold leaves nothing."""
+        if self.unit != "entry":
+            return self._units(scores, sites)
+        if self.threshold is not None:
+            found = [(score.flatten() >= self.threshold).nonzero().flatten() for score in scores]
+            self._some(any(map(len, found)), max(float(score.max()) for score in scores))
+            return found
         if self.scope == "tensor":
             return [best([score], max(1, int(self.fraction * score.numel())))[0] for score in scores]
         return best(scores, max(1, int(self.fraction * sum(score.numel() for score in scores))))
+
+    def _units(self, scores: Sequence[Tensor], sites: Sequence[Site]) -> list[Tensor]:
+        """The entries of the best layers or heads by their mean score."""
+        totals: dict[tuple[str, int], tuple[float, int]] = {}
+        blocks = [_blocks(score, site, self.unit) for score, site in zip(scores, sites, strict=True)]
+        for site, parts in zip(sites, blocks, strict=True):
+            for number, part in enumerate(parts):
+                total, count = totals.get(key := _unit_of(site, number, self.unit), (0.0, 0))
+                totals[key] = (total + float(part.double().sum()), count + part.numel())
+        means = {key: total / count for key, (total, count) in totals.items()}
+        ranked = sorted(means, key=lambda key: -means[key])
+        if self.threshold is None:
+            chosen = set(ranked[: max(1, int(self.fraction * len(ranked)))])
+        else:
+            chosen = {key for key in ranked if means[key] >= self.threshold}
+            self._some(bool(chosen), means[ranked[0]])
+        found = []
+        for score, site in zip(scores, sites, strict=True):
+            places = torch.arange(score.numel(), device=score.device).view(score.shape)
+            own = [
+                part.flatten()
+                for number, part in enumerate(_blocks(places, site, self.unit))
+                if _unit_of(site, number, self.unit) in chosen
+            ]
+            found.append(torch.cat(own).sort().values if own else places.new_empty(0))
+        return found
+
+    def _some(self, any_: bool, best_: float) -> None:
+        if not any_:
+            raise MethodError(
+                Finding(
+                    "T163",
+                    f"{self.name}: no score of a {self.unit} reaches {self.threshold:g}, the best is {best_:.4g}",
+                    fix=f"threshold={best_ / 2:.2g}, or fraction={self.fraction:g} without threshold",
+                )
+            )
 
     @property
     def needs_samples(self) -> bool:
@@ -101,13 +183,34 @@ class Sparse(Method):
     def measure(self, model: nn.Module, sites: Sequence[Site], samples: Samples) -> list[Tensor]:
         """The chosen flat indices of each weight."""
         weights = [weight_of(self, site, model.get_submodule(site.path)) for site in sites]
-        return self._chosen(scores_from_data(model, weights, self.score, samples))
+        return self._chosen(scores_from_data(model, weights, self.score, samples), sites)
 
     def apply_measured(self, parts: Sequence[Part], measured: Any, model: nn.Module) -> None:
         """Give each delta its entries."""
         del model
         for part, index in zip(parts, measured, strict=True):
             cast(SparseDelta, part.delta).choose(index)
+
+
+def _shared(one: str, other: str) -> int:
+    """How many names two paths have in common from the start."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _blocks(weight: Tensor, site: Site, unit: str) -> Sequence[Tensor]:
+    """The parts of a weight that belong to one unit each: one for layers; for heads by key-value head."""
+    if unit == "layer":
+        return (weight,)
+    by_row = weight.T if site.kind == "conv1d" else weight
+    return by_row.tensor_split(site.kv_heads, dim=1 if site.role == "output" else 0)
+
+
+def _unit_of(site: Site, number: int, unit: str) -> tuple[str, int]:
+    """What tells a unit from others: a layer of a stack, or a head of an attention call."""
+    if unit == "head":
+        return site.entry, number
+    return (site.path, -1) if site.layer is None else (site.stack, site.layer)
 
 
 class SparseDelta(ParameterDelta):

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEVELOP := $(VENV)/.develop
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-device check docs pages bench pretrain clean
+.PHONY: help install test test-slow test-device check docs pages bench real pretrain clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -42,6 +42,9 @@ pages: $(DEVELOP) ## write the generated pages of the docs again
 
 bench: $(DEVELOP) ## measure speed and memory
 	@if [ -d benchmarks ]; then $(BIN)/python -m benchmarks; else echo "there are no benchmarks yet"; fi
+
+real: $(DEVELOP) ## train every task on real data and write docs/results.md
+	$(BIN)/python -m benchmarks.real
 
 pretrain: $(DEVELOP) ## train the bundled base again: TEXT=folder OUT=folder MINUTES=60
 	$(BIN)/python scripts/pretrain.py $(TEXT) -o $(OUT) --minutes $(or $(MINUTES),60)

@@ -10,7 +10,7 @@ import torch
 from conformance.cases import ADDS_BIAS, CASES, Scale, Unfoldable, cross, grid, merges, only
 from graftlm.core import adapters, attach, use
 from graftlm.errors import NotMergeable, RoutingError
-from graftlm.methods import BitFit, Full, Head, LoRA, Modules
+from graftlm.methods import BitFit, Full, Head, LoRA, Modules, TrainableTokens
 from models_for_tests import MODELS, logits_of, perturb, tiny
 
 
@@ -90,6 +90,8 @@ PAIRS = {
     "full-full": (Full(), Full()),
     "head-head": (Head(), Head()),
     "norm-full": (Modules("norm"), Full()),
+    "embed-tokens": (Modules("embed"), TrainableTokens(ids=[*range(5, 60, 3)])),
+    "tokens-embed": (TrainableTokens(ids=[*range(5, 60, 3)]), LoRA(rank=2, targets="embed")),
     "embed-lora": (Modules("embed"), LoRA(rank=2, targets="embed,head")),
 }
 

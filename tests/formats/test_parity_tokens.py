@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from graftlm.core import attach
@@ -13,7 +15,7 @@ from graftlm.errors import AdapterError
 from graftlm.formats import load_adapter, save_adapter
 from graftlm.methods import Head, LoRA, Modules, NormTuning, TrainableTokens
 
-from .conftest import inputs, logits, shake, tiny
+from .conftest import WIDTHS, inputs, logits, shake, tiny
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -163,6 +165,21 @@ def test_new_words_go_to_a_base_that_was_grown_again(tmp_path):
     assert_same(found(again), found(ours))
     with pytest.raises(AdapterError, match=r"token 64 is not one of the 64 of[\s\S]*resize_token_embeddings\(67\)"):
         load_adapter(tiny("gpt2"), tmp_path / "a", check_base=False)
+
+
+def test_peft_forgets_the_bias_of_a_tied_output(tmp_path):
+    """Fresh rows change nothing, but PEFT's model is another one; here its file means what it should."""
+    torch.manual_seed(0)
+    base = transformers.BertForMaskedLM(transformers.BertConfig(**WIDTHS)).eval()
+    with torch.no_grad():
+        base.cls.predictions.decoder.bias.normal_()
+    bias, wanted = base.cls.predictions.decoder.bias.detach().clone(), logits(base)
+    ours = copy.deepcopy(base)
+    theirs = peft.get_peft_model(base, peft.TrainableTokensConfig(token_indices=[7])).eval()
+    theirs.save_pretrained(tmp_path)
+    load_adapter(ours, tmp_path)
+    assert_same(logits(ours), wanted)
+    assert_same(logits(theirs) + bias, wanted)
 
 
 def edit(folder, **fields):

@@ -699,22 +699,30 @@ def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:
             graft.tied, config.tie_word_embeddings = True, False  # type: ignore[union-attr]
             for path, name in others[1:]:
                 place(path, name, nn.Parameter(like.detach().clone(), requires_grad=False))
+            others = others[:1]
         fresh = nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)
         for path, name in places:
             place(path, name, fresh)
+        # The next to change some of these places alone must know with which others they share it.
+        holders[id(like)], holders[id(fresh)] = others, places
 
     with torch.no_grad():
         for part in _in_folding_order([part for name in merged for part in graft.adapters[name].parts]):
             module, delta = modules[part.site.path], part.delta
             if isinstance(delta, ParameterDelta):
-                name = part.site.parameter or ""
-                now = module._parameters[name]
-                assert now is not None
-                original = originals.get((part.site.path, name))
-                start = now if original is None else original
-                value = delta.parameter(start)
-                # Where an adapter merged before stands already, the changes add up, as at a junction.
-                put(part.site.places, value.clone() if now is start else now + (value - start), now, now.dtype)
+                # Places that shared a tensor may hold one each by now.
+                by_tensor: dict[int, list[tuple[str, str]]] = {}
+                for path, name in part.site.places:
+                    by_tensor.setdefault(id(modules[path]._parameters[name]), []).append((path, name))
+                for places in by_tensor.values():
+                    path, name = places[0]
+                    now = modules[path]._parameters[name]
+                    assert now is not None
+                    original = originals.get((path, name))
+                    start = now if original is None else original
+                    value = delta.parameter(start)
+                    # Where an adapter merged before stands already, the changes add up, as at a junction.
+                    put(places, value.clone() if now is start else now + (value - start), now, now.dtype)
             elif isinstance(delta, LinearDelta):
                 weight, bias = module._parameters["weight"], module._parameters.get("bias")
                 assert weight is not None

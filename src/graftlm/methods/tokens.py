@@ -48,11 +48,11 @@ class TrainableTokens(Method):
     targets: Targets = "embed"
 
     def __post_init__(self) -> None:
-        ids = self.rows
+        ids = self.rows if not isinstance(self.ids, str) else (self.ids,)
         whole = all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in ids)
         twice = sorted({each for each in ids if ids.count(each) > 1}) if whole else []
         self.require(
-            (whole, f"ids {list(ids)} are no token ids: whole numbers from 0", "ids=[5]"),
+            (whole, f"ids {list(ids)} are no token ids, which are whole numbers from 0", "ids=[5]"),
             (not twice, f"ids has {twice[:1]} twice", ""),
         )
 

@@ -177,7 +177,7 @@ class Junction:
         self._kinds = _Kinds()
         #: The prefixes of a generation in progress, put together.
         self.kept_prefix: tuple[Any, ...] | None = None
-        self._plans: dict[Routing, tuple[Group, ...]] = {}
+        self._plans: dict[Routing, tuple[tuple[Group, ...], _Kinds]] = {}
         self._followed: tuple[Any, ...] = ()
         self._kept_rows: tuple[tuple[Group, ...], int, torch.device, Rows] | None = None
         self._kept_places: tuple[tuple[Group, ...], int, torch.device, tuple[Entries, ...]] | None = None
@@ -238,12 +238,14 @@ class Junction:
         """The groups of the routing in force, without idle ones where one choice holds for all rows."""
         routing = self.switch.current()
         if self._planned is None or self._planned[0] is not routing:
-            groups = self._plans.get(routing)
-            if groups is None:
+            known = self._plans.get(routing)
+            if known is None:
                 if len(self._plans) >= _PLANS:
                     self._plans.clear()
-                groups = self._plans[routing] = self._groups(routing)
-            self._planned, self._kinds = (routing, groups), _Kinds.of(groups)
+                groups = self._groups(routing)
+                known = self._plans[routing] = groups, _Kinds.of(groups)
+            groups, self._kinds = known
+            self._planned = (routing, groups)
             self.kept_prefix = None
         return self._planned[1]
 

@@ -47,6 +47,8 @@ class Lane:
         #: Whether the map's output is a tensor of its own, which may be written to.
         own = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or hasattr(module, "dense_weight")
         self.fresh = self.before is None and own
+        #: Whether the map is `nn.Linear`'s own, whose product can be called for without detours.
+        self.bare = self.before is None and type(module).forward is nn.Linear.forward
         #: A forward that makes the map's product together with what acts there, for training.
         self.fused: Callable[..., Any] | None = None
         self._ways: dict[int, _Way] = {}
@@ -70,6 +72,14 @@ class Lane:
             return self.before(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
+    def product(self, x: Tensor) -> Tensor:
+        """The map itself for one input [..., in]."""
+        if self.bare:
+            own = self.module._parameters
+            return F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
+        found: Tensor = self.inner(x)
+        return found
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The map with what acts at it."""
         junction = self.junction
@@ -81,7 +91,7 @@ class Lane:
             if way is not None:
                 way.left()
                 self._way = None
-            return self.inner(*args)
+            return self.product(args[0])
         x = args[0]
         if way is None or not way.holds(groups, self.module, x):
             way = self._other_way(groups, x)
@@ -214,20 +224,31 @@ class _Steps:
             )
             for columns, adds, afters in stages
         ]
+        #: The one step of a map where nothing acts but one low-rank product, as is most common.
+        self.only: _LowRankStep | None = None
+        if len(self.stages) == 1 and not (self.befores or self.products or self.biases):
+            _, low, others, scalings = self.stages[0]
+            self.only = low[0] if len(low) == 1 and not (others or scalings) else None
 
     def forget(self) -> None:
         """Drop what is kept of the deltas."""
+        if self.only is not None:
+            self.only.forget()
         for _, low, _, _ in self.stages:
             for product in low:
                 product.forget()
 
     def __call__(self, x: Tensor) -> Tensor | None:
+        if self.only is not None:
+            y = self.lane.product(x)
+            self.only(x, y, self.lane.junction.switch.epoch)
+            return y
         for product, _ in self.products:
             if not product.adds(x, not self.whole):
                 return None
         if self.befores:
             x = self._entered(x)
-        y: Tensor = self.lane.inner(x)
+        y = self.lane.product(x)
         for product, at in self.products:
             own = partial(self.lane.junction.own_weight, self.lane.module)
             _add(y, at, product.add(x if at is None else at.take(x), own))
@@ -331,12 +352,13 @@ class _LowRankStep:
     """s (x A^T) B^T for some entries: with one delta, or with a delta of its own for each row, as a batched product."""
 
     def __init__(self, deltas: list[LinearDelta], rows: Sequence[int], at: Entries | None) -> None:
-        self.deltas, self.rows, self.at = deltas, rows, at
+        self.deltas, self.rows, self.at, self.single = deltas, rows, at, len(deltas) == 1
         self._kept: tuple[Any, ...] | None = None
 
     def forget(self) -> None:
-        """Drop what is kept of the deltas."""
-        self._kept = None
+        """Drop what is kept of the deltas, where it takes memory of its own."""
+        if self._kept is not None and not self._kept[5]:
+            self._kept = None
 
     def __call__(self, x: Tensor, y: Tensor, epoch: int) -> None:
         """Add it in place to y [entries, ..., out] for the input x [entries, ..., in]."""
@@ -344,7 +366,7 @@ class _LowRankStep:
         if at is not None:
             x = at.take(x)
         down, up, scale = self._tensors(x.dtype, epoch)
-        if len(self.deltas) == 1:
+        if self.single:
             narrow = F.linear(x, down)
             if y.dtype is x.dtype and (at is None or at.index is None):
                 target = y if at is None else at.take(y)
@@ -352,7 +374,7 @@ class _LowRankStep:
                     target.addmm_(narrow, up, alpha=scale)
                     return
                 if target.is_contiguous():
-                    target.view(-1, target.shape[-1]).addmm_(narrow.reshape(-1, narrow.shape[-1]), up, alpha=scale)
+                    target.view(-1, up.shape[1]).addmm_(narrow.view(-1, up.shape[0]), up, alpha=scale)
                     return
             _add(y, at, narrow @ up * scale)
             return
@@ -370,7 +392,12 @@ class _LowRankStep:
         if kept is not None and kept[0] == epoch and kept[1] is dtype and kept[2] == _versions(kept[3]):
             found: tuple[Tensor, Tensor, float] = kept[4]
             return found
-        sources = [tensor for delta in self.deltas for tensor in (*delta.parameters(), *delta.buffers())]
+        sources = [
+            tensor
+            for delta in self.deltas
+            for tensor in (*delta._parameters.values(), *delta._buffers.values())
+            if tensor is not None
+        ]
         versions = _versions(sources)
         factors = [_factors(delta) for delta in self.deltas]
         made = factors[0].down.to(dtype), factors[0].up.to(dtype).T, factors[0].scale
@@ -379,7 +406,8 @@ class _LowRankStep:
             downs = [_widened(each.down.to(dtype), widest) for each in factors]
             ups = [_widened((each.scale * each.up).to(dtype).T, widest) for each in factors]
             made = torch.stack(downs).mT, torch.stack(ups), 1.0
-        self._kept = None if versions is None else (epoch, dtype, versions, sources, made)
+        own = len(factors) == 1 and made[0] is factors[0].down and factors[0].up.dtype is dtype
+        self._kept = None if versions is None else (epoch, dtype, versions, sources, made, own)
         return made
 
 

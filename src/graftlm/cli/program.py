@@ -27,6 +27,8 @@ from graftlm.errors import Finding, GraftError, nearest
 __all__ = ["VERBS", "main", "program"]
 
 VERBS: dict[str, str] = {
+    "init": "Write a commented run file, or translate another tool's",
+    "check": "Tell everything that is wrong with a run, without training",
     "plan": "Say what a run would take, before it is started",
     "train": "Train an adapter on a data file",
     "evaluate": "Score an adapter beside its untouched base",
@@ -39,11 +41,15 @@ VERBS: dict[str, str] = {
     "chat": "Talk with a model",
     "inspect": "Look into a model, an adapter or a data file",
     "methods": "List the methods with their settings",
+    "runs": "List runs, show, compare, repeat, resume or remove them",
+    "doctor": "Look whether this machine and installation can do the work",
     "explain": "Say what the code of an error means",
 }
 """Every verb with its line in the help; the verb `x` is `verb` in the module `graftlm.cli.x`."""
 
 _OTHER_NAMES = {
+    "init": "new create config import translate",
+    "check": "verify lint dry-run",
     "plan": "estimate memory cost budget fits",
     "train": "finetune fine-tune tune fit sft learn",
     "evaluate": "eval test score validate",
@@ -54,8 +60,10 @@ _OTHER_NAMES = {
     "predict": "classify infer inference label",
     "generate": "complete run sample prompt",
     "chat": "talk repl interact",
-    "inspect": "show info describe summary tree look check",
+    "inspect": "show info describe summary tree look",
     "methods": "list method",
+    "runs": "history jobs ls repeat resume",
+    "doctor": "diagnose env environment",
     "explain": "why error code",
 }
 _VERB_OF = {word: verb for verb, words in _OTHER_NAMES.items() for word in words.split()}

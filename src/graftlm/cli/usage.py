@@ -24,6 +24,7 @@ CODES: dict[str, str] = {
     "L105": "the adapter was trained for another kind of task than the verb needs",
     "L106": "there is nothing to work on: no text, no prompt",
     "L107": "the output cannot be written there",
+    "L108": "something would be removed, and it was not said that this is meant",
 }
 """Every code that the command line itself can give, with its meaning in one line."""
 

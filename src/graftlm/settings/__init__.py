@@ -26,6 +26,7 @@ from .schema import (
     Setting,
     TrainSettings,
 )
+from .translating import Translation, looks_foreign, translate
 from .writing import dump, to_yaml
 
 __all__ = [
@@ -43,7 +44,10 @@ __all__ = [
     "RunSettings",
     "Setting",
     "TrainSettings",
+    "Translation",
     "dump",
+    "looks_foreign",
     "resolve",
     "to_yaml",
+    "translate",
 ]

@@ -66,7 +66,7 @@ from graftlm.training.scoring import write_samples
 from graftlm.training.tasks import Learnt, score_line
 from graftlm.training.trainer import GraftTrainer
 
-__all__ = ["Run", "data_of", "held_out_of", "plan_resolved", "train", "train_resolved"]
+__all__ = ["Run", "check_resolved", "data_of", "held_out_of", "plan_resolved", "train", "train_resolved"]
 
 _BUNDLED_DATA = {"bundled:messages": "messages.csv", "bundled:answers": "answers.jsonl"}
 _EVAL_ROWS_WHILE_TRAINING = 200
@@ -210,6 +210,30 @@ def plan_resolved(resolved: Resolved) -> Plan:
     work = _Work(resolved.settings, resolved.origin, RunFolder("runs"), Voice(quiet=True), "", False)
     prepared, method, _ = work._check()
     return foresee(resolved.settings, work.config, prepared, method)
+
+
+def check_resolved(resolved: Resolved) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """What is worth knowing and what must be mended before the run that `resolved` says; nothing is trained or written.
+
+    Settings, data, method, base, memory, and the folder of the run.
+    """
+    settings = resolved.settings
+    name = settings.data.path or "bundled:messages"
+    folder = RunFolder(Path(settings.output).expanduser() if settings.output else free_folder(name))
+    work = _Work(settings, resolved.origin, folder, Voice(quiet=True), "", False)
+    notes: list[Finding] = []
+    faults: list[Finding] = []
+    try:
+        folder.check(dump(settings), resume=False)
+    except GraftError as error:
+        faults += error.findings
+    try:
+        prepared, method, _ = work._check()
+        notes += prepared.notes
+        work._foresee(prepared, method)
+    except GraftError as error:
+        faults += error.findings
+    return tuple(notes), tuple(faults)
 
 
 def _with_rows(settings: RunSettings, folder: RunFolder, rows: list[Mapping[str, Any]]) -> RunSettings:

@@ -1,0 +1,227 @@
+"""Settings files of other tools as a run file here, with a line for each thing that was changed, and for each left out.
+
+Understood are peft's adapter_config.json, and the run files of axolotl, LLaMA-Factory, TRL and the Trainer (YAML or
+JSON). Which name is which setting is the table in `foreign`; what differs in meaning is worked out here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from graftlm.errors import Finding, SettingsError
+
+from .foreign import NO_COUNTERPART, known_elsewhere
+from .reading import resolve
+from .schema import SETTINGS, RunSettings
+
+__all__ = ["Translation", "looks_foreign", "translate"]
+
+_METHODS = {
+    "lora": "lora", "qlora": "lora", "dora": "dora", "adalora": "adalora", "ia3": "ia3", "prefix_tuning": "prefix",
+    "prompt_tuning": "prompt", "p_tuning": "ptuning", "vera": "vera", "ln_tuning": "norm", "full": "full",
+    "freeze": "last",
+}  # fmt: skip
+_KINDS = {"peft_type", "adapter", "finetuning_type", "fine_tune_type", "lora_model"}
+_TASKS = {"causal_lm": "sft", "seq_cls": "classify", "sft": "sft", "pt": "lm"}
+_COUNTS = {"warmup_steps", "lr_warmup_steps", "num_warmup_steps"}
+_PER_PART = {"per_device_train_batch_size", "per_gpu_train_batch_size", "micro_batch_size"}
+_SHARES = {"val_set_size", "val_size"}
+_SCHEDULES = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "polynomial": "linear"}
+_DATA_PATHS = ("data.path", "data.eval_path")
+
+
+@dataclass(frozen=True)
+class Translation:
+    """The settings, and what was done with each foreign name: `changed` and `left_out`, a line each."""
+
+    settings: RunSettings
+    changed: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def looks_foreign(names: Mapping[str, Any]) -> bool:
+    """Whether most of the top-level names are another tool's."""
+    strange = [name for name in names if name not in SETTINGS and name not in ("data", "model", "train", "generate")]
+    known = [name for name in strange if known_elsewhere(str(name)) or str(name).lower() in NO_COUNTERPART]
+    return len(known) >= 2 and len(known) > (len(names) - len(strange))
+
+
+def translate(file: Path) -> Translation:
+    """The settings that `file` of another tool means here. Raises SettingsError if it cannot be read or does not fit.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     place = Path(folder, "sft.yaml")
+        ...     _ = place.write_text("lora_r: 8\\nlora_alpha: 32\\nnum_train_epochs: 2\\n")
+        ...     translate(place).settings.method
+        'lora(rank=8,alpha=32)'
+    """
+    try:
+        tree = YAML(typ="safe").load(file.read_text(encoding="utf-8"))  # JSON is YAML too
+    except OSError as error:
+        raise SettingsError(Finding("S109", f"cannot read {file}: {error.strerror or error}")) from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            Finding("S110", f"{file} is neither YAML nor JSON: {str(error).splitlines()[0]}")
+        ) from error
+    if not isinstance(tree, Mapping):
+        raise SettingsError(Finding("S110", f"{file} holds no settings: a mapping of names to values is wanted"))
+    work = _Work()
+    for name, value in tree.items():
+        work.take(str(name), value)
+    given = work.given()
+    return Translation(resolve(python=given).settings, tuple(work.changed), tuple(work.left_out))
+
+
+class _Work:
+    """What was found so far."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}
+        self.method = ""
+        self.changed: list[str] = []
+        self.left_out: list[str] = []
+        self.rows_a_part = 0
+        self.warmup_count = 0
+
+    def take(self, name: str, value: Any) -> None:
+        """One foreign name."""
+        key = name.lower().replace("-", "_")
+        known = known_elsewhere(key)
+        if value is None or value in ([], {}, ""):
+            return
+        if key in _KINDS and str(value).lower() in _METHODS:
+            self.method = _METHODS[str(value).lower()]
+            self.changed.append(f"{name}: {value} is method: {self.method}")
+            if str(value).lower() == "qlora":
+                self.settings["model.quantize"] = "nf4"
+        elif key in ("use_dora", "peft_use_dora"):
+            self._option_if(value, name, "dora")
+        elif key in ("lora_target_linear",) and value:
+            self.options["targets"] = "all-linear"
+            self.changed.append(f"{name}: {value} is targets=all-linear in the method")
+        elif key in ("use_rslora", "peft_use_rslora") and value:
+            self.options["rslora"] = True
+            self.changed.append(f"{name}: {value} is rslora=true in the method")
+        elif key in _PER_PART:
+            self.rows_a_part = int(value)
+        elif key in _COUNTS:
+            self.warmup_count = int(value)
+        elif key in _SHARES:
+            self._share(name, value)
+        elif key in ("bf16", "fp16"):
+            if value and value != "auto":
+                self._set("model.dtype", {"bf16": "bfloat16", "fp16": "float16"}[key], name, value)
+        elif key in ("load_in_4bit", "load_in_8bit"):
+            if value:
+                self._set("model.quantize", "nf4" if "4" in key else "int8", name, value)
+        elif key in ("stage", "task_type") and str(value).lower() in _TASKS:
+            self._set("task", _TASKS[str(value).lower()], name, value)
+        elif known is not None and known.option:
+            self.options[known.option] = _targets(value) if known.option == "targets" else value
+            self.changed.append(f"{name}: {_short(value)} is {known.option} in the method")
+        elif known is not None and not known.note and known.setting in SETTINGS:
+            self._plain(known.setting, name, value)
+        elif len(homes := [s for s in SETTINGS if s == key or s.rpartition(".")[2] == key]) == 1:
+            self._plain(homes[0], name, value)
+        else:
+            why = "a fixed choice here" if key in NO_COUNTERPART else (known.note if known else "nothing here has it")
+            self.left_out.append(f"{name}: {_short(value)} is left out: {why}")
+
+    def given(self) -> dict[str, Any]:
+        """The settings by dotted name."""
+        parts = int(self.settings.get("train.accumulate", 1))
+        if self.rows_a_part:
+            self._set("train.batch", self.rows_a_part * parts, "rows a device", self.rows_a_part)
+        if self.warmup_count:
+            steps = self.settings.get("train.steps")
+            if steps:
+                self._set("train.warmup", round(self.warmup_count / steps, 4), "warmup_steps", self.warmup_count)
+            else:
+                self.left_out.append(
+                    f"warmup_steps: {self.warmup_count} is left out: train.warmup is a share of the steps"
+                )
+        if self.settings.get("train.steps") and self.settings.get("train.epochs"):
+            epochs = self.settings.pop("train.epochs")
+            self.left_out.append(f"train.epochs: {epochs} is left out: train.steps says how long")
+        if self.method or self.options:
+            self.settings["method"] = self._text()
+        return self.settings
+
+    def _text(self) -> str:
+        name = self.method or "lora"
+        own = {"lora", "dora", "adalora"}
+        inner = ",".join(f"{key}={_option(value)}" for key, value in self.options.items()) if name in own else ""
+        if self.options and name not in own:
+            self.left_out.append(f"{', '.join(self.options)}: left out: {name} has other options")
+        return f"{name}({inner})" if inner else name
+
+    def _option_if(self, value: Any, name: str, method: str) -> None:
+        if value:
+            self.method = method
+            self.changed.append(f"{name}: {value} is method: {method}")
+
+    def _plain(self, setting: str, name: str, value: Any) -> None:
+        if setting == "train.recompute" and isinstance(value, bool):
+            if value:
+                self._set(setting, "blocks", name, value)
+            return
+        if setting == "train.schedule":
+            value = _SCHEDULES.get(str(value), value)
+        if setting in _DATA_PATHS and isinstance(value, list):
+            first = value[0]
+            if len(value) > 1:
+                self.left_out.append(f"{name}: {len(value) - 1} of {len(value)} are left out: one file a run")
+            value = first.get("path") if isinstance(first, Mapping) else first
+        if isinstance(value, str) and SETTINGS[setting].kind in ("a number", "a whole number"):
+            value = float(value)  # 2e-4 without a dot is text in YAML 1.1
+        if SETTINGS[setting].kind == "a whole number" and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, (Mapping, list)) or (SETTINGS[setting].kind == "text" and isinstance(value, bool)):
+            self.left_out.append(f"{name}: {_short(value)} is left out: {setting} is {SETTINGS[setting].kind}")
+            return
+        if value in (-1, False) and SETTINGS[setting].default is None:
+            return  # how other tools say: not given
+        if setting == "train.steps" and value == -1:
+            return
+        if setting == "model.dtype":
+            value = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}.get(str(value), value)
+        self._set(setting, value, name, value)
+
+    def _share(self, name: str, value: Any) -> None:
+        if 0 < float(value) < 1:
+            self._set("data.eval_share", float(value), name, value)
+        else:
+            self.left_out.append(f"{name}: {value} is left out: data.eval_share is a share of the rows, not a count")
+
+    def _set(self, setting: str, value: Any, name: str, before: Any) -> None:
+        self.settings[setting] = value
+        if name != setting:
+            self.changed.append(f"{name}: {_short(before)} is {setting}: {_short(value)}")
+
+
+def _targets(value: Any) -> Any:
+    if value == "all-linear" or value == "all":
+        return "all-linear"
+    return value.split(",") if isinstance(value, str) and "," in value else value
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ",".join(_option(item) for item in value) + "]"
+    if isinstance(value, str) and not value.replace("-", "").replace("_", "").isalnum():
+        return repr(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:39] + "…"

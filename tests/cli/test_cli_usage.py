@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from graftlm.errors import Finding, RunError
         (["trian", "x.csv"], "fix: graftlm train x.csv"),
         (["finetune", "x.csv"], "Did you mean train?"),
         (["help", "chat"], "fix: graftlm chat --help"),
-        (["zzzz"], "There are: train, evaluate"),
+        (["zzzz"], "There are: plan, train, evaluate"),
         (["--epochs", "3"], "--epochs"),
         (["train", "--epoch", "3"], "no such flag --epoch. Did you mean --epochs?"),
         (["train", "--max_length=64"], "fix: --max-length 64"),
@@ -153,3 +154,8 @@ def test_telemetry_is_off() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TOKENIZERS"))}
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)
     assert ran.stdout.splitlines()[-1] == "1"
+
+
+def test_other_libraries_do_not_speak_between(cli: Callable) -> None:
+    cli("--version")
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)

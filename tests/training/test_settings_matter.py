@@ -236,10 +236,10 @@ def test_train_recompute_blocks_computes_twice(tiny: Tiny, answered: Path, monke
     calls: list[int] = []
     real = LlamaAttention.forward
 
-    def forward(self: Any, *args: Any, **options: Any) -> Any:
-        if self.training:
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if self.training and hidden_states.device.type != "meta":  # the plan's step has no values
             calls.append(1)
-        return real(self, *args, **options)
+        return real(self, hidden_states, *args, **options)
 
     monkeypatch.setattr(LlamaAttention, "forward", forward)
     counts = []

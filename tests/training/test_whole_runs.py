@@ -252,7 +252,7 @@ def test_a_run_speaks_and_keeps_what_it_said(
     log = [line.rstrip() for line in (run.folder / "log.txt").read_text().splitlines()]
     assert lines == log
     assert [line.split()[0] for line in lines if line[:1].strip()] == [
-        "data", "loss", "base", "method", "sample", "done", "report",
+        "data", "loss", "memory", "base", "method", "sample", "done", "report",
     ]  # fmt: skip
     assert "of tokens" in said.out
     assert "[[" in said.out, "trained tokens are marked"

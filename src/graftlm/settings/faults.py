@@ -258,7 +258,18 @@ def _unknown(stranger: Stranger) -> Finding:
 
 
 def _renamed(name: str, given: Given) -> str:
-    return _paste(name, given.value, "set") if given.via == "set" and name in SETTINGS else name
+    return _paste(name, _fitting(name, given.value), "set") if given.via == "set" and name in SETTINGS else name
+
+
+def _fitting(name: str, value: Any) -> Any:
+    """`value` where the setting takes it, else what would be offered instead: a fix must not be a fault itself."""
+    from .reading import resolve  # reads this module
+
+    try:
+        resolve(sets=[f"{name}={value}"])
+    except SettingsError as error:
+        return error.findings[0].fix.partition(f"{name}=")[2] or value
+    return value
 
 
 def _method_text(group: Sequence[Stranger]) -> str:
@@ -297,10 +308,14 @@ def strangers(group: Sequence[Stranger]) -> list[Finding]:
         elif known and known.note:
             message = f"is called {known.setting} here ({known.note})"
             instead += "" if known.setting == "method" else f" ({known.note})"
+            written = re.fullmatch(r"(\w+): (\S+)", known.note)
+            if written and known.setting.rpartition(".")[2] == written[1]:
+                fix = _paste(known.setting, written[2], given.via, whole=True)
         elif known:
             message = f"is called {known.setting} here"
             simple = isinstance(given.value, str | int | float)
-            fix = _paste(known.setting, given.value, given.via, whole=True) if simple else known.setting
+            value = _fitting(known.setting, given.value) if simple and given.via == "set" else given.value
+            fix = _paste(known.setting, value, given.via, whole=True) if simple else known.setting
         elif key.lower().replace("-", "_") in NO_COUNTERPART:
             message = "has no counterpart here: leave it out"
         else:

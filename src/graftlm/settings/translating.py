@@ -117,6 +117,9 @@ class _Work:
             self.warmup_count = int(value)
         elif key in _SHARES:
             self._share(name, value)
+        elif known is not None and known.setting == "train.recompute" and isinstance(value, bool):
+            if value:
+                self._set("train.recompute", "blocks", name, value)
         elif key in ("bf16", "fp16"):
             if value and value != "auto":
                 self._set("model.dtype", {"bf16": "bfloat16", "fp16": "float16"}[key], name, value)
@@ -170,10 +173,6 @@ class _Work:
             self.changed.append(f"{name}: {value} is method: {method}")
 
     def _plain(self, setting: str, name: str, value: Any) -> None:
-        if setting == "train.recompute" and isinstance(value, bool):
-            if value:
-                self._set(setting, "blocks", name, value)
-            return
         if setting == "train.schedule":
             value = _SCHEDULES.get(str(value), value)
         if setting in _DATA_PATHS and isinstance(value, list):

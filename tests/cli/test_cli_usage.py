@@ -21,7 +21,7 @@ from graftlm.errors import Finding, RunError
         (["trian", "x.csv"], "fix: graftlm train x.csv"),
         (["finetune", "x.csv"], "Did you mean train?"),
         (["help", "chat"], "fix: graftlm chat --help"),
-        (["zzzz"], "There are: plan, train, evaluate"),
+        (["zzzz"], "There are: init, check, plan, train, evaluate"),
         (["--epochs", "3"], "--epochs"),
         (["train", "--epoch", "3"], "no such flag --epoch. Did you mean --epochs?"),
         (["train", "--max_length=64"], "fix: --max-length 64"),

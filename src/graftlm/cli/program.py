@@ -10,6 +10,7 @@ Example:
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -147,6 +148,8 @@ def main(args: Sequence[str] | None = None) -> int:
     # No one's use of the tool is reported anywhere; tokenizers are used before a process is forked, or not at all.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where it is installed, transformers imports it, and it speaks of kernels of its own that no verb needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     words = list(sys.argv[1:] if args is None else args)
     try:
         result = program.main(

@@ -160,6 +160,8 @@ def _view(folder: Path, record: Mapping[str, Any], rows: list[list[str]]) -> dic
             fronts.append((title, drawings, [point.name for point in points if point.on_front]))
     return {
         "title": folder.resolve().name,
+        "base": _short(record["base"]["name"]),
+        "general": _short(str(record["settings"].get("general"))),
         "record": record,
         "summary": summary,
         "verdict": _verdict(record),
@@ -174,11 +176,24 @@ def _view(folder: Path, record: Mapping[str, Any], rows: list[list[str]]) -> dic
              f"{row['learning_rate']:.3g}", f"{row['factor']:g}")
             for row in contestants if row["kind"] == "trained"
         ],
-        "settings": [(key, value) for key, value in record["settings"].items() if value not in (None, [], {})],
+        "settings": [
+            (key, _short(value) if isinstance(value, str) else value)
+            for key, value in record["settings"].items() if value not in (None, [], {})
+        ],
         "environment": list(record["environment"].items()),
         "hashes": [(name.replace("\\", "/").rsplit("/", 1)[-1], v) for name, v in record["data"]["sha256"].items()],
         "unchanged": record["base"].get("sha256_before") == record["base"].get("sha256_after"),
     }  # fmt: skip
+
+
+def _short(name: str) -> str:
+    """A path of this machine by its last two parts; other names as they are.
+
+    Example:
+        >>> _short("/home/me/models/minilm"), _short("bundled")
+        ('models/minilm', 'bundled')
+    """
+    return "/".join(Path(name).parts[-2:]) if name.startswith(("/", "~")) else name
 
 
 _UNITS = {"parameters": (1.0, ""), "memory_bytes": (1e6, "MB"), "seconds": (1.0, "s"), "adapter_bytes": (1e3, "kB")}

@@ -23,6 +23,7 @@ from graftlm.errors import AdapterError, Finding, GraftError
 from graftlm.formats.atomic import atomic_folder
 from graftlm.formats.peft import load_adapter
 from graftlm.models import load_base
+from graftlm.models.loading import quiet
 
 __all__ = ["Exported", "Kind", "export_adapter"]
 
@@ -116,7 +117,8 @@ def _write_merged(adapter: Adapter, tokenizer: Any, fresh: Path, template: str |
     model: Any = adapter.model
     adapter.merge()
     try:
-        model.save_pretrained(fresh)
+        with quiet():
+            model.save_pretrained(fresh)
     finally:
         adapter.unmerge()
     written = copy.copy(tokenizer)

@@ -21,7 +21,7 @@ from graftlm.quantisation import Format, as_format
 
 __all__ = [
     "BUNDLED", "HEADS", "bundled_base", "generates", "head_of", "is_encoder", "load_base", "load_config",
-    "load_tokenizer", "resolve_base",
+    "load_tokenizer", "quiet", "resolve_base",
 ]  # fmt: skip
 
 #: The name of the base that ships with graftlm.
@@ -145,7 +145,7 @@ def load_base(
         wanted = torch.float32 if place.type == "cpu" else (config.dtype or torch.float32)
     else:
         wanted = _DTYPES[dtype] if isinstance(dtype, str) else dtype
-    with _quiet(), _explained(str(name)):
+    with quiet(), _explained(str(name)):
         if format is not None:
             model, report = load_quantized(kind, where, config, format, dtype=wanted, **options)
         else:
@@ -239,7 +239,7 @@ def load_config(where: str, **options: Any) -> Any:
     """The configuration of the model at `where`. Raises ModelError where it cannot be read or its kind is unknown."""
     from transformers import AutoConfig
 
-    with _quiet(), _explained(where):
+    with quiet(), _explained(where):
         return AutoConfig.from_pretrained(where, **options)
 
 
@@ -248,7 +248,7 @@ def load_tokenizer(where: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:
         raise ModelError(Finding("M112", f"no tokenizer in {where}: {_first_line(error)}")) from error
@@ -321,7 +321,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' remarks about new heads off the terminal; what matters is checked and said here."""
     from transformers.utils import logging as transformers_logging
 

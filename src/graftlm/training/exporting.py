@@ -7,6 +7,7 @@ from typing import Any
 
 from graftlm.errors import AdapterError, Finding, GraftError
 from graftlm.formats.exporting import Exported, export_adapter
+from graftlm.models import resolve_base
 from graftlm.training.opening import Opened, open_adapter
 
 __all__ = ["export"]
@@ -41,7 +42,7 @@ def export(
         folder,
         to=to,
         rows=_rows(Path(path), opened)[:rows],
-        base=str(base or opened.facts.get("base") or ""),
+        base=resolve_base(name) if (name := str(base or opened.facts.get("base") or "")) else "",
         labels=labels,
         template=opened.template.source if opened.template else None,
         facts=opened.facts,

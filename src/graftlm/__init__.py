@@ -25,6 +25,7 @@ _HOMES = {
     "graftlm.evaluation": ("Ensemble", "ensemble"),
     "graftlm.models": ("load_base",),
     "graftlm.planning": ("Plan", "plan"),
+    "graftlm.quantisation": ("merged_copy", "quantize", "repacked_copy"),
     "graftlm.formats": ("load_adapter", "save_adapter"),
     "graftlm.training": ("Run", "train"),
     "graftlm.errors": ("GraftError",),
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     )
     from graftlm.models import load_base
     from graftlm.planning import Plan, plan
+    from graftlm.quantisation import merged_copy, quantize, repacked_copy
     from graftlm.training import Run, train
 
 

@@ -197,7 +197,7 @@ def test_a_folder_with_a_config_alone_is_enough(tmp_path: Any) -> None:
         ({"labelled": 1.5}, "P104"),
         ({"dtype": "int3"}, "M108"),
         ({"device": "tpu"}, "P104"),
-        ({"quantize": "nf5"}, "P101"),
+        ({"quantize": "nf5"}, "Q101"),
         ({"method": "lorra"}, "T101"),
         ({"base": "nowhere/at/all"}, "M102"),
         ({"base": {"model_type": "gibberish"}}, "M116"),

@@ -49,6 +49,7 @@ __all__ = [
     "Using",
     "adapters",
     "attach",
+    "keep_merged",
     "original_parameters",
     "parts_of",
     "trainable",
@@ -658,6 +659,16 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 # --- merging --------------------------------------------------------------------------------------------------------
+
+
+def keep_merged(model: nn.Module) -> None:
+    """Make merged weights the model's own, for good: the merged adapters leave, and nothing is left to unmerge."""
+    graft = _require_graft(model)
+    leaving = [graft.adapters[name] for name in graft.switch.merged]
+    graft.switch.originals.clear()
+    graft.switch.merged, graft.tied = (), None
+    for adapter in leaving:
+        adapter.detach()
 
 
 def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:

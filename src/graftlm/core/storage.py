@@ -33,6 +33,8 @@ def is_packed(module: nn.Module) -> bool:
     """Whether the weight of a linear-like module is stored otherwise than as its numbers."""
     if linear_kind(module) != "linear":
         return False
+    if hasattr(module, "dense_weight"):
+        return True  # also while a merged weight stands in place of the codes
     weight = module._parameters.get("weight")
     return weight is None or not weight.is_floating_point() or not _is_plain(weight)
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from graftlm.core import Adapter, Method, attach, parts_of, survey
 from graftlm.kernels import Recompute, fuse
 from graftlm.objectives import OBJECTIVES, CausalLM, Objective
-from graftlm.planning.packing import pack
 from graftlm.planning.tracing import Trace
+from graftlm.quantisation import PACKED, as_format, quantized, reserve
 
 __all__ = ["Shape", "Traced", "meta_model", "objective_of", "trace"]
 
@@ -102,11 +102,15 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
     """
     model = meta_model(config, task, shape.dtype, classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    constants = pack(model, shape.quantize) if shape.quantize else []
+    if shape.quantize:
+        reserve(model, as_format(shape.quantize))
+    packed = {path for path, _ in quantized(model)}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    constants = {name for name in tensors if name.rpartition(".")[0] in packed and name.rpartition(".")[2] in PACKED}
     adapter = _attached(model, method) if method else None
     counted = Trace(vocabulary=None if task == "classify" else _vocabulary(model))
-    counted.hold("weights", [*model.parameters(), *model.buffers()])
-    counted.hold("quantisation", constants)
+    counted.hold("weights", [tensor for name, tensor in tensors.items() if name not in constants])
+    counted.hold("quantisation", [tensors[name] for name in sorted(constants)])
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad] if adapter else []
     if adapter is not None:
         counted.hold("deltas", adapter.state().values())

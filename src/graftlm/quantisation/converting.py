@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from graftlm.errors import Finding, ModelError
 from graftlm.quantisation.linear import QuantizedLinear
 from graftlm.quantisation.storage import Format, as_format
 
-__all__ = ["quantize", "quantized", "sites_to_quantize"]
+__all__ = ["quantize", "quantized", "reserve", "sites_to_quantize"]
 
 
 def sites_to_quantize(found: Survey, model: nn.Module, targets: Targets = "all-linear") -> list[str]:
@@ -54,6 +54,27 @@ def quantize(model: nn.Module, format: str | Format = "nf4", *, targets: Targets
         if _weight(module).is_meta:
             raise ModelError(Finding("Q105", f"{path} has no values to quantise: it is on the meta device"))
         model.set_submodule(path, QuantizedLinear.of(module, format))
+    return model
+
+
+def reserve(model: nn.Module, format: Format, paths: Iterable[str] | None = None) -> nn.Module:
+    """Put an empty packed map (on the meta device) in place of each at `paths`; by itself those that `quantize` packs.
+
+    Raises ModelError where there is none.
+    """
+    chosen = list(sites_to_quantize(survey(model), model) if paths is None else paths)
+    if not chosen:
+        raise ModelError(Finding("Q104", f"{type(model).__name__} has no dense linear maps in blocks to quantise"))
+    for path in chosen:
+        module = model.get_submodule(path)
+        weight = _weight(module)
+        across = not isinstance(module, nn.Linear)
+        width_out, width_in = reversed(weight.shape) if across else weight.shape
+        with torch.device("meta"):
+            made = QuantizedLinear(
+                width_in, width_out, format, bias=module.bias is not None, dtype=weight.dtype, across=across
+            )
+        model.set_submodule(path, made)
     return model
 
 

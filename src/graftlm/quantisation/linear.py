@@ -42,6 +42,7 @@ class QuantizedLinear(nn.Module):
     outer: Tensor | None
     offset: Tensor | None
     sizes: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class QuantizedLinear(nn.Module):
         for name in PACKED:
             empty = torch.empty(shapes[name][0], dtype=shapes[name][1]) if name in shapes else None
             self.register_buffer(name, empty)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None)
 
     @classmethod
     def of(cls, module: nn.Module, format: Format) -> QuantizedLinear:
@@ -110,13 +111,11 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """W x + b for x of shape [..., in], in the type of `x`."""
         kind = x.device.type
-        if torch.is_autocast_enabled(kind):
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.weight.is_floating_point():
             return F.linear(x, self.weight.to(x.dtype), bias)
-        if x.is_meta:
-            return x.new_empty(*x.shape[:-1], self.out_features)
         packed = self.packed()
         y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
             x, self.format, (self.out_features, self.in_features), *_in_order(packed)

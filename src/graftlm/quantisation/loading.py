@@ -21,8 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from graftlm.core import survey
-from graftlm.errors import Finding, ModelError
-from graftlm.quantisation.converting import sites_to_quantize
+from graftlm.quantisation.converting import reserve, sites_to_quantize
 from graftlm.quantisation.linear import PACKED, QuantizedLinear
 from graftlm.quantisation.storage import Format
 
@@ -101,20 +100,7 @@ class _Quantizer(HfQuantizer):
         assert isinstance(config, PackedConfig)
         if config.modules is None:
             config.modules = sites_to_quantize(survey(model), model)
-        if not config.modules:
-            raise ModelError(Finding("Q104", f"{type(model).__name__} has no dense linear maps in blocks to quantise"))
-        for path in config.modules:
-            module = model.get_submodule(path)
-            weight: Any = module._parameters["weight"]
-            across = not isinstance(module, nn.Linear)
-            out_features, in_features = reversed(weight.shape) if across else weight.shape
-            with torch.device("meta"):
-                made = QuantizedLinear(
-                    in_features, out_features, config.as_format,
-                    bias=module.bias is not None, dtype=weight.dtype, across=across,
-                )  # fmt: skip
-            model.set_submodule(path, made)
-        return model
+        return reserve(model, config.as_format, config.modules)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         path, _dot, name = param_name.rpartition(".")

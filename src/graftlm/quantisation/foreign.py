@@ -1,0 +1,50 @@
+"""Weights that other libraries hold in few bits: how bitsandbytes' are read as numbers.
+
+Deltas act beside any of them without this; it is for what needs the numbers (DoRA, PiSSA, merging). torchao's tensors
+read themselves; of what is unknown (GPTQ, AWQ), `core.storage` asks the module.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftlm.core.storage import read_storage
+
+__all__ = ["read_all"]
+
+# bitsandbytes tells everyone who imports it on a CPU that it found no further kernels.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def _four_bits(module: nn.Module) -> Tensor:
+    """The weight of a `Linear4bit`, float32 [out, in]."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: Any = module.weight
+    if weight.quant_state is None:
+        return torch.empty(int(module.out_features), int(module.in_features), device=weight.device)  # type: ignore[arg-type]
+    state = copy.copy(weight.quant_state)
+    state.dtype = torch.float32
+    dense: Tensor = dequantize_4bit(weight.data, state)
+    return dense
+
+
+def _eight_bits(module: nn.Module) -> Tensor:
+    """The weight of a `Linear8bitLt`, float32 [out, in]; before its first call it holds its sizes elsewhere."""
+    weight: Any = module.weight
+    state: Any = module.state
+    codes = state.CB if state.CB is not None else weight.CB if weight.CB is not None else weight.data
+    sizes = state.SCB if state.SCB is not None else weight.SCB
+    dense: Tensor = codes.float() * (sizes.float()[:, None] / 127)
+    return dense
+
+
+def read_all() -> None:
+    """Enter the readers; called once, when the room is imported."""
+    read_storage("Linear4bit", _four_bits)
+    read_storage("Linear8bitLt", _eight_bits)

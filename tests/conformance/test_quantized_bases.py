@@ -1,0 +1,135 @@
+"""Every method on packed bases: NF4 and int8, the same rules as on dense ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from conformance.cases import CASES, EXAMPLES, REFUSALS, merges, starts_as_identity
+from graftlm.core import adapters, attach, use
+from graftlm.errors import GraftError
+from graftlm.formats import load_adapter, save_adapter
+from graftlm.quantisation import merged_copy, quantize, repacked_copy
+from models_for_tests import hooks_and_attributes, inputs_for, logits_of, loss_of, perturb, tiny
+
+#: Cases that train, choose or mask entries of weights themselves, which codes have not.
+OF_WEIGHTS = {
+    "full", "last", "layers", "lora+full", "prune", "prune+lora", "prune+sparse", "sparse", "sparse-random",
+    "dora+modules",
+}  # fmt: skip
+
+_FEW = ("lora-all", "lora-parts", "lora-bias", "lora-embed", "dora-parts", "pissa-parts", "lora+bitfit")
+#: Every method on one decoder in NF4; a few more cases there, on an encoder in int8, and on maps stored across.
+_PAIRS = [
+    *((case, "qwen2", "nf4") for case in (*EXAMPLES, *_FEW) if (case, "qwen2") not in REFUSALS),
+    *((case, "roberta", "int8") for case in ("lora", "dora", "ia3", "series", "bitfit", "prefix", "prune", "unipelt")),
+    *((case, "gpt2", "nf4") for case in ("lora-all", "lora-parts", "dora", "pissa")),
+]
+
+
+def packed(model_name: str, format: str):
+    return quantize(tiny(model_name), format)
+
+
+@pytest.mark.parametrize(("case", "model_name", "format"), _PAIRS, ids=str)
+def test_a_method_on_a_packed_base(case, model_name, format, tmp_path):
+    model = packed(model_name, format)
+    plain, traces = logits_of(model), hooks_and_attributes(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    if case in OF_WEIGHTS:
+        with pytest.raises(GraftError) as caught:
+            attach(model, CASES[case])
+        assert {finding.code for finding in caught.value.findings} <= {"T108", "T133"}
+        assert hooks_and_attributes(model) == traces
+        return
+    adapter = attach(model, CASES[case], name="a")
+    assert {parameter.dtype for parameter in adapter.parameters()} <= {torch.float32}
+    assert torch.equal(logits_of(model), plain) == starts_as_identity(CASES[case])
+    perturb(adapter)
+    model.eval()
+    acted = logits_of(model)
+    assert not torch.equal(acted, plain)
+    loss_of(model).backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters() if parameter.requires_grad)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    # Rows of their own, copies, files.
+    if model_name != "roberta" or "experts" not in case:
+        use(model, ["a", None, "a"])
+        mixed = logits_of(model)
+        size = acted.abs().max()
+        assert (mixed[[0, 2]] - acted[[0, 2]]).abs().max() < 1e-4 * size
+        assert (mixed[1] - plain[1]).abs().max() < 1e-4 * size
+        use(model, "a")
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits_of(twin), acted)
+    save_adapter(adapter, tmp_path / "adapter")
+    adapters(twin)["a"].detach()
+    load_adapter(twin, tmp_path / "adapter", name="a")
+    assert (logits_of(twin) - acted).abs().max() < 1e-4 * size
+    # Merged in place, undone, and as a plain copy.
+    if merges(adapter):
+        assert (logits_of(model) - acted).abs().max() < 1e-4 * size
+        adapter.unmerge()
+        out = merged_copy(model, dtype=torch.float32)
+        assert not any(parameter.dtype == torch.int8 for parameter in out.parameters())
+        assert (logits_of(out) - acted).abs().max() < 1e-4 * size
+        assert torch.equal(logits_of(model), acted)
+    adapter.detach()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(logits_of(model), plain)
+    assert hooks_and_attributes(model) == traces
+
+
+@pytest.mark.parametrize("model_name", ["qwen2", "gpt2", "bert", "t5"])
+def test_a_merged_copy_is_saved_for_plain_transformers(model_name, tmp_path):
+    model = packed(model_name, "nf4")
+    perturb(attach(model, CASES["lora-all"], name="a"))
+    wanted = logits_of(model)
+    merged_copy(model, dtype=torch.float32).save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert (logits_of(again) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert getattr(again.config, "quantization_config", None) is None
+    half = merged_copy(model, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert (logits_of(half).float() - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_packing_again_tells_what_it_loses():
+    model = packed("qwen2", "nf4")
+    plain = logits_of(model)
+    adapter = attach(model, CASES["lora-all"], name="a")
+    perturb(adapter, size=0.02)
+    again = repacked_copy(model)
+    assert sum(again.lost.values()) / len(again.lost) > 0.1
+    assert "is lost on average" in str(again)
+    eight = repacked_copy(model, format="int8")
+    assert max(eight.lost.values()) < min(again.lost.values())
+    adapter.merge()
+    assert repacked_copy(model).lost == pytest.approx(again.lost, rel=1e-3)
+    adapter.detach()
+    assert repacked_copy(model).lost == {}
+    assert torch.equal(logits_of(model), plain)
+
+
+def test_copies_of_what_is_not_there_are_refused():
+    model = packed("llama", "nf4")
+    attach(model, CASES["lora-all"], name="tone")
+    with pytest.raises(GraftError) as caught:
+        merged_copy(model, ["tona"])
+    assert [(f.code, f.fix) for f in caught.value.findings] == [("Q108", "tone")]
+    dense = tiny("llama")
+    with pytest.raises(GraftError) as caught:
+        repacked_copy(dense)
+    assert caught.value.findings[0].code == "Q109"
+
+
+def test_bf16_activations_meet_float32_deltas():
+    model = packed("llama", "nf4").to(torch.bfloat16)
+    adapter = attach(model, CASES["lora-all"])
+    perturb(adapter)
+    y = logits_of(model, inputs_for(model))
+    assert y.dtype == torch.bfloat16
+    loss_of(model).backward()
+    assert {parameter.grad.dtype for parameter in adapter.parameters()} == {torch.float32}

@@ -1,0 +1,103 @@
+"""Bases that bitsandbytes has packed, and maps that nobody knows: the same deltas, and their numbers where wanted."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from graftlm.core import attach, dense, parameter_count, survey
+from graftlm.errors import NotMergeable
+from graftlm.methods import DoRA, LoRA, PiSSA
+from graftlm.quantisation import merged_copy, quantized
+from graftlm.quantisation.converting import sites_to_quantize
+from models_for_tests import logits_of, loss_of, perturb
+
+logging.disable(logging.WARNING)  # bitsandbytes says that it looks for more kernels
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes packs these: pip install 'graftlm[quantised]'")
+logging.disable(logging.NOTSET)
+
+
+def wide():
+    """A llama whose rows fill the blocks that bitsandbytes' CPU kernels ask for."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+            num_key_value_heads=4, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+
+
+def packed(kind: str):
+    """The same with the maps of its blocks in bitsandbytes' modules."""
+    model = wide()
+    for path in sites_to_quantize(survey(model), model):
+        old = model.get_submodule(path)
+        if kind == "four":
+            new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+        else:
+            new = bnb.nn.Linear8bitLt(old.in_features, old.out_features, bias=False, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False).to("cpu")
+        model.set_submodule(path, new)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=4, targets="all-linear"), DoRA(rank=4), PiSSA(rank=4, alpha=2.0)], ids=str
+)
+def test_deltas_on_four_bits_of_bitsandbytes(method):
+    model = packed("four")
+    before = logits_of(model)
+    assert len(list(quantized(model))) == 14
+    assert parameter_count(model) == parameter_count(wide())
+    adapter = attach(model, method)
+    assert torch.allclose(logits_of(model), before, rtol=1e-4, atol=1e-4)
+    perturb(adapter)
+    acted = logits_of(model)
+    loss_of(model).backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+    with pytest.raises(NotMergeable) as caught:
+        adapter.merge()
+    assert [(f.code, f.fix) for f in caught.value.findings] == [("R202", "merged_copy(model)")]
+    out = merged_copy(model, dtype=torch.float32)
+    assert type(out.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert (logits_of(out) - acted).abs().max() < 1e-3 * acted.abs().max()
+    adapter.detach()
+    assert torch.equal(logits_of(model), before)
+
+
+def test_numbers_of_eight_bits_of_bitsandbytes():
+    model, plain = packed("eight"), wide()
+    path = "model.layers.0.mlp.up_proj"
+    weight = plain.get_submodule(path).weight
+    assert (dense(model.get_submodule(path)) - weight).abs().max() <= weight.abs().amax() / 127
+    before = logits_of(model)
+    adapter = attach(model, LoRA(rank=4, targets="all-linear"))
+    assert torch.equal(logits_of(model), before)
+    perturb(adapter)
+    assert not torch.equal(logits_of(model), before)
+
+
+class Strange(nn.Module):
+    """A map that keeps its numbers where nobody looks, as GPTQ's and AWQ's modules do."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.weight = nn.Parameter((plain.weight.data * 1024).round().to(torch.int32), requires_grad=False)
+        self.bias = plain.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 1024, self.bias)
+
+
+def test_a_map_of_unknown_storage_is_asked():
+    plain = nn.Linear(24, 40)
+    found = dense(Strange(plain))
+    assert found.shape == (40, 24)
+    assert torch.allclose(found, (plain.weight.data * 1024).round() / 1024, atol=1e-6)

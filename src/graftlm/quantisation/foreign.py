@@ -23,14 +23,17 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 def _four_bits(module: nn.Module) -> Tensor:
     """The weight of a `Linear4bit`, float32 [out, in]."""
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes import functional
 
     weight: Any = module.weight
     if weight.quant_state is None:
         return torch.empty(int(module.out_features), int(module.in_features), device=weight.device)  # type: ignore[arg-type]
-    state = copy.copy(weight.quant_state)
+    codes, state = weight.data, copy.copy(weight.quant_state)
+    if getattr(state, "packing_format_for_cpu", False):
+        # After a call without gradients on a CPU it lies in another order, its sizes in 16 bits.
+        codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
     state.dtype = torch.float32
-    dense: Tensor = dequantize_4bit(weight.data, state)
+    dense: Tensor = functional.dequantize_4bit(codes, state)
     return dense
 
 

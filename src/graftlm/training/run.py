@@ -168,6 +168,8 @@ def train_resolved(
 ) -> Run:
     """Train as `resolved` says; see `train`."""
     settings = resolved.settings
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(Finding("U110", "several processes are not supported by runs in this version: start one"))
     if resume and settings.output is None:
         raise SettingsError(Finding("U131", "--resume needs the run's folder", fix="--resume -o runs/NAME"))
     if resume and all(origin == "default" for name, origin in resolved.origin.items() if name != "output"):

@@ -11,6 +11,7 @@ rates, a penalty once a step (beside the loss that is told), and a word after ea
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -73,9 +74,11 @@ class GraftTrainer(Trainer):
         # With several devices in sight the Trainer would copy the model to each, and the copies would lose the adapter.
         if args.n_gpu > 1:
             args._n_gpu = 1
-        if args.world_size > 1:
-            raise RunError(Finding("U110", "several processes are not supported in this version: run one"))
         super().__init__(model=adapter.model, args=args, **options)
+        if (
+            args.world_size > 1
+        ):  # no wrapper: what it would sum are the frozen model's own gradients, and there are none
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -95,10 +98,13 @@ class GraftTrainer(Trainer):
         count = sum(self.objective.count(batch) for batch in batch_samples)
         self.counted += count
         self._rows = [int(row) for batch in batch_samples for row in batch.get("row", ())]
-        return count
+        return round(float(self._over_processes(torch.tensor(float(count), device=self.args.device))))
 
     def _over_processes(self, value: Tensor) -> Tensor:
         """The sum of `value` over all processes."""
+        if self.args.world_size > 1:
+            value = value.clone()
+            torch.distributed.all_reduce(value)
         return value
 
     def compute_loss(
@@ -131,13 +137,21 @@ class GraftTrainer(Trainer):
         if self.accelerator.sync_gradients:
             if self.state.global_step == 0:
                 self._check_gradients()  # before the penalty's, which must not hide that the loss gives none
+            # Deltas are outside the module tree, where no wrapper sees them: their gradients are summed here. The loss
+            # was divided by the count of all processes already.
+            if self.args.world_size > 1:
+                for parameter in self.trained:
+                    if parameter.grad is not None:
+                        torch.distributed.all_reduce(parameter.grad)
             penalty = self.adapter.penalty()
             if penalty is not None:
                 if not torch.isfinite(penalty):
                     raise _no_number("penalty", penalty, self.state.global_step + 1, self._rows)
                 torch.autograd.backward(penalty)
                 self.penalty = float(penalty.detach())
-        return loss
+        # The Trainer tells the mean over processes; these are shares of one sum.
+        told: Tensor = loss * self.args.world_size
+        return told
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """As the Trainer logs, with the method's penalty beside the loss."""
@@ -220,6 +234,8 @@ class GraftTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         del model, trial
+        if not self.args.should_save:  # one process writes
+            return
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (best == folder or best.is_dir()):

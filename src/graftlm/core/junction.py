@@ -204,7 +204,10 @@ class Junction:
     def put(self, adapter: str, delta: Delta, site: Site, parameter: str = "") -> None:
         """Attach `delta` for `adapter`; `parameter` names what a parameter delta stands for."""
         self.deltas.setdefault(adapter, []).append((site, parameter, delta))
-        self._changed_deltas()
+        # Not by a look through all of them: the hundredth adapter comes as quickly as the first.
+        self.prompted = self.prompted or isinstance(delta, EmbedDelta)
+        self._planned = None
+        self._plans.clear()
 
     def take(self, adapter: str, module: nn.Module) -> None:
         """Remove what `adapter` put here; the last one out removes the junction itself."""
@@ -212,7 +215,7 @@ class Junction:
         self.deltas.pop(adapter, None)
         self.watchers.discard(adapter)
         self.shifts.pop(adapter, None)
-        self._changed_deltas()
+        self._lost_deltas()
         if self.encoder is not None and not self.encoder.deltas:
             self.encoder = None
         if not (self.deltas or self.watchers or self.shifts or self.encoder):
@@ -222,8 +225,8 @@ class Junction:
                 self._lane.remove()
             module.__dict__.pop(_KEY, None)
 
-    def _changed_deltas(self) -> None:
-        # Asked at every call, also of the many where nothing acts: worked out when something comes or goes.
+    def _lost_deltas(self) -> None:
+        # Asked at every call, also of the many where nothing acts: worked out when something goes.
         self.prompted = any(isinstance(delta, EmbedDelta) for placed in self.deltas.values() for _, _, delta in placed)
         self._planned = None
         self._plans.clear()

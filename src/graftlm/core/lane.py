@@ -31,6 +31,8 @@ __all__ = ["Lane", "lane_of", "plain_forward"]
 _FORWARD = "forward"
 #: So many rows with one low-rank change are multiplied by themselves, not with their change once a row.
 _ROWS_TOGETHER = 5
+#: Up to so many tokens a product with small matrices takes longer in bf16 than in float32 on a processor.
+_FEW = 4
 #: How many routings a lane has sorted at the same time.
 _WAYS = 32
 
@@ -365,6 +367,8 @@ class _LowRankStep:
         at = self.at
         if at is not None:
             x = at.take(x)
+        if x.dtype is torch.bfloat16 and x.device.type == "cpu" and x.numel() <= _FEW * x.shape[-1] * len(self.deltas):
+            x = x.float()
         down, up, scale = self._tensors(x.dtype, epoch)
         if self.single:
             narrow = F.linear(x, down)

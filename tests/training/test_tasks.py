@@ -77,6 +77,7 @@ def test_an_encoder_cannot_write_and_a_decoder_hides_nothing(
     document.write_text(texts(60))
     for data, task, base, code in (
         (document, "mlm", tiny_base, "M113"), (document, "lm", tiny_bert, "M113"), (answered, "sft", tiny_bert, "M113"),
+        (write_jsonl(tmp_path / "pairs.jsonl", rows_for("dpo")), "dpo", tiny_t5, "M113"),
         (answered, "seq2seq", tiny_base, "M113"), (answered, "sft", tiny_t5, "M113"),
     ):  # fmt: skip
         with pytest.raises(GraftError) as caught:

@@ -138,6 +138,10 @@ def load_base(
         config.problem_type = kinds.get(task, "regression" if head == "sequence" else None)
     if type(config) not in kind._model_mapping and not (trust_remote_code and hasattr(config, "auto_map")):
         raise ModelError(_no_such_head(str(name), config, task, head))
+    if head == "seq2seq" and task != "seq2seq":
+        kind_ = type(config).__name__.removesuffix("Config")
+        message = f"{name} ({kind_}) is an encoder-decoder; task {task} needs a causal base in this version"
+        raise ModelError(Finding("M113", message, fix="-m A_CAUSAL_BASE, or --task seq2seq"))
     if head == "causal" and is_encoder(config):
         raise ModelError(_no_such_head(str(name), config, task, head))
 

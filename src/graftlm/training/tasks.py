@@ -175,8 +175,6 @@ def _padded(learnt: Learnt) -> Collator:
 
 
 def _sequences(learnt: Learnt) -> Collate:
-    if getattr(learnt.model.config, "is_encoder_decoder", False):
-        raise NotImplementedError("candidates of encoder-decoders")
     return SequencesCollator(_padded(learnt))
 
 

@@ -25,6 +25,9 @@ __all__ = ["TERMS", "Plan", "config_of", "plan", "plan_shape"]
 TERMS = ("weights", "quantisation", "deltas", "gradients", "optimizer", "activations", "logits", "runtime")
 """What memory goes to, in the order in which it is shown."""
 
+#: What an allocator holds between blocks, as a share of what a step allocates; measured (docs/plan.md).
+_SLACK = 0.05
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -181,6 +184,7 @@ def plan(
     if kind == "auto":
         kind = torch.float32 if device == "cpu" else (getattr(config, "dtype", None) or torch.float32)
     shape = Shape(
+        on_processor=device == "cpu",
         rows=batch // accumulate,
         length=length,
         dtype=_DTYPES[kind] if isinstance(kind, str) else kind,
@@ -217,7 +221,8 @@ def plan_shape(
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         kind = type(config).__name__.removesuffix("Config")
         raise PlanError(Finding("P102", f"a step of {name or kind} ({task}) cannot be planned: {why}")) from error
-    runtime = RUNTIME_BYTES[device]
+    highest = max(peak.total() for phase, peak in traced.peaks.items() if phase != "rest")
+    runtime = RUNTIME_BYTES[device] + int(_SLACK * (highest - traced.sizes["weights"]))
     phases = {phase: peak.total() for phase, peak in traced.peaks.items() if phase != "rest"}
     if accumulate > 1:  # from the second part on, the gradients of the first are there
         phases = {

@@ -31,7 +31,8 @@ class Shape:
     """How much a step computes at once: rows and tokens a row, and how they are held.
 
     `labelled` is the share of the tokens that the loss reads, counted from the end of each row; `evaluation_rows` are
-    scored at once without gradients when a run evaluates (0: it does not).
+    scored at once without gradients when a run evaluates (0: it does not); `on_processor` says
+    where products are computed.
     """
 
     rows: int = 1
@@ -41,6 +42,7 @@ class Shape:
     quantize: str | None = None
     labelled: float = 1.0
     evaluation_rows: int = 0
+    on_processor: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     constants = {name for name in tensors if name.rpartition(".")[0] in packed and name.rpartition(".")[2] in PACKED}
     adapter = _attached(model, method) if method else None
-    counted = Trace(vocabulary=None if task == "classify" else _vocabulary(model))
+    counted = Trace(None if task == "classify" else _vocabulary(model), wide_sums=shape.on_processor)
     counted.hold("weights", [tensor for name, tensor in tensors.items() if name not in constants])
     counted.hold("quantisation", [tensors[name] for name in sorted(constants)])
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad] if adapter else []

@@ -29,11 +29,15 @@ __all__ = ["Trace"]
 _aten = torch.ops.aten
 #: Operations that ask for a value, which a meta tensor does not have: a mask is told to hide nothing.
 _READS = {_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.equal.default}
+#: Products, which a processor sums up in float32 before it rounds to 16 bits.
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.addmm_, _aten.bmm, _aten.baddbmm}
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is alive while it is entered; `vocabulary` tells logits from other activations by their width.
+
+    With `wide_sums` products of 16-bit numbers hold their sums in float32 while they are computed, as a processor's do.
 
     `alive` are bytes by kind; `peaks` the largest sum seen in each phase, with its bytes by kind; `flops` the
     floating-point operations of matrix products and attention by phase (a multiplication and an addition are two),
@@ -48,9 +52,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         (320, 256)
     """
 
-    def __init__(self, vocabulary: int | None = None) -> None:
+    def __init__(self, vocabulary: int | None = None, *, wide_sums: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.vocabulary = vocabulary
+        self.vocabulary, self.wide_sums = vocabulary, wide_sums
         self.alive: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
         self.flops: Counter[str] = Counter()
@@ -110,8 +114,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
         self._work(func, args, kwargs, leaves, results, out)
         grown = [self._enter(result, self._kind_of(result)) for result in results]
-        if any(grown):
-            self._see()
+        sums = 0
+        if self.wide_sums and func._overloadpacket in _PRODUCTS:
+            sums = sum(4 * result.numel() for result in results if result.element_size() == 2)
+        if any(grown) or sums:
+            self._see(sums)
         return out
 
     def _work(self, func: Any, args: Any, kwargs: Any, leaves: list[Tensor], results: list[Tensor], out: Any) -> None:
@@ -147,11 +154,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive[kind] -= size
         self._now -= size
 
-    def _see(self) -> None:
-        """Keep the present state where it is the largest of its phase."""
+    def _see(self, inside: int = 0) -> None:
+        """Keep the present state where it is the largest of its phase, with bytes that live inside an operation."""
         peak = self.peaks.get(self._phase)
-        if peak is None or self._now > peak.total():
-            self.peaks[self._phase] = +self.alive
+        if peak is None or self._now + inside > peak.total():
+            self.peaks[self._phase] = +(self.alive + Counter(activations=inside))
 
 
 def _flops_of(packet: Any) -> Callable[..., int]:

@@ -45,6 +45,7 @@ def foresee(settings: RunSettings, config: Any, prepared: Prepared, method: Meth
     several = max(len(item.get("sequences", [item])) for item in prepared.train)
     length, labelled = longest_batch(rows)
     shape = Shape(
+        on_processor=not on_cuda,
         rows=min(train.batch // train.accumulate, len(prepared.train)) * several,
         length=length,
         dtype=kind,

@@ -1,0 +1,226 @@
+"""How near plans come: planned against measured peak memory, each case in a process of its own.
+
+    python -m benchmarks.plan_accuracy                 # the whole grid, about a quarter of an hour on one core
+    python -m benchmarks.plan_accuracy --every 7       # a seventh of it
+
+The C library is told to give freed blocks of a quarter of a megabyte back at once (M_MMAP_THRESHOLD): left alone
+it keeps holes, and the resident set of these small models is up to twice what they allocate. `--holes` leaves it alone.
+
+A case is a child of a process that has imported everything. Its peak is the highest resident set of two training steps
+(Linux: VmHWM), less what the process held before the model was made, so Python and the libraries do not flatter the
+figure. Time is processor time of the second and third step. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import transformers as tf
+
+from graftlm.core import attach
+from graftlm.kernels import fuse
+from graftlm.methods import read_method
+from graftlm.planning import plan
+from graftlm.planning.memory import RUNTIME_BYTES
+from graftlm.planning.plan import Plan
+from graftlm.planning.step import objective_of
+
+__all__ = ["Case", "Measured", "cases", "measure"]
+
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: tf.LlamaConfig(
+        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=4096,
+    ),
+    "gpt2": lambda: tf.GPT2Config(
+        n_embd=256, n_layer=4, n_head=8, vocab_size=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    ),
+    "bert": lambda: tf.BertConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, vocab_size=4096,
+    ),
+}  # fmt: skip
+METHODS = ("lora(rank=16,targets=all-linear)", "ia3", "prefix(length=20)", "series", "full")
+SIZES = ((8, 256), (16, 256), (4, 512), (8, 512))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the grid."""
+
+    architecture: str
+    method: str
+    rows: int
+    length: int
+    recompute: str
+    dtype: str
+
+    @property
+    def task(self) -> str:
+        """Classification for the encoder."""
+        return "classify" if self.architecture == "bert" else "lm"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was planned and seen, in bytes; a step's processor time; `at_rest` is what the process held before."""
+
+    case: Case
+    planned_bytes: int
+    peak_bytes: int
+    at_rest_bytes: int
+    step_s: float
+
+    @property
+    def error(self) -> float:
+        """Planned over measured, less one: negative where the plan was too small."""
+        return self.planned_bytes / self.peak_bytes - 1
+
+
+def cases() -> Iterator[Case]:
+    """The whole grid."""
+    grid = itertools.product(CONFIGS, METHODS, SIZES, ("none", "blocks"), ("float32", "bfloat16"))
+    for architecture, method, (rows, length), recompute, dtype in grid:
+        yield Case(architecture, method, rows, length, recompute, dtype)
+
+
+def planned(case: Case) -> Plan:
+    """The plan of a case."""
+    return plan(
+        CONFIGS[case.architecture](), case.method, dtype=case.dtype, batch=case.rows, length=case.length,
+        task=case.task, recompute=case.recompute,
+    )  # fmt: skip
+
+
+def measure(case: Case) -> tuple[int, int, float]:
+    """Peak and rest in bytes, and the processor time of a step; run in a process of its own."""
+    torch.manual_seed(0)
+    warm = replace(case, rows=1, length=16)
+    _steps(warm, 1)  # what a library makes when it is first used is no part of a step
+    gc.collect()
+    _trim()
+    rest = _status("VmRSS")
+    took_s = _steps(case, 3)
+    return _status("VmHWM"), rest, took_s
+
+
+def _steps(case: Case, count: int) -> float:
+    config = CONFIGS[case.architecture]()
+    kind: Any = tf.AutoModelForSequenceClassification if case.task == "classify" else tf.AutoModelForCausalLM
+    config.pad_token_id = 0
+    model = kind.from_config(config, dtype=getattr(torch, case.dtype))
+    adapter = attach(model, read_method(case.method))
+    trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    objective = objective_of(case.task, model)
+    model.train()
+    _trim()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident set starts anew
+    times = []
+    fused = fuse(model, recompute=case.recompute)
+    for _ in range(count):
+        began_s = time.process_time()
+        ids = torch.randint(5, config.vocab_size, (case.rows, case.length))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        batch["labels"] = torch.zeros(case.rows, dtype=torch.long) if case.task == "classify" else ids
+        loss = objective.loss_sum(objective.outputs(model, batch), batch) / objective.count(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.process_time() - began_s)
+    fused.undo()
+    return min(times[1:] or times)
+
+
+def in_child(case: Case) -> tuple[int, int, float] | None:
+    """`measure` in a child of this process; None where it failed."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.write(write, json.dumps(measure(case)).encode())
+            os._exit(0)
+        except BaseException as error:
+            print(case, repr(error)[:300], file=sys.stderr)
+            os._exit(1)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    if not said:
+        return None
+    peak, rest, took_s = json.loads(said)
+    return peak, rest, took_s
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field}: this benchmark needs Linux")
+
+
+def _trim() -> None:
+    import ctypes
+
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def main() -> None:
+    """Run the grid, print each case and the distribution."""
+    reader = argparse.ArgumentParser()
+    reader.add_argument("--every", type=int, default=1, help="take each nth case")
+    reader.add_argument("--holes", action="store_true", help="leave the allocator as it is")
+    reader.add_argument("--json", type=Path, help="keep the cases in this file, a line each")
+    given = reader.parse_args()
+    torch.set_num_threads(1)
+    if not given.holes:
+        import ctypes
+
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
+    found: list[Measured] = []
+    for case in list(cases())[:: given.every]:
+        told = planned(case)
+        seen = in_child(case)
+        if seen is None:
+            print("FAILED", case)
+            continue
+        peak, rest, took_s = seen
+        one = Measured(case, told.total_bytes - RUNTIME_BYTES["cpu"], peak - rest, rest, took_s)
+        found.append(one)
+        print(
+            f"{case.architecture:6} {case.method:34} {case.rows:3}x{case.length:<4} {case.dtype:9} "
+            f"{case.recompute:6} planned {one.planned_bytes / 1e6:7.1f} MB  "
+            f"measured {one.peak_bytes / 1e6:7.1f} MB  {100 * one.error:+6.1f} %   {took_s:.2f} s",
+            flush=True,
+        )
+    if given.json:
+        given.json.write_text("".join(json.dumps(asdict(one)) + "\n" for one in found))
+    print(distribution(found))
+
+
+def distribution(found: list[Measured]) -> str:
+    """The errors in a few lines."""
+    errors = sorted(one.error for one in found)
+    mean = statistics.fmean(abs(error) for error in errors)
+    return (
+        f"{len(errors)} cases: mean absolute error {100 * mean:.1f} %, from {100 * errors[0]:+.1f} % to "
+        f"{100 * errors[-1]:+.1f} %, {sum(error < -0.05 for error in errors)} under by more than 5 %"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -133,3 +133,20 @@ def test_bf16_activations_meet_float32_deltas():
     assert y.dtype == torch.bfloat16
     loss_of(model).backward()
     assert {parameter.grad.dtype for parameter in adapter.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    model = packed("llama", "nf4").train()
+    adapter = attach(model, CASES["lora-all"])
+    perturb(adapter)
+    loss_of(model).backward()
+    wanted = [parameter.grad.clone() for parameter in adapter.parameters()]
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    loss_of(model).backward()
+    for parameter, grad in zip(adapter.parameters(), wanted, strict=True):
+        assert (parameter.grad - grad).abs().max() <= 1e-5 * grad.abs().max()

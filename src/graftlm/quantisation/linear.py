@@ -162,14 +162,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        stored = ctx.saved_tensors  # once: checkpointing computes them again for each look
         if not ctx.needs_input_grad[0]:
-            return (None,) * (3 + len(ctx.saved_tensors))
+            return (None,) * (3 + len(stored))
         gradient: Tensor = gradients[0]
         total: Tensor | None = None
-        for rows, weight in _slabs(ctx.format, ctx.shape, ctx.saved_tensors, gradient.dtype):
+        for rows, weight in _slabs(ctx.format, ctx.shape, stored, gradient.dtype):
             part = gradient[..., rows] @ weight
             total = part if total is None else total.add_(part)
-        return (total, None, None, *(None for _ in ctx.saved_tensors))
+        return (total, None, None, *(None for _ in stored))
 
 
 def _slabs(

@@ -10,7 +10,7 @@ from graftlm.errors import Finding, PlanError
 __all__ = ["RUNTIME_BYTES", "available_bytes", "held_bytes", "memory_bytes", "said"]
 
 #: What a process holds before any tensor of a run: Python, torch and transformers; on CUDA the driver's context and
-#: workspaces too. Measured for the processor (docs/plan.md), a rule of thumb for CUDA.
+#: workspaces too. Seen once on the processor with torch 2.13 and transformers 5.23, a rule of thumb for CUDA.
 RUNTIME_BYTES: dict[str, int] = {"cpu": 480_000_000, "cuda": 1_000_000_000}
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

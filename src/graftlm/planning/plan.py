@@ -111,11 +111,11 @@ class Plan:
             f", {self.shape.quantize}" if self.shape.quantize else ""
         )
         rows = f"{self.shape.rows} rows" + (f" x {self.accumulate} parts" if self.accumulate > 1 else "")
-        share = 100 * self.trainable / max(self.parameters, 1)
+        share = float(f"{100 * self.trainable / max(self.parameters, 1):.2g}")
         where = ", ".join(f"{role} {count:,}" for role, count in list(self.trainable_by_role.items())[:8])
         return [
             f"{self.base}  {self.parameters:,} parameters  {dtype}  {self.device}",
-            f"{self.method}  {self.trainable:,} trainable ({share:.2g} %)  adapter file {said(self.adapter_bytes)}",
+            f"{self.method}  {self.trainable:,} trainable ({share:g} %)  adapter file {said(self.adapter_bytes)}",
             f"  trained: {where}" if where else "",
             f"a step of {rows} x {self.shape.length:,} tokens: {self.flops / 1e12:,.3g} TFLOP"
             + (f"  {self.shape.recompute} recomputed" if self.shape.recompute != "none" else ""),

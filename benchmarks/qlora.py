@@ -56,14 +56,14 @@ def peak_bytes() -> int:
 @torch.no_grad()
 def perplexity_of(model: Any, tokenizer: Any, text: str, length: int, windows: int) -> float:
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
-    ids = ids[: length * windows].view(-1, length)
+    ids = ids[: min(windows, len(ids) // length) * length].view(-1, length)
     losses = [model(input_ids=part, labels=part).loss.item() for part in ids.split(8)]
     return math.exp(statistics.fmean(losses))
 
 
 def perplexity(options: argparse.Namespace) -> dict[str, Any]:
     novels = sorted((options.shared / "data" / "english_novels").rglob("*.txt"))[-3:]
-    stories = (options.shared / "data" / "tinystories_instruct" / "test.jsonl").read_text().splitlines()[:150]
+    stories = (options.shared / "data" / "tinystories_instruct" / "test.jsonl").read_text().splitlines()
     bases = {
         "bundled": ("bundled", "\n".join(path.read_text(errors="replace")[20_000:120_000] for path in novels)),
         "stories260K": (

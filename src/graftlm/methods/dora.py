@@ -42,7 +42,7 @@ class DoRA(LoRA):
 
     name: ClassVar[str] = "dora"
     title: ClassVar[str] = "DoRA"
-    learning_rate: ClassVar[float] = 2e-4
+    learning_rate: ClassVar[float] = 5e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()

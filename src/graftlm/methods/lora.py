@@ -255,7 +255,7 @@ class PiSSA(LoRA):
 
     name: ClassVar[str] = "pissa"
     title: ClassVar[str] = "PiSSA"
-    learning_rate: ClassVar[float] = 1e-4
+    learning_rate: ClassVar[float] = 2.5e-4
 
     start: str = "pissa"
 
@@ -271,7 +271,7 @@ class OLoRA(LoRA):
 
     name: ClassVar[str] = "olora"
     title: ClassVar[str] = "OLoRA"
-    learning_rate: ClassVar[float] = 1e-4
+    learning_rate: ClassVar[float] = 2.5e-4
 
     start: str = "olora"
 

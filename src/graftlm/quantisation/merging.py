@@ -143,8 +143,10 @@ def repacked_copy(
     Raises ModelError where there is no format to pack in; else as `merged_copy` and `quantize`.
 
     Example:
-        >>> print(repacked_copy(model))                                                  # doctest: +SKIP
-        nf4: of the change of 35 maps 88 % is lost on average, 97 % at model.layers.0.self_attn.k_proj
+        >>> print(repacked_copy(model))  # bundled in nf4, a LoRA of rank 8 with B about 0.01     # doctest: +SKIP
+        nf4: of the change of 35 maps 108 % is lost on average, 109 % at model.layers.1.mlp.up_proj
+
+    More than 100 % says that packing again moved the weights further than the change had.
     """
     before = dict(quantized(model))
     own = next((module.format for module in before.values() if isinstance(module, QuantizedLinear)), None)

@@ -18,6 +18,7 @@ from graftlm.formats import exporting
 from graftlm.formats.exporting import export_adapter
 from graftlm.methods import read_method
 from graftlm.models import load_base
+from graftlm.quantisation import quantize, quantized
 from models_for_tests import inputs_for, logits_of, perturb, tiny
 
 ROWS = [[5, 9, 17, 23, 41], [7, 7, 30], [60, 3, 12, 8, 8, 19, 33]]
@@ -34,9 +35,9 @@ def tokenizer() -> Any:
     )
 
 
-def trained(model: str, text: str) -> Adapter:
-    """An adapter that changes something."""
-    base = tiny(model)
+def trained(model: str, text: str, format: str | None = None) -> Adapter:
+    """An adapter that changes something, on a base that is packed in `format`."""
+    base: Any = tiny(model) if format is None else quantize(tiny(model), format)
     samples = [inputs_for(base) | {"labels": inputs_for(base)["input_ids"]}]
     adapter = attach(base, read_method(text), name="tuned", samples=samples)
     perturb(adapter)
@@ -66,6 +67,34 @@ def test_merged_exports_are_the_adapter(model: str, text: str, tokenizer: Any, t
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.parametrize(
+    ("model", "format", "text"),
+    [
+        *((model, "nf4", text) for model in ("llama", "gpt2", "qwen2") for text in ("lora(rank=4)", "dora(rank=2)")),
+        *((model, "int8", text) for model in ("llama", "gpt2", "qwen2") for text in ("ia3", "lora+norm")),
+        ("gpt2", "nf4", "bitfit"),  # the others have no place for its biases; see the test on that
+    ],
+)
+def test_a_packed_base_is_merged_into_a_plain_model(
+    model: str, format: str, text: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    adapter = trained(model, text, format)
+    wanted, before = logits_of(adapter.model), {k: v.clone() for k, v in adapter.model.state_dict().items()}
+    found = export_adapter(adapter, tokenizer, tmp_path / "out", to="merged", rows=ROWS)
+    assert found.agreement == 1.0
+    alone = type(adapter.model).from_pretrained(tmp_path / "out").eval()  # as plain transformers has it
+    assert not any(quantized(alone))
+    assert getattr(alone.config, "quantization_config", None) is None
+    torch.testing.assert_close(logits_of(alone), wanted, atol=1e-4, rtol=1e-4)
+    with use(adapter.model, None):
+        assert not torch.allclose(logits_of(adapter.model), wanted, atol=1e-3), "the adapter changed nothing"
+    torch.testing.assert_close(logits_of(adapter.model), wanted, atol=0, rtol=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.model.state_dict().items())
+    if text in ("lora(rank=4)", "dora(rank=2)", "ia3"):
+        again = export_adapter(adapter, tokenizer, tmp_path / "peft", to="peft", rows=ROWS)
+        assert again.difference == 0
+
+
 @pytest.mark.parametrize("model", ["gpt2", "opt"])
 def test_bitfit_is_merged_where_the_base_has_biases(model: str, tokenizer: Any, tmp_path: Path) -> None:
     assert (
@@ -89,11 +118,12 @@ def test_a_classifier_keeps_its_classes(tokenizer: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(alone), logits_of(adapter.model), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("format", [None, "nf4"])
 @pytest.mark.parametrize("to", ["merged", "peft"])
 def test_a_corrupted_export_is_refused(
-    to: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    to: Any, format: str | None, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = trained("llama", "lora(rank=4)")
+    adapter = trained("llama", "lora(rank=4)", format)
     read = exporting._read_merged if to == "merged" else exporting._read_adapter
 
     def corrupted(fresh: Path, *args: Any) -> Any:

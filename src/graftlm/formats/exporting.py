@@ -24,6 +24,7 @@ from graftlm.formats.atomic import atomic_folder
 from graftlm.formats.peft import load_adapter
 from graftlm.models import load_base
 from graftlm.models.loading import quiet
+from graftlm.quantisation import merged_copy, quantized
 
 __all__ = ["Exported", "Kind", "export_adapter"]
 
@@ -115,12 +116,18 @@ def export_adapter(
 
 def _write_merged(adapter: Adapter, tokenizer: Any, fresh: Path, template: str | None) -> None:
     model: Any = adapter.model
-    adapter.merge()
-    try:
+    if any(quantized(model)):
+        # In place the other maps would stay packed, and only graftlm could read the file.
+        copied: Any = merged_copy(model, [adapter.name])
         with quiet():
-            model.save_pretrained(fresh)
-    finally:
-        adapter.unmerge()
+            copied.save_pretrained(fresh)
+    else:
+        adapter.merge()
+        try:
+            with quiet():
+                model.save_pretrained(fresh)
+        finally:
+            adapter.unmerge()
     written = copy.copy(tokenizer)
     if template is not None and not tokenizer.chat_template:
         written.chat_template = template

@@ -77,11 +77,11 @@ SWEEP = RESULTS.with_name("method_rates.json")
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {
         "title": "SST-2, MiniLM", "kind": "classify", "data": "sst2", "text": "text", "label": "label_text",
-        "train_rows": 320, "held_rows": 240, "steps": 60, "batch": 8, "max_length": 24,
+        "train_rows": 320, "held_rows": 240, "steps": 120, "batch": 8, "max_length": 24,
     },
     "emotion": {
         "title": "tweet emotion, MiniLM", "kind": "classify", "data": "tweet_emotion", "text": "text",
-        "label": "label_text", "train_rows": 320, "held_rows": 240, "steps": 60, "batch": 8, "max_length": 24,
+        "label": "label_text", "train_rows": 320, "held_rows": 240, "steps": 120, "batch": 8, "max_length": 24,
     },
     "answers": {
         "title": "bundled answers, bundled base", "kind": "sft", "data": None, "prompt": "prompt",

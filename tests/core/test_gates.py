@@ -276,7 +276,8 @@ def test_unipelt_on_bert_base():
 
 
 def test_a_gate_learns_at_the_rate_of_what_is_behind_it():
-    assert ReZero(SeriesAdapter()).learning_rate == SeriesAdapter.learning_rate
+    assert ReZero(SeriesAdapter(), start=0.5).learning_rate == SeriesAdapter.learning_rate
+    assert ReZero(SeriesAdapter()).learning_rate == 5 * SeriesAdapter.learning_rate  # from a gate that is closed
     assert Gated(LoRA() + SeriesAdapter()).learning_rate == min(LoRA.learning_rate, SeriesAdapter.learning_rate)
 
 

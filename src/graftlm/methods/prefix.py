@@ -85,7 +85,7 @@ class PrefixTuning(Method):
             (not (self.mlp and self.tokens), "an MLP cannot start from tokens", "mlp=0"),
         )
         if self.mlp:  # a step of the network moves all that it computes
-            self.__dict__["learning_rate"] = 2e-3
+            self.__dict__["learning_rate"] = 1e-3
 
     @property
     def context_taken(self) -> int:

@@ -47,6 +47,13 @@ class ReZero(GatedMethod):
     start: float = 0.0
     shared: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start == 0:  # both factors of the product start small, and at the rate of one it hardly moves
+            low, high = self.learning_rate_range
+            self.__dict__["learning_rate"] = 5 * self.learning_rate
+            self.__dict__["learning_rate_range"] = (low, 10 * high)
+
     @property
     def starts_as_identity(self) -> bool:  # type: ignore[override]  # it depends on a setting
         """Whether nothing is changed at the start."""

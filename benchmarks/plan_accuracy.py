@@ -1,7 +1,9 @@
 """How near plans come: planned against measured peak memory, each case in a process of its own.
 
-    python -m benchmarks.plan_accuracy                 # the whole grid, about a quarter of an hour on one core
-    python -m benchmarks.plan_accuracy --every 7       # a seventh of it
+    python -m benchmarks.plan_accuracy --keep cases.jsonl               # the whole grid, an hour on one core
+    python -m benchmarks.plan_accuracy --keep cases.jsonl --first 60    # sixty cases, well spread
+
+The grid is shuffled once, so that its first cases are spread over it; those that `--keep` holds are not run again.
 
 The C library is told to give freed blocks of a quarter of a megabyte back at once (M_MMAP_THRESHOLD): left alone
 it keeps holes, and the resident set of these small models is up to twice what they allocate. `--holes` leaves it alone.
@@ -18,10 +20,10 @@ import gc
 import itertools
 import json
 import os
+import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,13 @@ import torch
 import transformers as tf
 
 from graftlm.core import attach
-from graftlm.kernels import fuse
+from graftlm.kernels import RECOMPUTE, fuse
 from graftlm.methods import read_method
 from graftlm.planning import plan
 from graftlm.planning.memory import RUNTIME_BYTES
 from graftlm.planning.plan import Plan
 from graftlm.planning.step import objective_of
+from graftlm.quantisation import quantize
 
 __all__ = ["Case", "Measured", "cases", "measure"]
 
@@ -67,6 +70,7 @@ class Case:
     length: int
     recompute: str
     dtype: str
+    quantize: str | None = None
 
     @property
     def task(self) -> str:
@@ -83,6 +87,9 @@ class Measured:
     peak_bytes: int
     at_rest_bytes: int
     step_s: float
+    flops: int
+    moved_bytes: int
+    calls: int
 
     @property
     def error(self) -> float:
@@ -90,18 +97,24 @@ class Measured:
         return self.planned_bytes / self.peak_bytes - 1
 
 
-def cases() -> Iterator[Case]:
-    """The whole grid."""
-    grid = itertools.product(CONFIGS, METHODS, SIZES, ("none", "blocks"), ("float32", "bfloat16"))
-    for architecture, method, (rows, length), recompute, dtype in grid:
-        yield Case(architecture, method, rows, length, recompute, dtype)
+def cases() -> list[Case]:
+    """The whole grid, in an order that does not change."""
+    kinds = (("float32", None), ("bfloat16", None), ("float32", "nf4"), ("bfloat16", "nf4"))
+    grid = itertools.product(CONFIGS, METHODS, SIZES, RECOMPUTE, kinds)
+    every = [
+        Case(architecture, method, rows, length, recompute, dtype, quantize)
+        for architecture, method, (rows, length), recompute, (dtype, quantize) in grid
+        if not (method == "full" and quantize)
+    ]
+    random.Random(0).shuffle(every)
+    return every
 
 
 def planned(case: Case) -> Plan:
     """The plan of a case."""
     return plan(
         CONFIGS[case.architecture](), case.method, dtype=case.dtype, batch=case.rows, length=case.length,
-        task=case.task, recompute=case.recompute,
+        task=case.task, recompute=case.recompute, quantize=case.quantize,
     )  # fmt: skip
 
 
@@ -122,6 +135,8 @@ def _steps(case: Case, count: int) -> float:
     kind: Any = tf.AutoModelForSequenceClassification if case.task == "classify" else tf.AutoModelForCausalLM
     config.pad_token_id = 0
     model = kind.from_config(config, dtype=getattr(torch, case.dtype))
+    if case.quantize:
+        quantize(model, case.quantize)
     adapter = attach(model, read_method(case.method))
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -182,34 +197,55 @@ def _trim() -> None:
 def main() -> None:
     """Run the grid, print each case and the distribution."""
     reader = argparse.ArgumentParser()
-    reader.add_argument("--every", type=int, default=1, help="take each nth case")
+    reader.add_argument("--first", type=int, help="take so many cases of the shuffled grid")
     reader.add_argument("--holes", action="store_true", help="leave the allocator as it is")
-    reader.add_argument("--json", type=Path, help="keep the cases in this file, a line each")
+    reader.add_argument("--keep", type=Path, help="file with a line for each case; what it holds is not run again")
+    reader.add_argument("--minutes", type=float, default=1e9, help="begin no case after so many minutes")
+    reader.add_argument("--again", action="store_true", help="plan the cases of --keep anew beside what was measured")
     given = reader.parse_args()
     torch.set_num_threads(1)
     if not given.holes:
         import ctypes
 
         ctypes.CDLL("libc.so.6").mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
+    known = {one.case: one for one in kept(given.keep)}
     found: list[Measured] = []
-    for case in list(cases())[:: given.every]:
+    began_s = time.monotonic()
+    for case in cases()[: given.first]:
+        if case in known and not given.again:
+            found.append(known[case])
+            continue
+        if time.monotonic() - began_s > 60 * given.minutes or (given.again and case not in known):
+            continue
         told = planned(case)
-        seen = in_child(case)
+        seen = (known[case].peak_bytes + known[case].at_rest_bytes, known[case].at_rest_bytes, known[case].step_s) if (
+            given.again
+        ) else in_child(case)  # fmt: skip
         if seen is None:
             print("FAILED", case)
             continue
         peak, rest, took_s = seen
-        one = Measured(case, told.total_bytes - RUNTIME_BYTES["cpu"], peak - rest, rest, took_s)
+        work = [sum(each.values()) for each in (told.traced.flops, told.traced.moved_bytes, told.traced.calls)]
+        one = Measured(case, told.total_bytes - RUNTIME_BYTES["cpu"], peak - rest, rest, took_s, *work)
         found.append(one)
         print(
-            f"{case.architecture:6} {case.method:34} {case.rows:3}x{case.length:<4} {case.dtype:9} "
-            f"{case.recompute:6} planned {one.planned_bytes / 1e6:7.1f} MB  "
+            f"{case.architecture:6} {case.method:34} {case.rows:3}x{case.length:<4} {case.dtype:9} {case.quantize or '-':4}"
+            f" {case.recompute:11} planned {one.planned_bytes / 1e6:7.1f} MB  "
             f"measured {one.peak_bytes / 1e6:7.1f} MB  {100 * one.error:+6.1f} %   {took_s:.2f} s",
             flush=True,
         )
-    if given.json:
-        given.json.write_text("".join(json.dumps(asdict(one)) + "\n" for one in found))
+        if given.keep and not given.again:
+            with given.keep.open("a") as file:
+                file.write(json.dumps(asdict(one)) + "\n")
+    if given.keep and given.again:
+        given.keep.write_text("".join(json.dumps(asdict(one)) + "\n" for one in found))
     print(distribution(found))
+
+
+def kept(place: Path | None) -> list[Measured]:
+    """The cases of a file of an earlier run."""
+    lines = place.read_text().splitlines() if place and place.exists() else []
+    return [Measured(**{**fields, "case": Case(**fields["case"])}) for fields in map(json.loads, lines)]
 
 
 def distribution(found: list[Measured]) -> str:

@@ -74,9 +74,7 @@ def _real(config: Any, method: str, task: str, rows: int, length: int, recompute
     kind = tf.AutoModelForSequenceClassification if task == "classify" else tf.AutoModelForCausalLM
     model = kind.from_config(config, dtype=torch.float32)
     adapter = attach(model, read_method(method))
-    fused = fuse(model, recompute=recompute)
-    for path, own in fused.configs.items():  # attention by blocks keeps less than the plan counts with
-        model.get_submodule(path).config = own
+    fuse(model, recompute=recompute)
     counted = Trace()
     counted.hold("weights", [*model.parameters(), *model.buffers()])
     counted.hold("deltas", adapter.state().values())

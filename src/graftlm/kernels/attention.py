@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["attention_forward", "blocked_attention", "plain_attention"]
+__all__ = ["attention_forward", "block_bytes", "blocked_attention", "plain_attention"]
 
 _QUERIES = 64
 #: The scores of a block take no more memory than this, so that they stay where they are used.
@@ -43,6 +43,18 @@ def blocked_attention(
     """
     output: Tensor = _Blocked.apply(query, key, value, scale, causal, mask)  # type: ignore[no-untyped-call]
     return output
+
+
+def block_bytes(query: Tensor, key: Tensor, *, backward: bool = False) -> int:
+    """What a block holds at its highest moment in a call with such queries and keys; a plan counts with it."""
+    blocks = _Blocks(query, key, 1.0, False, None)
+    queries, pairs = min(_QUERIES, blocks.tokens), blocks.some * blocks.heads
+    scores = pairs * blocks.shared * queries * blocks.tokens
+    q, k = pairs * blocks.shared * queries * query.shape[3], pairs * blocks.tokens * key.shape[3]
+    one = pairs == blocks.rows * blocks.kv_heads and queries == blocks.tokens
+    if backward:  # with the last block's chances and gradient until they are replaced
+        return (2 * q + 2 * k + max((3 if one else 4) * scores, 2 * scores + max(k, q))) * query.element_size()
+    return (q + 2 * k + max(2 * scores, q + scores)) * query.element_size()
 
 
 class _Blocked(torch.autograd.Function):
@@ -168,7 +180,8 @@ def attention_forward(
     square = query.shape[2] == key.shape[2] and query.shape[2] > 1 and query.shape[1] % key.shape[1] == 0
     plain = not (args or kwargs.get("dropout") or kwargs.get("position_bias") is not None)
     trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if square and plain and trains and query.device.type == "cpu" and query.dtype == key.dtype == value.dtype:
+    here = query.device.type in ("cpu", "meta")  # a plan counts the same in blocks without values
+    if square and plain and trains and here and query.dtype == key.dtype == value.dtype:
         causal = kwargs.get("is_causal")
         causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
         fits = mask is None

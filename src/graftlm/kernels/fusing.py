@@ -72,12 +72,13 @@ class Fused:
         self.undo()
 
 
-def fuse(model: nn.Module, *, recompute: Recompute = "none") -> Fused:
+def fuse(model: nn.Module, *, recompute: Recompute = "none", device: str = "") -> Fused:
     """Give the modules of `model` faster forwards for training with the adapters attached to it.
 
     Losses and gradients stay the same within rounding. `recompute` says what is computed again in the backward:
     nothing large, what is inside feed-forward parts, or whole blocks (the model's own gradient checkpointing).
-    Adapters attached later are right but slower until it is called again.
+    Adapters attached later are right but slower until it is called again. `device` is where a model without values is
+    meant to run: "cpu" where nothing is said.
 
     Example:
         >>> adapter = attach(model, LoRA(rank=16, targets="all-linear"))       # doctest: +SKIP
@@ -120,7 +121,8 @@ def fuse(model: nn.Module, *, recompute: Recompute = "none") -> Fused:
                 put("feed-forward", path, _feed_forward_forward, part)
             else:
                 done.left[path] = "a feed-forward part of another kind"
-    for site in found.attentions:
+    on_processor = (device or next(model.parameters()).device.type) in ("cpu", "meta")
+    for site in found.attentions if on_processor else ():
         owner: Any = modules[site.path]
         if implementation_of(owner) == "sdpa" and not _has_prefixes(owner):
             done.configs[site.path] = owner.config

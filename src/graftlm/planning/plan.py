@@ -20,7 +20,7 @@ from graftlm.planning.memory import RUNTIME_BYTES, memory_bytes, said
 from graftlm.planning.stacking import traced as traced_of
 from graftlm.planning.step import Shape, Traced
 
-__all__ = ["TERMS", "Plan", "config_of", "plan", "plan_shape"]
+__all__ = ["TERMS", "Asked", "Plan", "asked", "config_of", "plan"]
 
 TERMS = ("weights", "quantisation", "deltas", "gradients", "optimizer", "activations", "logits", "runtime")
 """What memory goes to, in the order in which it is shown."""
@@ -177,6 +177,32 @@ def plan(
         >>> found.trainable, found.fits("2GB")
         (71680, True)
     """
+    return asked(
+        base, method, dtype=dtype, batch=batch, accumulate=accumulate, length=length, task=task, classes=classes,
+        recompute=recompute, quantize=quantize, labelled=labelled, evaluation_rows=evaluation_rows, device=device,
+        revision=revision, trust_remote_code=trust_remote_code,
+    ).plan()  # fmt: skip
+
+
+def asked(
+    base: Any,
+    method: str | Method,
+    *,
+    dtype: str | torch.dtype = "auto",
+    batch: int = 1,
+    accumulate: int = 1,
+    length: int = 512,
+    task: str = "auto",
+    classes: int = 2,
+    recompute: Recompute = "none",
+    quantize: str | None = None,
+    labelled: float = 1.0,
+    evaluation_rows: int = 0,
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Asked:
+    """What `plan` plans, checked. Raises ModelError, MethodError and PlanError."""
     wanted = read_method(method) if isinstance(method, str) else method
     config = config_of(base, revision=revision, trust_remote_code=trust_remote_code)
     _check(batch, accumulate, length, labelled, dtype, device)
@@ -194,63 +220,65 @@ def plan(
         evaluation_rows=evaluation_rows,
     )
     task = ("lm" if generates(config) else "classify") if task == "auto" else task
-    return plan_shape(config, wanted, task, shape, name=_name_of(base, config), accumulate=accumulate, device=device,
-                      classes=classes)  # fmt: skip
-
-
-def plan_shape(
-    config: Any,
-    method: Method | None,
-    task: str,
-    shape: Shape,
-    *,
-    name: str = "",
-    accumulate: int = 1,
-    device: str = "cpu",
-    classes: int = 2,
-) -> Plan:
-    """The plan of one step of `shape`, computed `accumulate` times for an optimizer step. `method` None trains nothing.
-
-    Raises PlanError where the model's code does not run without values.
-    """
-    try:
-        traced = traced_of(config, method, task, shape, classes=classes)
-    except GraftError:
-        raise
-    except Exception as error:  # any model code may refuse to run without values
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        kind = type(config).__name__.removesuffix("Config")
-        raise PlanError(Finding("P102", f"a step of {name or kind} ({task}) cannot be planned: {why}")) from error
-    highest = max(peak.total() for phase, peak in traced.peaks.items() if phase != "rest")
-    runtime = RUNTIME_BYTES[device] + int(_SLACK * (highest - traced.sizes["weights"]))
-    phases = {phase: peak.total() for phase, peak in traced.peaks.items() if phase != "rest"}
-    if accumulate > 1:  # from the second part on, the gradients of the first are there
-        phases = {
-            phase: size + traced.sizes["gradients"] if phase == "forward" else size for phase, size in phases.items()
-        }
-    peak = max(phases, key=lambda phase: phases[phase])
-    terms = dict.fromkeys(TERMS, 0) | dict(traced.sizes)
-    if method is None:
-        terms["gradients"] = 0
-    room = phases[peak] - sum(terms.values())
-    terms["logits"] = max(0, min(room, traced.peaks[peak]["logits"]))
-    terms["activations"] = max(0, room - terms["logits"])
-    return Plan(
-        base=name or type(config).__name__.removesuffix("Config"),
-        method=str(method) if method else "none",
-        task=task,
-        shape=shape,
-        accumulate=accumulate,
-        device=device,
-        terms=terms | {"runtime": runtime},
-        phases={phase: size + runtime for phase, size in phases.items()},
-        parameters=traced.parameters,
-        trainable=traced.trainable,
-        trainable_by_role=traced.trained_by_role,
-        flops=(traced.flops["forward"] + traced.flops["backward"]) * accumulate,
-        adapter_bytes=traced.adapter_bytes,
-        traced=traced,
+    return Asked(
+        config, wanted, task, shape, name=_name_of(base, config), accumulate=accumulate, device=device, classes=classes
     )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is planned: a step of `shape` on the model of `config`, computed `accumulate` times for an optimizer step.
+
+    `method` None trains nothing; only the forward pass is planned.
+    """
+
+    config: Any
+    method: Method | None
+    task: str
+    shape: Shape
+    name: str = ""
+    accumulate: int = 1
+    device: str = "cpu"
+    classes: int = 2
+
+    def plan(self) -> Plan:
+        """The plan. Raises PlanError where the model's code does not run without values."""
+        name, method, shape = self.name or type(self.config).__name__.removesuffix("Config"), self.method, self.shape
+        try:
+            traced = traced_of(self.config, method, self.task, shape, classes=self.classes)
+        except GraftError:
+            raise
+        except Exception as error:  # any model code may refuse to run without values
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise PlanError(Finding("P102", f"a step of {name} ({self.task}) cannot be planned: {why}")) from error
+        highest = max(peak.total() for phase, peak in traced.peaks.items() if phase != "rest")
+        runtime = RUNTIME_BYTES[self.device] + int(_SLACK * (highest - traced.sizes["weights"]))
+        phases = {phase: peak.total() for phase, peak in traced.peaks.items() if phase != "rest"}
+        if self.accumulate > 1:  # from the second part on, the gradients of the first are there
+            phases["forward"] += traced.sizes["gradients"]
+        peak = max(phases, key=lambda phase: phases[phase])
+        terms = dict.fromkeys(TERMS, 0) | dict(traced.sizes)
+        if method is None:
+            terms["gradients"] = 0
+        room = phases[peak] - sum(terms.values())
+        terms["logits"] = max(0, min(room, traced.peaks[peak]["logits"]))
+        terms["activations"] = max(0, room - terms["logits"])
+        return Plan(
+            base=name,
+            method=str(method) if method else "none",
+            task=self.task,
+            shape=shape,
+            accumulate=self.accumulate,
+            device=self.device,
+            terms=terms | {"runtime": runtime},
+            phases={phase: size + runtime for phase, size in phases.items()},
+            parameters=traced.parameters,
+            trainable=traced.trainable,
+            trainable_by_role=traced.trained_by_role,
+            flops=sum(traced.flops[phase] for phase in ("forward", "backward")) * self.accumulate,
+            adapter_bytes=traced.adapter_bytes,
+            traced=traced,
+        )
 
 
 def config_of(base: Any, **options: Any) -> Any:

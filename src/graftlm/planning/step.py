@@ -120,7 +120,8 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
     sizes = +counted.alive
     objective = objective_of(task, model)
     batch = _batch(task, shape, shape.rows)
-    with fuse(model, recompute=shape.recompute), counted:
+    device = "cpu" if shape.on_processor else "cuda"
+    with fuse(model, recompute=shape.recompute, device=device), counted:
         if adapter is not None:
             model.train()
             with counted.phase("forward"):

@@ -3,7 +3,7 @@
 A model on the meta device has shapes and no storage, so a step of any size runs on it in seconds. `Trace` sees each
 operation below autograd, forward and backward, and counts the storages that are alive: those that autograd keeps for
 the backward pass, and those that live for a moment only. Nothing is estimated by formula but the inside of attention,
-which runs as the fused kernel that the processor would choose.
+which is counted as one operation: in blocks, as graftlm trains on a processor, or as torch's fused kernel.
 
 Small tensors that decide shapes (labels, masks) may have values: they stay real, and meet the meta tensors here.
 """
@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry
+
+from graftlm.kernels import attention as blocks
 
 __all__ = ["Trace"]
 
@@ -192,7 +194,7 @@ def _joined(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 # --- attention ---
 
 
-_torch_attention = F.scaled_dot_product_attention
+_torch_attention, _blocked_attention = F.scaled_dot_product_attention, blocks.blocked_attention
 
 
 @contextlib.contextmanager
@@ -202,12 +204,12 @@ def _fused_attention() -> Iterator[None]:
     Put in place of torch's own function, because a mode would be left out of what is recomputed in a backward pass.
     Tensors with values go to torch's own, so nothing else notices.
     """
-    before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _attention
+    before, blocked = F.scaled_dot_product_attention, blocks.blocked_attention
+    F.scaled_dot_product_attention, blocks.blocked_attention = _attention, _in_blocks
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = before
+        F.scaled_dot_product_attention, blocks.blocked_attention = before, blocked
 
 
 def _attention(
@@ -235,6 +237,46 @@ def _attention(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
     return plain
+
+
+def _in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None = None
+) -> Tensor:
+    if not query.is_meta:
+        return _blocked_attention(query, key, value, scale, causal, mask)
+    output: Tensor = _Blocked.apply(query, key, value, scale, causal)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Blocked(torch.autograd.Function):
+    """What attention in blocks takes: queries, keys and values are kept, scores are there a block at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale, ctx.causal = scale, causal
+        inside = _inside(query, key)
+        output: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=None, scale=scale
+        )[0]
+        del inside
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> Any:
+        query, key, value = ctx.saved_tensors
+        inside = _inside(query, key, backward=True)
+        output, sums = (query.new_empty(1).expand(shape) for shape in (query.shape, query.shape[:3]))
+        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            above, query, key, value, output, sums, 0.0, ctx.causal, attn_mask=None, scale=ctx.scale
+        )
+        del inside
+        return (*(grad.view(like.shape) for grad, like in zip(grads, (query, key, value), strict=True)), None, None)
+
+
+def _inside(query: Tensor, key: Tensor, *, backward: bool = False) -> Tensor:
+    size = blocks.block_bytes(query, key, backward=backward)
+    return torch.empty(size, dtype=torch.uint8, device=query.device)
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:

@@ -13,11 +13,11 @@ from graftlm.data.tokenising import IGNORED
 from graftlm.errors import Finding, PlanError
 from graftlm.models import head_of
 from graftlm.planning import Plan, said
-from graftlm.planning.plan import plan_shape
+from graftlm.planning.plan import Asked
 from graftlm.planning.step import Shape
 from graftlm.settings import RunSettings
 
-__all__ = ["does_not_fit", "foresee", "longest_batch"]
+__all__ = ["does_not_fit", "foresee", "foreseen", "longest_batch"]
 
 #: Head to the task whose step is like that of any task with it; what the planner knows.
 _LIKE = {"causal": "sft", "sequence": "classify"}
@@ -26,7 +26,12 @@ _EVALUATION_ROWS = 16  # scored at once, as `evaluation.losses` does
 
 
 def foresee(settings: RunSettings, config: Any, prepared: Prepared, method: Method) -> Plan:
-    """The plan of the run's largest step: its longest rows, with the loss reading all that any row's loss reads.
+    """The plan of the run's largest step. Raises PlanError as `foreseen` does."""
+    return foreseen(settings, config, prepared, method).plan()
+
+
+def foreseen(settings: RunSettings, config: Any, prepared: Prepared, method: Method) -> Asked:
+    """The run's largest step: its longest rows, with the loss reading all that any row's loss reads.
 
     A row with several answers counts as so many rows. Raises PlanError where the base's code does not run without
     values, and for tasks whose step is not known to the planner.
@@ -54,7 +59,7 @@ def foresee(settings: RunSettings, config: Any, prepared: Prepared, method: Meth
         labelled=labelled,
         evaluation_rows=min(_EVALUATION_ROWS, len(prepared.eval)) * several,
     )
-    return plan_shape(
+    return Asked(
         config,
         method,
         prepared.task if prepared.task in ("lm", "sft") else like,

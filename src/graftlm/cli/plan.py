@@ -25,24 +25,32 @@ _LENGTH = 512
 @run_flags
 @click.option("--memory", metavar="AMOUNT", help="Memory of the machine, such as 24GB: what fits, and what would.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="What the machine computes on.")
+@click.option("--serve", is_flag=True, help="Say too what it takes to serve so many rows of that length.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
 def verb(
-    memory: str | None, device: str, as_json: bool, config: str | None, set: tuple[str, ...], **flags: str | None
+    memory: str | None,
+    device: str,
+    serve: bool,
+    as_json: bool,
+    config: str | None,
+    set: tuple[str, ...],
+    **flags: str | None,
 ) -> None:
     """Say what training would take: memory by term, trained parameters, operations.
 
-    Nothing is trained and no weights are read: config.json is enough. The flags are those of train.
+    Nothing is trained and no weights are read: config.json is enough. The flags are those of train. With --memory, what
+    fits into such a machine, the cheapest change first, and the largest batch, length and rank.
     """
     resolved = resolved_from(config, set, flags)
     settings = resolved.settings
-    from graftlm.planning import memory_bytes, plan, said
-    from graftlm.training.run import plan_resolved
+    from graftlm.planning import asked, fitting, memory_bytes, serving
+    from graftlm.training.run import asked_resolved
 
     room = memory_bytes(memory) if memory else None
     if settings.data.path is not None:
-        found = plan_resolved(resolved)
+        step = asked_resolved(resolved)
     else:
-        found = plan(
+        step = asked(
             settings.model.name,
             settings.method,
             dtype=settings.model.dtype,
@@ -56,10 +64,14 @@ def verb(
             revision=settings.model.revision,
             trust_remote_code=settings.model.trust_remote_code,
         )
+    found = step.plan()
+    served = serving(step, found) if serve else None
+    fits = fitting(step, room) if room else None
     if as_json:
-        fits = {"memory_bytes": room, "fits": found.fits(room)} if room else {}
-        print_json(found.to_dict() | fits)
+        told = found.to_dict() | (fits.to_dict() if fits else {})
+        print_json(told | ({"serving": served.to_dict()} if served else {}))
         return
     console().print(found)
-    if room:
-        click.echo(f"{'fits' if found.fits(room) else 'does not fit'} into {said(room)}")
+    for each in (served, fits):
+        if each is not None:
+            click.echo(str(each))

@@ -6,7 +6,12 @@ Example:
     71680
 """
 
+from graftlm.planning.fitting import Fitting, Option, fitting
 from graftlm.planning.memory import memory_bytes, said
-from graftlm.planning.plan import TERMS, Plan, plan
+from graftlm.planning.plan import TERMS, Asked, Plan, asked, plan
+from graftlm.planning.serving import Serving, serving
 
-__all__ = ["TERMS", "Plan", "memory_bytes", "plan", "said"]
+__all__ = [
+    "TERMS", "Asked", "Fitting", "Option", "Plan", "Serving", "asked", "fitting", "memory_bytes", "plan", "said",
+    "serving",
+]  # fmt: skip

@@ -28,6 +28,9 @@ __all__ = ["Fitting", "Option", "fitting", "largest"]
 _SHOTS = 32
 #: Runs of more tokens than this are told from the line through two smaller ones.
 _RUN_TOKENS = 8192
+#: Fewer tokens than this say little of more.
+_FEW_TOKENS = 512
+_UNIT = 8  # what lengths of batches are multiples of
 _MOST = {"batch": 65_536, "length": 1 << 20}
 _SMALL = "lora(rank=8)"
 
@@ -208,51 +211,49 @@ def _limits(step: Asked, planned: Callable[[Asked], Plan], room: int, context: i
     def size(one: Asked) -> int:
         return planned(one).total_bytes
 
+    few = max(1, _FEW_TOKENS // shape.length)
     rows = largest(
-        lambda n: size(_with(step, rows=n)), room, shape.rows, _MOST["batch"], exact=_RUN_TOKENS // shape.length
+        lambda n: size(_with(step, rows=n)), room, few, shape.rows, _MOST["batch"], run=_RUN_TOKENS // shape.length
     )
     found["batch"] = rows * step.accumulate
-    unit = 8
-    found["length"] = unit * largest(
-        lambda n: size(_with(step, length=unit * n)),
-        room,
-        max(1, shape.length // unit),
-        min(context, _MOST["length"]) // unit,
-        exact=_RUN_TOKENS // (unit * shape.rows),
+    units = [max(1, length // _UNIT) for length in (shape.length // 2, shape.length, min(context, _MOST["length"]))]
+    found["length"] = _UNIT * largest(
+        lambda n: size(_with(step, length=_UNIT * n)), room, *units, run=_RUN_TOKENS // (_UNIT * shape.rows)
     )
     if any(each.name == "rank" for each in dataclasses.fields(step.method)):  # type: ignore[arg-type]
         widest = int(getattr(step.config.get_text_config(), "hidden_size", 4096))
         method: Any = step.method
-        found["rank"] = largest(lambda n: size(replace(step, method=_of_rank(method, n))), room, method.rank, widest)
+        ranks = (method.rank, 2 * method.rank, widest)
+        found["rank"] = largest(lambda n: size(replace(step, method=_of_rank(method, n))), room, *ranks)
     return found
 
 
-def largest(size: Callable[[int], int], room: int, start: int, most: int, *, exact: int = 1 << 60) -> int:
+def largest(size: Callable[[int], int], room: int, few: int, some: int, most: int, *, run: int = 1 << 60) -> int:
     """The largest n from 1 to `most`, within a fiftieth, for which `size(n)` is at most `room`; 0 where there is none.
 
-    `size` grows with n, from `start` on in nearly a straight line. It is asked for no n above `exact` and twice
-    `start`: beyond, the line through the two largest that were asked for tells.
+    `size` grows with n in nearly a straight line, told from `few` and `some`. It is asked for no other n above `run`:
+    there the line through the two largest tells.
 
     Example:
-        >>> largest(lambda n: 100 + 7 * n, 1000, 4, 10_000)
+        >>> largest(lambda n: 100 + 7 * n, 1000, 4, 8, 10_000)
         128
     """
-    start = min(start, most)
-    seen = {n: size(n) for n in {start, min(2 * start, most), *([1] if size(start) > room else [])}}
-    exact = max(exact, *seen)
+    few, some = min(few, most), min(some, most)
+    some = some if some > few else min(2 * few, most)
+    seen = {n: size(n) for n in {few, some}}
+    if seen[few] > room and few > 1:
+        seen[1] = size(1)
     while True:
         low = max((n for n, of in seen.items() if of <= room), default=0)
         high = min((n for n, of in seen.items() if of > room), default=most + 1)
-        if high - low <= 1 or not low or high - low <= low // 50:
+        if not low or high - low <= 1 + low // 50:
             return low
         first, second = sorted(seen)[-2:] if high > most else (low, high)
-        slope = (seen[second] - seen[first]) / (second - first)
+        slope = (seen[second] - seen[first]) / (second - first) if second > first else 0
         guess = int(low + (room - seen[low]) / slope) if slope > 0 else most
-        if guess > exact and high > most:
-            if low == exact or exact in seen:
-                return min(guess, most)
-            guess = exact
         guess = min(max(guess, low + 1), high - 1)
+        if guess > run:
+            return guess
         seen[guess] = size(guess)
 
 

@@ -17,7 +17,7 @@ from graftlm.planning.step import Shape, Traced, trace
 
 __all__ = ["traced"]
 
-_FEW, _MORE = 4, 6
+_FEW, _MORE = 3, 5
 _BY_LAYER = re.compile(r"layers|\.\d|\d\.|reduce|skip|last")
 
 

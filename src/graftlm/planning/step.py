@@ -110,7 +110,7 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     constants = {name for name in tensors if name.rpartition(".")[0] in packed and name.rpartition(".")[2] in PACKED}
     adapter = _attached(model, method) if method else None
-    counted = Trace(None if task == "classify" else _vocabulary(model), wide_sums=shape.on_processor)
+    counted = Trace(None if task == "classify" else _vocabulary(model))
     counted.hold("weights", [tensor for name, tensor in tensors.items() if name not in constants])
     counted.hold("quantisation", [tensors[name] for name in sorted(constants)])
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad] if adapter else []

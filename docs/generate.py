@@ -107,6 +107,14 @@ def every_method() -> str:
     return benchmark.table(results) if results else "Not measured yet.\n"
 
 
+def real_data() -> str:
+    """The table of every task on real data."""
+    _on_path(DOCS.parent)
+    from benchmarks import real as benchmark
+
+    return benchmark.table(benchmark.results())
+
+
 def rates_tried() -> str:
     """The scores on validation rows at several learning rates, by task and method."""
     found = json.loads((DOCS.parent / "benchmarks" / "results" / "method_rates.json").read_text(encoding="utf-8"))
@@ -228,6 +236,7 @@ WHAT: dict[str, Callable[..., str]] = {
     "columns": columns,
     "cost": cost_of,
     "every method": every_method,
+    "real data": real_data,
     "rates tried": rates_tried,
     "help": help_of,
     "measured": measured,

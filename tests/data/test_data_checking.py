@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from graftlm.data import prepare
 from graftlm.data.checking import Notes, check, check_overlap
 from graftlm.data.codes import CODES, WAIVABLE
 from graftlm.data.reading import Table
@@ -212,3 +213,10 @@ def test_eval_rows_that_are_also_in_train(both, stops):
 def test_only_judgements_can_be_waived():
     assert CODES.keys() > WAIVABLE
     faults([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}], waived=set(CODES))
+
+
+def test_labels_of_three_types_leave_the_commonest(write, tokenizer):
+    rows = [{"text": f"t {at}", "label": label} for at, label in enumerate(["a", "b", "a", "b", 1, [], ["a"]])]
+    found = prepare(write("rows.jsonl", rows), tokenizer=tokenizer, task="classify", eval_share=0, drop_bad_rows=True)
+    assert found.labels.names == ("a", "b")
+    assert [fault.row for fault in found.rejected] == [5, 6, 7]

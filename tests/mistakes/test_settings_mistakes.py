@@ -40,7 +40,7 @@ MISTAKES = {
     "train.learning_rate=two": ("S104", "a number"),
     "train.learning_rate=2e-4x": ("S104", "2e-4x"),
     "model.trust_remote_code=maybe": ("S104", "true or false"),
-    "data.map=question": ("S104", "role=column"),
+    "data.map=question": ("S104", "prompt=question"),
     "train.batch=0": ("S105", "at least 1"),
     "train.warmup=100": ("S105", "Meant 0.1?"),
     "train.warmup=1": ("S105", "Meant 0.1?"),

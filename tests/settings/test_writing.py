@@ -36,7 +36,7 @@ def _values(setting):
         low, high = setting.usual or (0, 2**32 - 1)
         numbers = st.integers(int(low), int(high)) if setting.kind == "a whole number" else st.floats(low, high)
         return numbers | st.none() if setting.optional else numbers
-    kinds = {"true or false": st.booleans(), "role=column pairs": st.dictionaries(TEXT, TEXT, max_size=3)}
+    kinds = {"true or false": st.booleans(), "name=value pairs": st.dictionaries(TEXT, TEXT, max_size=3)}
     return kinds.get(setting.kind, TEXT | st.none() if setting.optional else TEXT)
 
 

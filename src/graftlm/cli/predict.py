@@ -69,6 +69,25 @@ def verb(
 def _told(run: str, opened: Any, texts: Sequence[Any]) -> tuple[list[str], list[dict[str, Any]]]:
     """What the adapter says of each text, and which of it a table shows. Raises UsageFault for one that writes."""
     longest = {"max_length": opened.max_length}
+    shown = texts
+    if opened.prompt is not None:
+        texts = [_asked(run, opened.prompt, text) for text in texts]
+    if opened.prompt is not None and opened.prompt.words and opened.task in ("choice", "tfew"):
+        from graftlm.evaluation.answers import choose_answers
+        from graftlm.training.tasks import learnt_of
+
+        words = list(opened.prompt.words.values())
+        objective: Any = learnt_of(opened).objective()
+        ranked = choose_answers(opened.model, opened.tokenizer, opened.template, objective, texts, words, **longest)
+        return ["label", "probability"], [
+            {
+                "text": text,
+                "label": words[int(chances.argmax())],
+                "probability": round(float(chances.max()), 6),
+                "probabilities": {word: round(float(p), 6) for word, p in zip(words, chances, strict=True)},
+            }
+            for text, chances in zip(shown, ranked, strict=True)
+        ]
     if opened.task == "classify" and opened.labels is not None:
         from graftlm.evaluation import classify_texts
 
@@ -80,14 +99,14 @@ def _told(run: str, opened: Any, texts: Sequence[Any]) -> tuple[list[str], list[
                 "probability": round(one.probability, 6),
                 "probabilities": {label: round(p, 6) for label, p in one.probabilities.items()},
             }
-            for text, one in zip(texts, found, strict=True)
+            for text, one in zip(shown, found, strict=True)
         ]
         return ["label", "probability"], told
     if opened.task == "regress" and opened.scale is not None:
         from graftlm.evaluation import tell_numbers
 
         numbers = tell_numbers(opened.model, opened.tokenizer, opened.scale, texts, **longest)
-        return ["score"], [{"text": text, "score": round(n, 6)} for text, n in zip(texts, numbers, strict=True)]
+        return ["score"], [{"text": text, "score": round(n, 6)} for text, n in zip(shown, numbers, strict=True)]
     if opened.task == "tag" and opened.labels is not None:
         from graftlm.evaluation import tag_words
 
@@ -100,6 +119,16 @@ def _told(run: str, opened: Any, texts: Sequence[Any]) -> tuple[list[str], list[
         ]
     message = f"{run} was trained for {opened.task}, not to label texts"
     raise UsageFault(Finding("L105", message, fix=f"graftlm generate {run}"))
+
+
+def _asked(run: str, prompt: Any, text: str | tuple[str, str]) -> str:
+    """The text, or pair of texts, put into words as the adapter has learnt them."""
+    values = (text,) if isinstance(text, str) else text
+    if len(values) != len(prompt.fields):
+        named = ", ".join(prompt.fields)
+        message = f"{run} wants {len(prompt.fields)} texts a row ({named}), found {len(values)}"
+        raise UsageFault(Finding("L105", message, fix=f"graftlm evaluate {run} rows.csv"))
+    return str(prompt.written(dict(zip(prompt.fields, values, strict=True))))
 
 
 def _one(text: str | tuple[str, str]) -> str:

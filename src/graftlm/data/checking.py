@@ -20,7 +20,7 @@ from graftlm.data.recognise import Reading
 from graftlm.data.wording import clip, counted, listed, number, percent, rows
 from graftlm.errors import DataError, Finding, nearest
 
-__all__ = ["Checked", "Example", "Message", "Notes", "check", "check_overlap"]
+__all__ = ["Checked", "Example", "Faults", "Message", "Notes", "check", "check_overlap"]
 
 Message = dict[str, Any]
 
@@ -106,7 +106,7 @@ class Checked:
 
 
 @dataclass(slots=True)
-class _Faults:
+class Faults:
     """Faults of rows, grouped so that each is told once."""
 
     found: dict[tuple[str, str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -118,6 +118,7 @@ class _Faults:
         self.reasons.setdefault(row, f"{what} [{code}]")
 
     def report(self, notes: Notes, place: str) -> None:
+        """An error for each fault, with its rows."""
         for (code, what, fix), where in self.found.items():
             verb = "has" if len(where) == 1 else "have"
             notes.error(code, f"{counted(len(where), 'row')} {verb} {what} ({rows(where)})", place, fix or _DROP)
@@ -144,7 +145,7 @@ def check(
         count_tokens: says how many tokens a text has, for the message of a file without any assistant turn.
         is_eval: eval rows may have one label only, or a label once.
     """
-    place, faults = table.path.name, _Faults()
+    place, faults = table.path.name, Faults()
     made = [
         _example(at, row, spot, reading, faults)
         for at, (row, spot) in enumerate(zip(table.rows, table.places, strict=True), 1)
@@ -187,7 +188,7 @@ def check_overlap(train: Sequence[Example], evaluation: Sequence[Example], notes
         notes.note("D131", message, place)
 
 
-def _example(at: int, row: Row, place: str, reading: Reading, faults: _Faults) -> Example | None:
+def _example(at: int, row: Row, place: str, reading: Reading, faults: Faults) -> Example | None:
     if reading.kind == "chat":
         messages = _messages(at, row, reading.columns["messages"], faults)
         return Example(at, place, row, messages=messages) if messages else None
@@ -219,7 +220,7 @@ def _example(at: int, row: Row, place: str, reading: Reading, faults: _Faults) -
     return Example(at, place, row, texts=tuple(text for text in texts if text is not None), label=label)
 
 
-def _text(at: int, row: Row, sources: tuple[str, ...], faults: _Faults, *, may_be_empty: bool = False) -> str | None:
+def _text(at: int, row: Row, sources: tuple[str, ...], faults: Faults, *, may_be_empty: bool = False) -> str | None:
     """The text of one or several columns; of several, those may be missing or empty that come after the first."""
     parts = []
     for order, name in enumerate(sources):
@@ -240,7 +241,7 @@ def _text(at: int, row: Row, sources: tuple[str, ...], faults: _Faults, *, may_b
     return "\n\n".join(parts)
 
 
-def _label(at: int, row: Row, name: str, faults: _Faults) -> Any:
+def _label(at: int, row: Row, name: str, faults: Faults) -> Any:
     value = row.get(name)
     if value is None or value == "":
         faults.add(at, "D120", f"null '{name}'" if name in row and value is None else f"no '{name}'")
@@ -262,7 +263,7 @@ def _label(at: int, row: Row, name: str, faults: _Faults) -> Any:
     return None
 
 
-def _score(at: int, row: Row, name: str, faults: _Faults) -> float | None:
+def _score(at: int, row: Row, name: str, faults: Faults) -> float | None:
     value = row.get(name)
     if value is None or value == "":
         faults.add(at, "D120", f"null '{name}'" if name in row and value is None else f"no '{name}'")
@@ -278,7 +279,7 @@ def _score(at: int, row: Row, name: str, faults: _Faults) -> float | None:
     return None
 
 
-def _tagged(at: int, row: Row, place: str, reading: Reading, faults: _Faults) -> Example | None:
+def _tagged(at: int, row: Row, place: str, reading: Reading, faults: Faults) -> Example | None:
     found = []
     for role in ("tokens", "tags"):
         name = reading.columns[role]
@@ -301,7 +302,7 @@ def _tagged(at: int, row: Row, place: str, reading: Reading, faults: _Faults) ->
     return None
 
 
-def _asked(at: int, row: Row, place: str, reading: Reading, faults: _Faults) -> Example | None:
+def _asked(at: int, row: Row, place: str, reading: Reading, faults: Faults) -> Example | None:
     """A row with a question and answers to it, of which the label says something."""
     turns: list[Message] = []
     if reading.kind == "preferences" and isinstance(row.get(reading.columns["chosen"]), list):
@@ -337,7 +338,7 @@ def _asked(at: int, row: Row, place: str, reading: Reading, faults: _Faults) -> 
     return Example(at, place, row, messages=tuple(turns), answers=tuple(map(str, answers)), label=label)
 
 
-def _preferred_chats(at: int, row: Row, place: str, reading: Reading, faults: _Faults) -> Example | None:
+def _preferred_chats(at: int, row: Row, place: str, reading: Reading, faults: Faults) -> Example | None:
     """Two conversations that differ in the last answer only."""
     both = [_messages(at, row, reading.columns[role], faults) for role in ("chosen", "rejected")]
     if not all(both):
@@ -368,7 +369,7 @@ def _preferred_chats(at: int, row: Row, place: str, reading: Reading, faults: _F
 
 
 def _choice(
-    at: int, row: Row, place: str, reading: Reading, faults: _Faults, turns: tuple[Message, ...]
+    at: int, row: Row, place: str, reading: Reading, faults: Faults, turns: tuple[Message, ...]
 ) -> Example | None:
     name, said = reading.columns["choices"], reading.columns["answer"]
     value, answer = row.get(name), row.get(said)
@@ -408,7 +409,7 @@ def _right_answer(answer: Any, choices: list[str], letters: list[str]) -> int | 
     return None
 
 
-def _messages(at: int, row: Row, name: str, faults: _Faults) -> tuple[Message, ...]:
+def _messages(at: int, row: Row, name: str, faults: Faults) -> tuple[Message, ...]:
     value = row.get(name)
     if value is None:
         faults.add(at, "D120", f"null '{name}'" if name in row else f"no '{name}'")
@@ -430,7 +431,7 @@ def _messages(at: int, row: Row, name: str, faults: _Faults) -> tuple[Message, .
     return turns
 
 
-def _message(at: int, message: Message, faults: _Faults) -> Message | None:
+def _message(at: int, message: Message, faults: Faults) -> Message | None:
     role_key, content_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
     role, content = message.get(role_key), message.get(content_key)
     if not isinstance(role, str):
@@ -459,7 +460,7 @@ def _message(at: int, message: Message, faults: _Faults) -> Message | None:
     return {"role": known, "content": content or "", **rest}
 
 
-def _all_silent(table: Table, faults: _Faults, notes: Notes, count_tokens: Callable[[str], int] | None) -> bool:
+def _all_silent(table: Table, faults: Faults, notes: Notes, count_tokens: Callable[[str], int] | None) -> bool:
     """Whether no row at all has an assistant turn: one message then, with the roles that there are."""
     silent = [row for (code, _, _), where in faults.found.items() if code == "D124" for row in where]
     if len(silent) < len(table):
@@ -477,7 +478,7 @@ def _all_silent(table: Table, faults: _Faults, notes: Notes, count_tokens: Calla
 def _check_labels(
     examples: list[Example],
     reading: Reading,
-    faults: _Faults,
+    faults: Faults,
     notes: Notes,
     place: str,
     merge_labels: bool,
@@ -490,9 +491,9 @@ def _check_labels(
             notes.error("D128", "there are fewer than two labels: there is nothing to tell apart", place)
         return examples
     if len(kinds) > 1:
-        least = Counter(type(e.label) for e in examples).most_common()[-1][0]
+        usual = Counter(type(e.label) for e in examples).most_common()[0][0]
         for example in examples:
-            if type(example.label) is least:
+            if type(example.label) is not usual:
                 faults.add(
                     example.row, "D121", f"{_type(example.label)} in '{column}' where other rows have another type"
                 )

@@ -52,6 +52,8 @@ CODES: dict[str, str] = {
     "D163": "chosen and rejected answer are the same",
     "D164": "a conversation of a preference has no answer at its end, or two different questions",
     "D165": "rows are left out because an answer of theirs is cut away at max_length",
+    "D166": "a prompt template is broken, or names a column that is not there",
+    "D167": "a label has no word in data.label_words",
 }
 """Code to meaning."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from graftlm.data.candidates import encode_candidates, encode_paired, encode_scored_answers
 from graftlm.data.checking import Example, Notes, check, check_overlap
 from graftlm.data.labels import Label, Labels, Scale, label_name
+from graftlm.data.prompting import PromptTemplate, prompted
 from graftlm.data.reading import Rejected, Table, read_rows
 from graftlm.data.recognise import Reading, recognise
 from graftlm.data.splitting import default_share, split, split_document
@@ -44,9 +45,10 @@ class Prepared:
     """Rows ready for the collator, and all there is to say about them.
 
     `train` and `eval` hold items (see `tokenising`), each with its `example` (raw row, messages or texts). `labels` is
-    None unless the task is classify or tag, `scale` unless it is regress, `template` unless answers are written.
-    `notes` are findings that do not stop a run.
-    `line` is for the terminal's `data` line, `supervision.line` for its `loss on` line, `eval_line` says what eval is.
+    None unless the task is classify or tag, `scale` unless it is regress, `template` unless answers are written,
+    `prompt` (with a word for every label) unless rows were put into words by one. `notes` are findings that do not stop
+    a run. `line` is for the terminal's `data` line, `supervision.line` for its `loss on` line, `eval_line` says what
+    eval is.
     """
 
     task: str
@@ -55,6 +57,7 @@ class Prepared:
     labels: Labels | None
     scale: Scale | None
     template: Template | None
+    prompt: PromptTemplate | None
     supervision: Supervision
     eval_supervision: Supervision
     notes: tuple[Finding, ...]
@@ -87,6 +90,7 @@ def prepare(
     instead: Mapping[str, str] | None = None,
     by_head: bool = False,
     packing: bool = False,
+    prompt: PromptTemplate | None = None,
 ) -> Prepared:
     """Reads, recognises, checks, splits and tokenises.
 
@@ -110,6 +114,7 @@ def prepare(
         waived: codes of judgements that are not to stop the run (`codes.WAIVABLE`).
         instead: tasks that the base does in place of others where the task is `auto`; see `recognise`.
         by_head: choices and rewards are told by a head that reads question and answer as a pair, as encoders do.
+        prompt: writes rows as questions, and labels as words; see `prompting`.
         packing: the training rows are put one behind the other into rows of `max_length` tokens, without seeing one
             another.
 
@@ -124,10 +129,15 @@ def prepare(
     """
     _check_arguments(eval_path, eval_share, max_rows, max_length)
     tables = _read_all([p for p in (path, eval_path) if p is not None], format, max_rows, drop_bad_rows)
+    notes = Notes(waived)
+    if prompt is not None:
+        roles, given = mapping or {}, task
+        told: dict[str, Any] = {"drop_bad_rows": drop_bad_rows, "instead": instead, "by_head": by_head}
+        tables[0], task, mapping, prompt = prompted(tables[0], prompt, given, roles, notes, **told)
+        tables[1:] = [prompted(table, prompt, task, roles, notes, **told)[0] for table in tables[1:]]
     reading = recognise(tables[0], task, mapping, instead=instead)
     if eval_path is not None:
         _check_same_columns(reading, *tables)
-    notes = Notes(waived)
     checked = [
         check(
             table,
@@ -189,6 +199,7 @@ def prepare(
         labels=known,
         scale=scale if reading.task == "regress" else None,
         template=chosen,
+        prompt=prompt,
         supervision=supervision,
         eval_supervision=eval_supervision,
         notes=_once(notes.notes),
@@ -330,6 +341,8 @@ def _hold_out(
         train = [replace(e, texts=(head,)) for e, head, _ in halves]
         return train, [replace(e, texts=(tail,)) for e, _, tail in halves if tail]
     labels = [label_name(e.label) for e in examples] if reading.kind in ("labelled", "judged") else []
+    if reading.kind == "choices" and len({e.answers for e in examples}) == 1:  # the choices are labels
+        labels = [str(e.label) for e in examples]
     if any(isinstance(e.label, tuple) for e in examples):
         labels = []  # rows with several labels belong to no one stratum
     wanted = default_share(len(examples)) if share is None else share

@@ -7,12 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from graftlm.data import Collator, SequencesCollator, Template
+from graftlm.data.candidates import encode_candidates, encode_paired
+from graftlm.data.checking import Example, Notes
 from graftlm.data.collating import length_of
 from graftlm.evaluation.losses import Collate, batches, evaluating
 from graftlm.evaluation.statistics import with_interval
 from graftlm.objectives import Choice, Reference, settle
 
-__all__ = ["answer_probabilities", "choice_scores", "judged_scores", "preference_scores", "rewards_of"]
+__all__ = [
+    "answer_probabilities",
+    "choice_scores",
+    "choose_answers",
+    "judged_scores",
+    "preference_scores",
+    "rewards_of",
+]
 
 
 def answer_probabilities(
@@ -28,6 +38,34 @@ def answer_probabilities(
             for row, at in enumerate(part):
                 found[at] = scores[row, : len(items[at]["sequences"])].numpy()
     return found
+
+
+def choose_answers(
+    model: Any,
+    tokenizer: Any,
+    template: Template | None,
+    objective: Choice,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    max_length: int | None = None,
+) -> list[np.ndarray]:
+    """The probability of each of `answers` for every question, under the routing in force; `template` None for a head.
+
+    Raises DataError where question and answer do not fit the model's context.
+    """
+    notes = Notes()
+    examples = [
+        Example(at, "", {}, messages=({"role": "user", "content": question},), answers=tuple(answers), label=0)
+        for at, question in enumerate(questions, 1)
+    ]
+    if template is None:
+        items, _ = encode_paired(examples, tokenizer, notes, max_length=max_length)
+    else:
+        items, _, _ = encode_candidates(examples, tokenizer, template, notes, max_length=max_length)
+    notes.settle()
+    collate = SequencesCollator(Collator(tokenizer.pad_token_id, max_length=max_length))
+    return answer_probabilities(model, objective, items, collate)
 
 
 def choice_scores(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:

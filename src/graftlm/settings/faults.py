@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from graftlm.errors import Finding, SettingsError, nearest
 
 from .foreign import NO_COUNTERPART, known_elsewhere
-from .schema import FLAGS, SECTIONS, SETTINGS, Setting, number
+from .schema import FLAGS, SECTIONS, SETTINGS, Setting, number, whole_of
 
 __all__ = [
     "CODES",
@@ -106,7 +106,7 @@ def read(text: str, setting: Setting) -> Any:
     word = text.strip()
     if setting.kind == "true or false":
         return {"true": True, "false": False}.get(word.lower(), text)
-    if setting.kind == "role=column pairs":
+    if setting.kind == "name=value pairs":
         pairs = [part.partition("=") for part in text.split(",") if part.strip()]
         whole = all(separator and role.strip() and column.strip() for role, separator, column in pairs)
         return {role.strip(): column.strip() for role, _, column in pairs} if whole else text
@@ -213,14 +213,13 @@ def wrong_value(kind: str, name: str, given: Given) -> Finding:
         guess = close[0] if close else setting.default
         message = f"{name} {_shown(value)} is not one of {', '.join(setting.choices)}"
         return Finding("S106", message, given.place, _paste(name, guess, given.via))
-    wanted = {"text": "text", "role=column pairs": "role=column, such as prompt=question"}.get(
-        setting.kind, setting.kind
-    )
+    pair = str(setting.usual).partition(",")[0]
+    wanted = f"pairs such as {pair}" if setting.kind == "name=value pairs" else setting.kind
     message = f"{name} is {_shown(value)}; wanted {wanted}"
     if setting.kind == "text":
         guess = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else setting.default
-    elif setting.kind == "role=column pairs":
-        guess = {"prompt": "question"}
+    elif setting.kind == "name=value pairs":
+        guess = dict([pair.split("=")])
     else:
         retried = read(value, setting) if isinstance(value, str) else value
         near = setting.kind == "a whole number" and isinstance(retried, float) and 1 <= retried < 1e9
@@ -407,9 +406,9 @@ def placed(clash: Clash, given: Mapping[str, Given]) -> Finding:
 
 
 def name_of(error: ErrorDetails, section: str = "") -> str:
-    """The dotted name that a schema error is about; a role of `data.map` counts as the map."""
+    """The dotted name that a schema error is about; a role of `data.map` counts as the map, and so on."""
     name = ".".join(str(part) for part in ((section,) if section else ()) + error["loc"])
-    return "data.map" if name.startswith("data.map.") else name
+    return whole_of(name)
 
 
 def as_settings_error(error: ValidationError, section: str) -> SettingsError:

@@ -33,7 +33,7 @@ from .faults import (
     wrong_value,
 )
 from .foreign import known_elsewhere
-from .schema import FLAGS, KEYS, SECTIONS, SETTINGS, RunSettings, Setting
+from .schema import FLAGS, KEYS, SECTIONS, SETTINGS, RunSettings, Setting, whole_of
 
 __all__ = ["Resolved", "resolve"]
 
@@ -135,10 +135,9 @@ def resolve(
     given: dict[str, Given] = {}
     for source in sources:
         for name, item in source.given.items():
-            if name.startswith("data.map."):  # --set data.map.prompt=question adds to the map that is there
-                below = given["data.map"].value if "data.map" in given else {}
-                role = name.removeprefix("data.map.")
-                name = "data.map"
+            if (whole := whole_of(name)) != name:  # --set data.map.prompt=question adds to the map that is there
+                below = given[whole].value if whole in given else {}
+                role, name = name.removeprefix(f"{whole}."), whole
                 item = Given(
                     {**(below if isinstance(below, dict) else {}), role: item.value}, item.place, item.origin, item.via
                 )
@@ -198,8 +197,8 @@ def _set_fix(name: str) -> str:
 
 
 def _take(source: _Source, name: str, given: Given) -> None:
-    """Files text that was given for a dotted name: as a setting, a role of the map, or a fault."""
-    if name.startswith("data.map.") and name != "data.map.":
+    """Files text that was given for a dotted name: as a setting, one of the pairs of a setting, or a fault."""
+    if whole_of(name) != name:
         source.given[name] = given
     elif name in SETTINGS:
         source.given[name] = Given(_read(given.value, SETTINGS[name]), given.place, given.origin, given.via)
@@ -273,7 +272,7 @@ def _of_tree(source: _Source, tree: _Tree, setting: Setting) -> Any:
     """The value of a setting in a run file; what is empty stays None, quoted or not."""
     if tree.pairs is None:
         return read(tree.value, setting) if isinstance(tree.value, str) else tree.value
-    if setting.kind != "role=column pairs":
+    if setting.kind != "name=value pairs":
         return {}
     return {role: child.value for role, place, child in tree.pairs if source.is_new(f"{setting.name}.{role}", place)}
 

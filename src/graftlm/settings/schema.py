@@ -104,6 +104,12 @@ class DataSettings(_Section):
         False
     )
     merge_labels: Annotated[bool, _about("Take labels that differ only by case or space for one label")] = False
+    prompt: Annotated[
+        str | None, _text("Prompt template: a text with the names of columns in braces", "{sentence} Sentiment:")
+    ] = None
+    label_words: Annotated[
+        dict[str, str], _about("What is said of each label, as label=word; needs a prompt", "0=negative,1=positive")
+    ] = {}
     template: Annotated[str | None, _text("Chat template: plain, turns or Jinja; without one, the base's own")] = None
     waive: Annotated[str | None, _text("Codes of findings that are not to stop the run", "D132,D127")] = None
 
@@ -270,7 +276,7 @@ class Setting:
     """One setting as the schema has it; `kind` is the type in words, `limits` the hard range in words."""
 
     name: str
-    kind: Literal["text", "a number", "a whole number", "true or false", "role=column pairs", "a choice"]
+    kind: Literal["text", "a number", "a whole number", "true or false", "name=value pairs", "a choice"]
     default: Any
     optional: bool
     text: str
@@ -369,7 +375,7 @@ def _settings(model: type[_Section], prefix: str = "") -> Iterator[Setting]:
         about: Any = field.json_schema_extra
         yield Setting(
             name=prefix + key,
-            kind="a choice" if choices else _KINDS.get(annotation, "role=column pairs"),
+            kind="a choice" if choices else _KINDS.get(annotation, "name=value pairs"),
             default=field.default,
             optional=optional,
             text=field.description or "",
@@ -382,6 +388,18 @@ def _settings(model: type[_Section], prefix: str = "") -> Iterator[Setting]:
 
 SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _settings(RunSettings)}
 """Every setting by its dotted name, in the order of the schema."""
+
+
+def whole_of(name: str) -> str:
+    """The setting of name=value pairs that a dotted name is one of; the name itself where it is no such one.
+
+    Example:
+        >>> whole_of("data.map.prompt"), whole_of("train.steps")
+        ('data.map', 'train.steps')
+    """
+    pairs = (setting.name for setting in SETTINGS.values() if setting.kind == "name=value pairs")
+    return next((whole for whole in pairs if name.startswith(f"{whole}.") and name != f"{whole}."), name)
+
 
 KEYS: frozenset[str] = frozenset(setting.key for setting in SETTINGS.values())
 

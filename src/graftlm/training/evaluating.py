@@ -124,6 +124,7 @@ def _rows(
         labels=opened.labels,
         scale=opened.scale,
         template=opened.template,
+        prompt=opened.prompt,
         by_head=chooses_by_head(opened.task, opened.model.config),
     )
     if given.task == "classify" and opened.labels is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.core import Adapter
-from graftlm.data import Labels, Scale, Template
+from graftlm.data import Labels, PromptTemplate, Scale, Template
 from graftlm.errors import AdapterError, Finding, RunError
 from graftlm.formats import load_adapter, read_facts
 from graftlm.models import load_base
@@ -32,6 +32,8 @@ class Opened:
     max_length: int | None
     #: Of adapters that tell numbers.
     scale: Scale | None = None
+    #: Of adapters whose rows were written as questions.
+    prompt: PromptTemplate | None = None
     #: The adapter that this one stands on, by its name on the model.
     beneath: str | None = None
 
@@ -82,8 +84,9 @@ def open_adapter(
     if template is None and task in ("lm", "sft") and getattr(tokenizer, "chat_template", None):
         template = Template.of(tokenizer, chat=True)
     scale = Scale(**facts["scale"]) if facts.get("scale") else None
+    asked = PromptTemplate(**facts["prompt"]) if facts.get("prompt") else None
     return Opened(
-        model, tokenizer, adapter, facts, folder, task, labels, template, facts.get("max_length"), scale, beneath
+        model, tokenizer, adapter, facts, folder, task, labels, template, facts.get("max_length"), scale, asked, beneath
     )
 
 

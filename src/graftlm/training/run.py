@@ -21,10 +21,10 @@ from transformers import TrainerCallback, TrainingArguments
 
 import graftlm
 from graftlm.core import Adapter, Method, Samples, attach, parameter_count, summary, use
-from graftlm.data import MaskingCollator, Prepared, prepare
+from graftlm.data import MaskingCollator, Prepared, PromptTemplate, prepare
 from graftlm.data.codes import WAIVABLE
 from graftlm.data.reading import read_rows
-from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, RunError, SettingsError
+from graftlm.errors import DataError, EnvironmentFault, Finding, GraftError, PlanError, RunError, SettingsError
 from graftlm.evaluation import losses
 from graftlm.evaluation.losses import batches as each_of
 from graftlm.formats import load_adapter
@@ -72,6 +72,7 @@ _BUNDLED_DATA = {"bundled:messages": "messages.csv", "bundled:answers": "answers
 _EVAL_ROWS_WHILE_TRAINING = 200
 _SAMPLES = 64  # rows that methods look at which choose by data
 _ROWS = "data/rows.jsonl"
+_PROMPT = "--set data.prompt='{text}'"
 #: Bases whose attention tells packed texts apart by their positions.
 _PACKS = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "gemma", "gemma2", "phi", "phi3", "olmo", "smollm3")
 _NEEDS_MASK = ("prefix", "prompt", "ptuning", "attempt")
@@ -314,6 +315,7 @@ class _Work:
             "scale": prepared.scale.to_dict() if prepared.scale else None,
             "preferences": dict(self.learnt.preferences) if prepared.task in ("dpo", "kto") else None,
             "template": prepared.template.to_dict() if prepared.template else None,
+            "prompt": prepared.prompt.to_dict() if prepared.prompt else None,
             "max_length": self.settings.train.max_length or decide_length(model.config, method),
         }
         self.folder.make()
@@ -725,6 +727,7 @@ def held_out_of(path: Path, opened: Opened) -> Prepared:
         eval_path=there / data.eval_path if data.eval_path else None,
         task=record["task"],
         template=opened.template,
+        prompt=opened.prompt,
         packing=False,
     )
     if list(prepared.sha256.values()) != list(record["data"]["sha256"].values()):
@@ -745,7 +748,11 @@ def _read(
 ) -> Prepared:
     """The rows as the settings say, for a base of this configuration; `known` is what a finished run has decided."""
     data = settings.data
-    options = {"task": settings.task, "template": data.template, "packing": settings.train.packing} | known
+    options: dict[str, Any] = {"task": settings.task, "template": data.template, "packing": settings.train.packing}
+    if data.label_words and not data.prompt:
+        raise DataError(Finding("D166", "data.label_words does nothing without data.prompt", fix=_PROMPT))
+    options["prompt"] = PromptTemplate(data.prompt, data.label_words) if data.prompt else None
+    options |= known
     encoder = is_encoder(config)
     # With `auto`, what this kind of base can do with such rows.
     does = {"lm": "mlm"} if encoder else {"sft": "seq2seq"} if getattr(config, "is_encoder_decoder", False) else {}

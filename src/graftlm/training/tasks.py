@@ -21,6 +21,7 @@ from sklearn.metrics import f1_score, precision_recall_fscore_support
 from graftlm.core import use
 from graftlm.data import Collator, Labels, MaskingCollator, Scale, SequencesCollator, TargetsCollator, Template
 from graftlm.data.targets import source_of
+from graftlm.evaluation import classification_scores
 from graftlm.evaluation.answers import (
     answer_probabilities,
     choice_scores,
@@ -306,6 +307,10 @@ def _score_choices(
             ("majority", "always the commonest place", majority_baseline([int(i["target"]) for i in train], len(held)))
         )
     scores = [{"name": name, "title": title} | choice_scores(truth, guess) for name, title, guess in rivals]
+    words = {item["example"].answers for item in held}
+    if len(words) == 1:  # the same answers in every row are labels
+        for score, (_, _, guess) in zip(scores, rivals, strict=True):
+            score |= classification_scores(truth, guess, len(next(iter(words))))
     # How sure the right answer is says more than the share of right ones where rows are few.
     for score, found in zip(scores, [chances, *([] if objective.by_head else [untuned])], strict=False):
         right = [float(row[want]) for row, want in zip(found, truth, strict=True)]

@@ -47,6 +47,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
     def open_adapter(path: Any, *, base: str | None = None) -> Any:
         fake.note("open_adapter", path, base=base)
         return SimpleNamespace(
+            prompt=None,
             model="model",
             tokenizer="tokenizer",
             adapter="adapter" if fake.tuned else None,

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
+from graftlm.cli.program import program
 from graftlm.data.recognise import TASKS as ROLES_OF
 from graftlm.errors import GraftError
 from graftlm.objectives import OBJECTIVES
@@ -90,3 +91,47 @@ def test_one_table_says_all_tasks() -> None:
     asked: Any = RunSettings.model_fields["task"].annotation
     assert TASKS.keys() == OBJECTIVES.keys() == ROLES_OF.keys() == set(get_args(asked)) - {"auto"}
     assert all(task.measure.key != task.second.key for task in TASKS.values())
+
+
+@pytest.mark.parametrize(("asked", "base"), [("auto", "tiny_base"), ("auto", "tiny_bert"), ("tfew", "tiny_base")])
+def test_labels_as_words_from_training_to_new_texts(
+    asked: str, base: str, tiny: Tiny, tmp_path: Path, request: pytest.FixtureRequest, capsys: Any
+) -> None:
+    rows = [{"sentence": f"{'good' if at % 2 else 'bad'} number {at}", "label": at % 2} for at in range(16)]
+    run = tiny(
+        write_jsonl(tmp_path / "rows.jsonl", rows), task=asked, base=request.getfixturevalue(base), epochs=4.0,
+        prompt="{sentence} Sentiment:", label_words={"0": "awful", "1": "great"}, learning_rate=0.02,
+    )  # fmt: skip
+    by_head = base == "tiny_bert"
+    assert run.task == {"auto": "classify" if by_head else "choice"}.get(asked, asked)
+    tuned = run.record["results"]["scores"][0]
+    assert tuned["macro_f1_low"] <= tuned["macro_f1"] <= tuned["macro_f1_high"]
+    again = evaluate(run.folder)
+    assert again["scores"][0] == pytest.approx(tuned, abs=1e-6)
+    # New rows are put into the same words, by `evaluate` and by `predict`.
+    fresh = write_jsonl(
+        tmp_path / "fresh.jsonl", [{"sentence": "very good", "label": 1}, {"sentence": "worse", "label": 0}]
+    )
+    lines = evaluate(run.folder, fresh)["worst"]
+    assert sorted(line["text"] for line in lines) == ["very good Sentiment:", "worse Sentiment:"]
+    program.main(["predict", str(run.folder), "very good"], standalone_mode=False)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["text"] == "very good"
+    assert set(told["probabilities"]) == ({"0", "1"} if by_head else {"awful", "great"})
+    assert sum(told["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    same = next(line for line in lines if line["text"].startswith("very good"))
+    if not by_head:
+        right = told["probabilities"]["great"] if same["predicted"] == "great" else told["probabilities"]["awful"]
+        assert same["probability"] == pytest.approx(right, abs=1e-3)
+    with pytest.raises(GraftError, match="2 texts|found 2"):
+        program.main(["predict", str(run.folder), str(_pairs(tmp_path))], standalone_mode=False)
+
+
+def _pairs(folder: Path) -> Path:
+    return write_jsonl(folder / "both.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "x"}] * 2)
+
+
+def test_label_words_without_a_prompt(tiny: Tiny, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"t {at}", "label": at % 2} for at in range(8)])
+    with pytest.raises(GraftError, match="D166"):
+        tiny(data, label_words={"0": "no", "1": "yes"})

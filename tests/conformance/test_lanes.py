@@ -11,7 +11,7 @@ from conformance.cases import CASES, grid
 from conformance.test_rows import ROWS, assert_close, generate, padded, with_two
 from graftlm.core import attach, use
 from graftlm.core.lane import Lane
-from graftlm.methods import IA3, BitFit, DoRA, LoRA, Sparse
+from graftlm.methods import IA3, BitFit, DoRA, LoRA, ParallelAdapter, SeriesAdapter, Sparse
 from models_for_tests import inputs_for, logits_of, perturb, tiny
 
 #: One choice for all rows, both for all, and three ways in which rows may lie.
@@ -70,8 +70,13 @@ def test_both_ways_generate_the_same(model_name, long_way):
 
 
 @pytest.mark.parametrize(
-    "method", [LoRA(rank=3, targets="all-linear"), IA3(), BitFit(), Sparse(fraction=0.01)], ids=str
-)
+    "method",
+    [
+        LoRA(rank=3, targets="all-linear"), IA3(), BitFit(), Sparse(fraction=0.01), SeriesAdapter(width=3),
+        ParallelAdapter(width=3),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_what_is_simple_takes_the_short_way(method, long_calls):
     model = with_two("llama", method, LoRA(rank=2, targets="all-linear"))
     batch = inputs_for(model, rows=4, tokens=1)
@@ -82,6 +87,38 @@ def test_what_is_simple_takes_the_short_way(method, long_calls):
     use(model, ROWS)
     model(**batch)  # with gradients
     assert long_calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_name", ["llama", "gpt2"])
+def test_single_tokens_of_many_methods(model_name, dtype, long_way):
+    """Scalings, biases and chosen entries of all rows at once, also for several entries a row."""
+    model = tiny(model_name).to(dtype)
+    methods = {
+        "ia3": IA3(), "bias": BitFit(add=True), "sparse": Sparse(fraction=0.05), "lora": LoRA(rank=2),
+        "more": Sparse(fraction=0.02, score="random"),
+    }  # fmt: skip
+    adapters = {name: attach(model, method, name=name) for name, method in methods.items()}
+    for seed, adapter in enumerate(adapters.values()):
+        perturb(adapter, seed=seed)
+    rows = ["ia3", ("sparse", "ia3"), None, "bias", ("more", "bias", "sparse"), ("ia3", "bias", "lora"), "lora"]
+    close = 0.03 if dtype == torch.bfloat16 else 2e-6
+    use(model, rows)
+    single = inputs_for(model, rows=len(rows), tokens=1)
+    found = logits_of(model, single)
+    assert_close(found, long_way(logits_of, model, single), close)
+    with torch.no_grad():
+        for name in ("ia3", "bias", "sparse"):
+            for parameter in adapters[name].parameters():
+                parameter.mul_(1.5)
+    later = logits_of(model, single)
+    assert_close(later, long_way(logits_of, model, single), close)
+    moved = (later - found).abs().amax(dim=(1, 2)) > 0
+    assert moved.tolist() == [True, True, False, True, True, True, False]
+    if dtype == torch.float32:
+        batch = inputs_for(model, rows=len(rows))
+        options = {"num_beams": 2}
+        assert torch.equal(generate(model, batch, **options), long_way(lambda: generate(model, batch, **options)))
 
 
 def test_what_is_not_simple_takes_the_long_way(long_calls):

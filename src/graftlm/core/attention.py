@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,37 +65,50 @@ class Splice:
         """Give the module its own configuration back."""
         module.config = self.config
 
-    def prefix(self, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values [rows, heads, length, width] as `key` has rows, and which are real [rows, length].
-
-        None for the last where all are. Rows with fewer virtual tokens have theirs at the right end.
-        """
+    def prefix(self, key: Tensor, apart: bool) -> _Prefix:
+        """The prefixes for a call with `key` for all rows; where `apart`, perhaps of the rows alone that have one."""
         x, batch, switch = self.x, self.junction.switch.batch, self.junction.switch
         count = int(key.shape[0])
         kept = self.junction.kept_prefix
-        state = (switch.epoch, count, key.dtype, key.device)
+        state = (switch.epoch, count, key.dtype, key.device, apart)
         alone = not torch.is_grad_enabled() and not any(d.reads_input for group in self.groups for d in group.prefixes)
         if alone and switch.going_on and kept is not None and kept[0] is self.groups and kept[1] == state:
-            found: tuple[Tensor, Tensor, Tensor | None] = kept[2]
+            found: _Prefix = kept[2]
             return found
-        lengths = [sum(delta.length for delta in group.prefixes) for group in self.groups]
-        longest = max(lengths)
         cut = Rows.of(self.groups, count, key.device)
         given = cut.split(x) if x.shape[0] == count else (x,) * len(self.groups)
+        parts = list(zip(self.groups, cut.indices, given, cut.sizes, strict=True))
+        having = [part for part in parts if part[0].prefixes]
+        # Where most rows have a prefix, one call of all is less work.
+        entries: Tensor | None = None
+        if apart and 2 * sum(part[3] for part in having) <= count:
+            parts, entries = having, torch.cat([part[1] for part in having if part[1] is not None])
+        lengths = [sum(delta.length for delta in part[0].prefixes) for part in parts]
+        longest = max(lengths)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         real: list[Tensor] = []
-        for group, index, own, size, length in zip(self.groups, cut.indices, given, cut.sizes, lengths, strict=True):
+        for (group, index, own, size), length in zip(parts, lengths, strict=True):
             pair = (key.new_zeros(1, key.shape[1], 0, key.shape[3]),) * 2
             if length:
                 pair = _joined(group.prefixes, own, batch.mask_like(x, index), key)
-            for parts, part in zip((keys, values), pair, strict=True):
-                parts.append(nn.functional.pad(part, (0, 0, longest - length, 0)).expand(size, -1, -1, -1))
+            for pieces, piece in zip((keys, values), pair, strict=True):
+                pieces.append(nn.functional.pad(piece, (0, 0, longest - length, 0)).expand(size, -1, -1, -1))
             real.append((torch.arange(longest, device=key.device) >= longest - length).expand(size, -1))
-        alike = min(lengths) == longest
-        made = cut.join(keys), cut.join(values), None if alike else cut.join(real)
+        join = cut.join if entries is None else torch.cat
+        made = _Prefix(join(keys), join(values), None if min(lengths) == longest else join(real), entries)
         self.junction.kept_prefix = (self.groups, state, made) if alone else None
         return made
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """Keys and values of prefixes, each [rows, heads, length, width]; shorter ones have theirs at the right end."""
+
+    keys: Tensor
+    values: Tensor
+    real: Tensor | None  # which virtual tokens are real [rows, length]; None where all are
+    entries: Tensor | None  # which entries of the batch the rows are; None for all
 
 
 def _substitute(junction: Junction, config: Any) -> Any:
@@ -143,7 +157,29 @@ def _attend(
                 fix='model.set_attn_implementation("sdpa")',
             )
         )
-    keys, values, real = splice.prefix(key)
+    apart = splice.implementation == "sdpa" and query.shape[0] == key.shape[0] and not torch.is_grad_enabled()
+    found = splice.prefix(key, apart)
+    if found.entries is None:
+        return _widened_call(module, function, splice, found, query, key, value, attention_mask, *args, **kwargs)
+    # All rows as the model calls them, and those with a prefix again: nothing of the others is copied or widened.
+    output, weights = function(module, query, key, value, attention_mask, *args, **kwargs)
+    at, count = found.entries, int(key.shape[0])
+    query, key, value = (part.index_select(0, at) for part in (query, key, value))
+    bias = kwargs.get("position_bias")
+    if bias is not None and bias.shape[0] == count:
+        kwargs["position_bias"] = bias.index_select(0, at)
+    if attention_mask is not None and attention_mask.shape[0] == count:
+        attention_mask = attention_mask.index_select(0, at)
+    own, _ = _widened_call(module, function, splice, found, query, key, value, attention_mask, *args, **kwargs)
+    return output.index_copy(0, at, own), weights
+
+
+def _widened_call(
+    module: nn.Module, function: Callable[..., Any], splice: Splice, found: _Prefix, query: Tensor, key: Tensor,
+    value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """The attention call with keys, values and mask widened by the prefixes that were `found` for its rows."""
+    keys, values, real = found.keys, found.values, found.real
     length, tokens, seen = int(keys.shape[2]), int(query.shape[2]), int(key.shape[2])
     mask = attention_mask
     if mask is None:

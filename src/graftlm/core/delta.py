@@ -108,6 +108,14 @@ class LinearDelta(Delta):
         """The output in place of `y`, of the same shape."""
         return y
 
+    def shift(self) -> Tensor | None:
+        """What `add` adds whatever its input is, [out], where that is all it does; None where it is not."""
+        return None
+
+    def scaling(self) -> Tensor | None:
+        """What `before` or `after` multiplies by, [width], where that is all it does; None where it is not."""
+        return None
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The merged (weight, bias) in float32; `weight` is [out, in] for maps, [tokens, width] for embeddings.
 
@@ -135,6 +143,13 @@ class ParameterDelta(Delta):
         For embeddings `x` are token ids [...]. `weight()` is the base's own, as the module stores it.
         """
         raise NotImplementedError
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Outputs, inputs and values of the changed entries, each [entries], where these are few; else None.
+
+        For a token at a time and a linear map: value times input is added at the output.
+        """
+        return None
 
     def kept(self) -> Tensor | None:
         """True for the entries that this delta lets stand, where others are zero; None where it makes no zeros."""

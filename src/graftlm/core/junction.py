@@ -325,8 +325,8 @@ class Junction:
         """Before the module runs: put parameters in place, change inputs."""
         self.settle(module)
         groups = self.plan()
-        if self.watchers and self.watchers & self.switch.current().names:
-            self.switch.seen[self.path] = _input(args, kwargs)[1]
+        if self.watchers:
+            self.show(args, kwargs)
         if self.encoder is not None:
             kwargs = self.encoder.for_decoder(kwargs)
         if not groups:
@@ -358,6 +358,11 @@ class Junction:
                 x = branch.branch(plain_forward(module)(x), x, self.switch.batch.mask_like(x))
             return _with_input(args, kwargs, at, x)
         return self._enter_rows(module, args, kwargs, at, x, groups)
+
+    def show(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the module's input for the adapters in force that read it elsewhere."""
+        if not self.watchers.isdisjoint(self.switch.current().names):
+            self.switch.seen[self.path] = _input(args, kwargs)[1]
 
     def for_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A decoder's arguments, with the mask of this encoder's output as its virtual tokens widened it."""

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core.delta import LinearDelta, LowRank, ParameterDelta, acts
+from graftlm.core.delta import ParameterDelta, acts
 from graftlm.core.groups import Entries, Group, total_rows
+from graftlm.core.stacked import EntriesStep, LowRankStep, ScaleStep, by_delta, is_low, low_ranks, united
 
 if TYPE_CHECKING:
     from graftlm.core.junction import Junction
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Lane", "lane_of", "plain_forward"]
 
 _FORWARD = "forward"
-#: So many rows with one low-rank change are multiplied by themselves, not with their change once a row.
-_ROWS_TOGETHER = 5
-#: Up to so many tokens a product with small matrices takes longer in bf16 than in float32 on a processor.
-_FEW = 4
 #: How many routings a lane has sorted at the same time.
 _WAYS = 32
 
@@ -85,10 +82,12 @@ class Lane:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The map with what acts at it."""
         junction = self.junction
-        if torch.is_grad_enabled() or kwargs or len(args) != 1 or junction.watchers:
+        if torch.is_grad_enabled() or kwargs or len(args) != 1:
             return self._long(args, kwargs)
         groups = junction.plan()
         way = self._way
+        if junction.watchers:
+            junction.show(args, kwargs)
         if not groups:
             if way is not None:
                 way.left()
@@ -175,7 +174,7 @@ def _is_simple(group: Group) -> bool:
     parameters = [(name, delta) for name, deltas in group.parameters for delta in deltas]
     beside = all(delta in group.products or (name == "bias" and group.rows is not None) for name, delta in parameters)
     pieces = all(len(part.columns) == 1 for part in group.slices)
-    return beside and pieces and not (group.asks_base or group.branches or group.streams)
+    return beside and pieces and not (group.asks_base or group.streams)
 
 
 def _part(y: Tensor, columns: _Columns) -> Tensor:
@@ -183,20 +182,20 @@ def _part(y: Tensor, columns: _Columns) -> Tensor:
 
 
 class _Steps:
-    """The steps of a call with a certain number of entries, in order: inputs, additions, scalings, then of parts."""
+    """The steps of a call with some number of entries, in order: inputs, additions, scalings; of parts; branches."""
 
     def __init__(self, lane: Lane, groups: tuple[Group, ...], count: int, total: int, device: torch.device) -> None:
-        self.lane = lane
+        self.lane, self.count = lane, count
         self.whole = not total
 
         def at(rows: Sequence[int]) -> Entries | None:
             return None if self.whole else Entries(rows, count, total, device)
 
-        self.befores = [(delta, at(rows)) for delta, rows in _by_delta([(g.rows, g.befores) for g in groups])]
-        self.products = [(d, at(rows)) for d, rows in _united([(g.rows, g.products) for g in groups])]
+        self.befores = [(delta, at(rows)) for delta, rows in by_delta([(g.rows, g.befores) for g in groups])]
+        self.products = [(d, at(rows)) for d, rows in united([(g.rows, g.products) for g in groups])]
         self.biases = [
             (delta, at(rows))
-            for delta, rows in _united(
+            for delta, rows in united(
                 [(g.rows, [d for name, own in g.parameters if name == "bias" for d in own]) for g in groups]
             )
         ]
@@ -217,25 +216,42 @@ class _Steps:
         self.stages = [
             (
                 columns,
-                _low_ranks(adds, at),
+                low_ranks(adds, at),
                 [
                     (d, at(rows))
-                    for d, rows in _united([(rows, [d for d in own if not _is_low(d)]) for rows, own in adds])
+                    for d, rows in united([(rows, [d for d in own if not is_low(d)]) for rows, own in adds])
                 ],
-                [(d, at(rows)) for d, rows in _by_delta(afters)],
+                [(d, at(rows)) for d, rows in by_delta(afters)],
             )
             for columns, adds, afters in stages
         ]
+        sites = {id(delta): site for group in groups for site, delta in group.branches}
+        branches = [(g.rows, [delta for _, delta in g.branches]) for g in groups]
+        self.branches = [(sites[id(delta)], delta, at(rows)) for delta, rows in by_delta(branches)]
+        self.entries = {site.entry for site in sites.values()}
         #: The one step of a map where nothing acts but one low-rank product, as is most common.
-        self.only: _LowRankStep | None = None
-        if len(self.stages) == 1 and not (self.befores or self.products or self.biases):
+        self.only: LowRankStep | None = None
+        if len(self.stages) == 1 and not (self.befores or self.products or self.biases or self.branches):
             _, low, others, scalings = self.stages[0]
             self.only = low[0] if len(low) == 1 and not (others or scalings) else None
 
+        # For one token an entry: what stands for the steps of the same names, all rows at once.
+        self.befores_at_once = self.products_at_once = self.stage_at_once = None
+        if not self.whole:
+            entering, products = ([(d, at.rows) for d, at in own if at] for own in (self.befores, self.products))
+            adding, scaling = ([(d, at.rows) for d, at in own if at] for own in self.stages[0][2:])
+            if entering and ScaleStep.takes([], entering):
+                self.befores_at_once = ScaleStep([], entering, count, total)
+            if products and EntriesStep.takes(products):
+                self.products_at_once = EntriesStep(products, count, total)
+            if (adding or scaling) and ScaleStep.takes(adding, scaling):
+                self.stage_at_once = ScaleStep(adding, scaling, count, total)
+
     def forget(self) -> None:
         """Drop what is kept of the deltas."""
-        if self.only is not None:
-            self.only.forget()
+        for step in (self.only, self.befores_at_once, self.products_at_once, self.stage_at_once):
+            if step is not None:
+                step.forget()
         for _, low, _, _ in self.stages:
             for product in low:
                 product.forget()
@@ -245,23 +261,31 @@ class _Steps:
             y = self.lane.product(x)
             self.only(x, y, self.lane.junction.switch.epoch)
             return y
-        for product, _ in self.products:
+        epoch = self.lane.junction.switch.epoch
+        single = not self.whole and x.numel() == self.count * x.shape[-1]
+        summed = self.products_at_once if single else None
+        for product, _ in self.products if summed is None else ():
             if not product.adds(x, not self.whole):
                 return None
         if self.befores:
-            x = self._entered(x)
+            x = self.befores_at_once(x, epoch) if single and self.befores_at_once is not None else self._entered(x)
         y = self.lane.product(x)
-        for product, at in self.products:
-            own = partial(self.lane.junction.own_weight, self.lane.module)
-            _add(y, at, product.add(x if at is None else at.take(x), own))
+        if summed is not None and y.is_contiguous():
+            summed(x, y, epoch)
+        else:
+            for product, at in self.products:
+                own = partial(self.lane.junction.own_weight, self.lane.module)
+                _add(y, at, product.add(x if at is None else at.take(x), own))
         for bias, at in self.biases:
             assert at is not None
             at.add(y, self._bias_change(bias))
-        epoch = self.lane.junction.switch.epoch
         for columns, low, adds, afters in self.stages:
             part = _part(y, columns)
             for each in low:
                 each(x, part, epoch)
+            if columns is None and single and self.stage_at_once is not None:
+                y = self.stage_at_once(y, epoch)
+                continue
             for delta, at in adds:
                 change = delta.add(x if at is None else at.take(x))
                 if change is not None:
@@ -273,6 +297,26 @@ class _Steps:
                     y = part = delta.after(part)
                 else:
                     part.copy_(delta.after(part))
+        return self._branched(x, y) if self.branches else y
+
+    def _branched(self, x: Tensor, y: Tensor) -> Tensor:
+        switch = self.lane.junction.switch
+        for site, delta, at in self.branches:
+            part = y if at is None else at.take(y)
+            given = part
+            if site.kind == "sublayer" and delta.reads_input:
+                given = x if site.entry == site.path else switch.seen_at(site.entry)
+                given = given if at is None else at.take(given)
+            mask = switch.batch.mask_like(x) if delta.reads_mask else None
+            changed = delta.branch(
+                given.reshape(part.shape), part, mask if mask is None or at is None else at.take(mask)
+            )
+            if at is None:
+                y = changed
+            else:
+                at.put(y, changed)
+        for entry in self.entries:
+            switch.seen.pop(entry, None)
         return y
 
     def _entered(self, x: Tensor) -> Tensor:
@@ -300,134 +344,3 @@ def _add(y: Tensor, at: Entries | None, change: Tensor) -> None:
         y.add_(change.to(y.dtype))
     else:
         at.add(y, change)
-
-
-def _united(by_group: Sequence[tuple[tuple[int, ...] | None, Sequence[Any]]]) -> list[tuple[Any, list[int]]]:
-    """Each delta once, with all rows in which it acts; for what is added, whose order does not matter."""
-    found: dict[int, tuple[Any, list[int]]] = {}
-    for rows, deltas in by_group:
-        for delta in deltas:
-            found.setdefault(id(delta), (delta, []))[1].extend(rows or ())
-    return list(found.values())
-
-
-def _by_delta(by_group: Sequence[tuple[tuple[int, ...] | None, Sequence[Any]]]) -> list[tuple[Any, list[int]]]:
-    """Deltas with the rows in which they act, so that each row meets its own in their order."""
-    found: list[tuple[Any, list[int]]] = []
-    for level in range(max((len(deltas) for _, deltas in by_group), default=0)):
-        found += _united([(rows, deltas[level : level + 1]) for rows, deltas in by_group])
-    return found
-
-
-def _is_low(delta: LinearDelta) -> bool:
-    """Whether what a delta adds is a low-rank product and nothing else."""
-    found = delta.low_rank()
-    return found is not None and not found.dropout and found.bias is None
-
-
-def _low_ranks(by_group: Sequence[tuple[tuple[int, ...] | None, Sequence[LinearDelta]]], at: Any) -> list[_LowRankStep]:
-    """The low-rank products: for all rows, for the rows of one delta, or one for rows with different deltas."""
-    low = [(rows, [delta for delta in deltas if _is_low(delta)]) for rows, deltas in by_group]
-    if low and low[0][0] is None:
-        return [_LowRankStep([delta], [], None) for delta in low[0][1]]
-    found: list[_LowRankStep] = []
-    mixed: list[tuple[tuple[int, ...], list[LinearDelta]]] = []
-    for delta, rows in _united(low):
-        if len(rows) >= _ROWS_TOGETHER:
-            found.append(_LowRankStep([delta], rows, at(rows)))
-        else:
-            mixed += [((row,), [delta]) for row in rows]
-    by_row: dict[int, list[LinearDelta]] = {}
-    for rows_, deltas in mixed:
-        by_row.setdefault(rows_[0], []).extend(deltas)
-    for level in range(max(map(len, by_row.values()), default=0)):
-        rows = sorted(row for row, deltas in by_row.items() if len(deltas) > level)
-        own = [by_row[row][level] for row in rows]
-        if all(delta is own[0] for delta in own):
-            found.append(_LowRankStep(own[:1], rows, at(rows)))
-        else:
-            found.append(_LowRankStep(own, rows, at(rows)))
-    return found
-
-
-class _LowRankStep:
-    """s (x A^T) B^T for some entries: with one delta, or with a delta of its own for each row, as a batched product."""
-
-    def __init__(self, deltas: list[LinearDelta], rows: Sequence[int], at: Entries | None) -> None:
-        self.deltas, self.rows, self.at, self.single = deltas, rows, at, len(deltas) == 1
-        self._kept: tuple[Any, ...] | None = None
-
-    def forget(self) -> None:
-        """Drop what is kept of the deltas, where it takes memory of its own."""
-        if self._kept is not None and not self._kept[5]:
-            self._kept = None
-
-    def __call__(self, x: Tensor, y: Tensor, epoch: int) -> None:
-        """Add it in place to y [entries, ..., out] for the input x [entries, ..., in]."""
-        at = self.at
-        if at is not None:
-            x = at.take(x)
-        if x.dtype is torch.bfloat16 and x.device.type == "cpu" and x.numel() <= _FEW * x.shape[-1] * len(self.deltas):
-            x = x.float()
-        down, up, scale = self._tensors(x.dtype, epoch)
-        if self.single:
-            narrow = F.linear(x, down)
-            if y.dtype is x.dtype and (at is None or at.index is None):
-                target = y if at is None else at.take(y)
-                if target.dim() == 2:
-                    target.addmm_(narrow, up, alpha=scale)
-                    return
-                if target.is_contiguous():
-                    target.view(-1, up.shape[1]).addmm_(narrow.view(-1, up.shape[0]), up, alpha=scale)
-                    return
-            _add(y, at, narrow @ up * scale)
-            return
-        assert at is not None
-        count = len(self.deltas)
-        narrow = torch.bmm(x.reshape(count, -1, x.shape[-1]), down)
-        if y.dtype is x.dtype and at.index is None and (target := at.take(y)).is_contiguous():
-            target.view(count, -1, target.shape[-1]).baddbmm_(narrow, up)
-        else:
-            at.add(y, torch.bmm(narrow, up).view(*x.shape[:-1], -1))
-
-    def _tensors(self, dtype: torch.dtype, epoch: int) -> tuple[Tensor, Tensor, float]:
-        """A [r, in], B^T [r, out] and s; of several deltas A^T [rows, in, r] and s B^T [rows, r, out], filled up."""
-        kept = self._kept
-        if kept is not None and kept[0] == epoch and kept[1] is dtype and kept[2] == _versions(kept[3]):
-            found: tuple[Tensor, Tensor, float] = kept[4]
-            return found
-        sources = [
-            tensor
-            for delta in self.deltas
-            for tensor in (*delta._parameters.values(), *delta._buffers.values())
-            if tensor is not None
-        ]
-        versions = _versions(sources)
-        factors = [_factors(delta) for delta in self.deltas]
-        made = factors[0].down.to(dtype), factors[0].up.to(dtype).T, factors[0].scale
-        if len(factors) > 1:
-            widest = max(len(each.down) for each in factors)
-            downs = [_widened(each.down.to(dtype), widest) for each in factors]
-            ups = [_widened((each.scale * each.up).to(dtype).T, widest) for each in factors]
-            made = torch.stack(downs).mT, torch.stack(ups), 1.0
-        own = len(factors) == 1 and made[0] is factors[0].down and factors[0].up.dtype is dtype
-        self._kept = None if versions is None else (epoch, dtype, versions, sources, made, own)
-        return made
-
-
-def _factors(delta: LinearDelta) -> LowRank:
-    found = delta.low_rank()
-    assert found is not None
-    return found
-
-
-def _widened(factor: Tensor, rank: int) -> Tensor:
-    return factor if len(factor) == rank else F.pad(factor, (0, 0, 0, rank - len(factor)))
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int] | None:
-    """How often each tensor was written to; None where that is not counted."""
-    try:
-        return [tensor._version for tensor in tensors]
-    except RuntimeError:  # made in inference mode
-        return None

@@ -118,6 +118,10 @@ class BiasDelta(LinearDelta):
         """The bias, in the type of x (float32 for token ids); broadcast over rows and tokens."""
         return self.bias.to(x.dtype) if x.is_floating_point() else self.bias
 
+    def shift(self) -> Tensor:
+        """The bias."""
+        return self.bias.detach()
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W, and the bias with this one."""
         return weight, self.bias.detach().clone() if bias is None else bias + self.bias

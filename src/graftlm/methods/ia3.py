@@ -90,6 +90,10 @@ class IA3Delta(LinearDelta):
         """The output y of shape [..., out], scaled where the vector is an outer one."""
         return y if self.inner else y * self.ia3_l.view(-1).to(y.dtype)
 
+    def scaling(self) -> Tensor:
+        """The vector, on whichever side it is."""
+        return self.ia3_l.detach().view(-1)
+
     def acts(self, step: str) -> bool:
         """Which side of the map this vector is on: an outer one may act at a part of a fused map."""
         return step == ("before" if self.inner else "after")

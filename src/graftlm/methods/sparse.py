@@ -256,6 +256,13 @@ class SparseDelta(ParameterDelta):
             return entries * _SPARSE < total
         return entries * (x.numel() // x.shape[-1]) * _BUILT < total
 
+    def entries(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The chosen entries, unless they are many."""
+        if self.index.numel() * _SPARSE >= math.prod(self.shape):
+            return None
+        outputs, inputs = self.index.long() // self.shape[1], self.index.long() % self.shape[1]
+        return (inputs, outputs, self.value.detach()) if self.across else (outputs, inputs, self.value.detach())
+
     def add(self, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
         """What the values add to the map's output, [..., out], for its input x [..., in]."""
         del weight
@@ -263,7 +270,9 @@ class SparseDelta(ParameterDelta):
         value = (self.value if order is None else self.value.index_select(0, order)).to(x.dtype)
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) == 1:
-            change = flat.new_zeros(1, len(starts)).index_add(1, outputs, flat.index_select(1, inputs) * value)
+            # In one dimension: along the last of two it takes ten times as long.
+            token = flat[0]
+            change = token.new_zeros(len(starts)).index_add(0, outputs, token.index_select(0, inputs) * value)
         else:
             # A bag for each output: the sum of its inputs' columns, weighted by its values.
             change = F.embedding_bag(inputs, flat.T.contiguous(), starts, per_sample_weights=value, mode="sum").T

@@ -357,7 +357,7 @@ def test_a_decoder_that_classifies_pads_on_either_side(side, case):
     found = logits_of(model, {name: given[name] for name in ("input_ids", "attention_mask")})
     for row in range(4):
         alone = logits_of(model, {"input_ids": given["input_ids"][row : row + 1, places[row]]})
-        assert_close(found[row : row + 1], alone, 2e-6)
+        assert_close(found[row : row + 1], alone, 4e-6)
 
 
 def test_labels_and_logits_are_those_of_the_rows_own_tokens():

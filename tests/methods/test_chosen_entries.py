@@ -260,7 +260,8 @@ def test_a_sparse_product_beside_the_map_is_the_changed_weight(model_name, gated
     assert len(counted) == (2 if tokens == 1 else 1) * len(adapter.parts)
     monkeypatch.setattr(SparseDelta, "adds", lambda self, x, rows: False)
     for found, wanted in zip(beside, values_and_gradients(), strict=True):
-        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()  # llama has its norms in float32
+        # llama has its norms in float32; one token has no gradient at query and key, only rounding
+        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max() + 1e-12
 
 
 def test_training_a_few_entries_keeps_no_weight_for_the_backward_pass():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from graftlm.core import attach
 from graftlm.errors import GraftError
 from graftlm.kernels import RECOMPUTE, Recompute, fuse
 from graftlm.methods import read_method
+from graftlm.models import HEADS, head_of
 from graftlm.planning.memory import memory_bytes, said
 from graftlm.planning.stacking import traced
 from graftlm.planning.step import Shape, objective_of, trace
@@ -71,8 +73,9 @@ def test_terms_sum_up_to_the_total_and_the_total_is_the_highest_phase(method: st
 
 def _real(config: Any, method: str, task: str, rows: int, length: int, recompute: Recompute) -> dict[str, int]:
     """The peaks of the same step with values, by the sizes of what is allocated."""
-    kind = tf.AutoModelForSequenceClassification if task == "classify" else tf.AutoModelForCausalLM
-    model = kind.from_config(config, dtype=torch.float32)
+    config = copy.deepcopy(config)
+    config.num_labels = 2
+    model = getattr(tf, HEADS[head_of(task, config)]).from_config(config, dtype=torch.float32)
     adapter = attach(model, read_method(method))
     fuse(model, recompute=recompute)
     counted = Trace()
@@ -81,6 +84,12 @@ def _real(config: Any, method: str, task: str, rows: int, length: int, recompute
     ids = torch.full((rows, length), 5)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch["labels"] = torch.zeros(rows, dtype=torch.long) if task == "classify" else ids.clone()
+    if task == "tag":
+        batch["labels"] = ids % 2
+    if task == "mlm":
+        batch["labels"][:, round(0.15 * length) :] = -100
+    if task == "seq2seq":
+        batch["decoder_input_ids"] = batch["labels"] = ids[:, : length // 2]
     objective = objective_of(task, model)
     model.train()
     with counted:
@@ -105,6 +114,25 @@ def test_a_step_without_values_allocates_what_a_step_with_values_does(
     found = trace(config, read_method(method), task, Shape(rows=rows, length=length, recompute=recompute))
     for phase, size in real.items():
         assert found.peaks[phase].total() - found.sizes["optimizer"] == pytest.approx(size, rel=0.01), phase
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "task"), [("bert", "mlm"), ("bert", "tag"), ("t5", "seq2seq"), ("bart", "seq2seq")]
+)  # fmt: skip
+def test_the_step_of_other_tasks_allocates_what_is_planned(name: str, task: str) -> None:
+    config = tiny(name).config
+    real = _real(config, "lora(rank=4)", task, 3, 48, "none")
+    shape = Shape(rows=3, length=48, target_length=24)
+    found = trace(config, read_method("lora(rank=4)"), task, shape)
+    for phase, size in real.items():
+        assert found.peaks[phase].total() - found.sizes["optimizer"] == pytest.approx(size, rel=0.01), phase
+
+
+@pytest.mark.parametrize(("task", "times"), [("dpo", 2), ("kto", 1)])
+def test_a_preference_is_two_rows(task: str, times: int) -> None:
+    one = graftlm.plan(tiny("llama").config, "lora(rank=2)", task=task, length=16, batch=2)
+    assert one.terms == graftlm.plan(tiny("llama").config, "lora(rank=2)", length=16, batch=2 * times).terms
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("t5", "t5_gated", "bart", "modernbert")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from graftlm.models import load_config, resolve_base
 from graftlm.models.loading import generates
 from graftlm.planning.memory import RUNTIME_BYTES, memory_bytes, said
 from graftlm.planning.stacking import traced as traced_of
-from graftlm.planning.step import Shape, Traced
+from graftlm.planning.step import Shape, Traced, like
 
 __all__ = ["TERMS", "Asked", "Plan", "asked", "config_of", "plan"]
 
@@ -28,6 +28,8 @@ TERMS = ("weights", "quantisation", "deltas", "gradients", "optimizer", "activat
 #: What an allocator holds between blocks, as a share of what a step allocates; measured (docs/plan.md).
 _SLACK = 0.05
 
+#: Tasks of which a row has two answers.
+_PAIRS = ("dpo", "reward")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -219,9 +221,19 @@ def asked(
         labelled=labelled,
         evaluation_rows=evaluation_rows,
     )
-    task = ("lm" if generates(config) else "classify") if task == "auto" else task
+    if task == "auto":
+        task = "lm" if generates(config) else "classify"
+    if task in _PAIRS:
+        shape = replace(shape, rows=2 * shape.rows)
     return Asked(
-        config, wanted, task, shape, name=_name_of(base, config), accumulate=accumulate, device=device, classes=classes
+        config,
+        wanted,
+        like(task, config),
+        shape,
+        name=_name_of(base, config),
+        accumulate=accumulate,
+        device=device,
+        classes=classes,
     )
 
 
@@ -229,7 +241,8 @@ def asked(
 class Asked:
     """What is planned: a step of `shape` on the model of `config`, computed `accumulate` times for an optimizer step.
 
-    `method` None trains nothing; only the forward pass is planned.
+    `method` None trains nothing; only the forward pass is planned. Of a run, `steps` is how many optimizer steps it
+    takes (0: not told), and `mean_share` how large they are in the mean, as a share of this one, its largest.
     """
 
     config: Any
@@ -240,6 +253,8 @@ class Asked:
     accumulate: int = 1
     device: str = "cpu"
     classes: int = 2
+    steps: int = 0
+    mean_share: float = 1.0
 
     def plan(self) -> Plan:
         """The plan. Raises PlanError where the model's code does not run without values."""

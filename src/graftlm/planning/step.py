@@ -15,12 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core import Adapter, Method, attach, parts_of, survey
+from graftlm.data import MaskingCollator
 from graftlm.kernels import Recompute, fuse
+from graftlm.models import HEADS, head_of
 from graftlm.objectives import OBJECTIVES, CausalLM, Objective
 from graftlm.planning.tracing import Trace
 from graftlm.quantisation import PACKED, as_format, quantized, reserve
 
-__all__ = ["Shape", "Traced", "meta_model", "objective_of", "trace"]
+__all__ = ["Shape", "Traced", "like", "meta_model", "objective_of", "trace"]
+
+#: Head to the task whose step is like that of any task with it.
+_LIKE = {"causal": "sft", "sequence": "classify", "masked": "mlm", "token": "tag", "seq2seq": "seq2seq"}
 
 #: What the optimizer keeps of each trained number: AdamW's two moments, in float32.
 _MOMENTS = 2
@@ -31,8 +36,8 @@ class Shape:
     """How much a step computes at once: rows and tokens a row, and how they are held.
 
     `labelled` is the share of the tokens that the loss reads, counted from the end of each row; `evaluation_rows` are
-    scored at once without gradients when a run evaluates (0: it does not); `on_processor` says
-    where products are computed.
+    scored at once without gradients when a run evaluates (0: it does not); `target_length` are the tokens that an
+    encoder-decoder writes (0: as many as it reads); `on_processor` says where products are computed.
     """
 
     rows: int = 1
@@ -42,6 +47,7 @@ class Shape:
     quantize: str | None = None
     labelled: float = 1.0
     evaluation_rows: int = 0
+    target_length: int = 0
     on_processor: bool = True
 
 
@@ -65,12 +71,12 @@ def meta_model(config: Any, task: str, dtype: torch.dtype, classes: int = 2) -> 
 
     Raises ValueError where transformers has no such model.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
     config = copy.deepcopy(config)
-    kind: Any = AutoModelForCausalLM
-    if task == "classify":
-        kind = AutoModelForSequenceClassification
+    head = head_of(task, config)
+    kind: Any = getattr(transformers, HEADS[head])
+    if head in ("sequence", "token"):
         config.num_labels = classes
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0
@@ -80,6 +86,17 @@ def meta_model(config: Any, task: str, dtype: torch.dtype, classes: int = 2) -> 
             return kind.from_config(config, dtype=dtype)
     finally:
         torch.random.set_rng_state(state)
+
+
+def like(task: str, config: Any) -> str:
+    """The task whose step is counted for one of `task`: an answer that is preferred or chosen is a row as any other.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> like("dpo", LlamaConfig()), like("regress", LlamaConfig())
+        ('sft', 'classify')
+    """
+    return task if task == "lm" else _LIKE[head_of(task, config)]
 
 
 def objective_of(task: str, model: Any) -> Objective:
@@ -110,7 +127,7 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     constants = {name for name in tensors if name.rpartition(".")[0] in packed and name.rpartition(".")[2] in PACKED}
     adapter = _attached(model, method) if method else None
-    counted = Trace(None if task == "classify" else _vocabulary(model))
+    counted = Trace(None if task in ("classify", "tag") else _vocabulary(model))
     counted.hold("weights", [tensor for name, tensor in tensors.items() if name not in constants])
     counted.hold("quantisation", [tensors[name] for name in sorted(constants)])
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad] if adapter else []
@@ -173,8 +190,12 @@ def _batch(task: str, shape: Shape, rows: int) -> dict[str, Tensor]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if task == "classify":
         return batch | {"labels": torch.zeros(rows, dtype=torch.long)}
+    if task == "seq2seq":
+        written = torch.ones(rows, shape.target_length or shape.length, dtype=torch.long)
+        return batch | {"decoder_input_ids": written, "labels": written}
+    share = MaskingCollator.share if task == "mlm" else shape.labelled
     labels = torch.full_like(ids, -100)
-    labels[:, -max(1, round(shape.labelled * shape.length)) :] = 1
+    labels[:, -max(1, round(share * shape.length)) :] = 1
     return batch | {"labels": labels}
 
 

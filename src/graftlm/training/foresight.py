@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,24 +11,17 @@ import torch
 from graftlm.core import Method
 from graftlm.data import Prepared
 from graftlm.data.tokenising import IGNORED
-from graftlm.errors import Finding, PlanError
-from graftlm.models import head_of
+from graftlm.errors import Finding
 from graftlm.planning import Plan, said
 from graftlm.planning.plan import Asked
-from graftlm.planning.step import Shape
+from graftlm.planning.step import Shape, like
 from graftlm.settings import RunSettings
+from graftlm.training.decisions import decide_epochs
 
-__all__ = ["does_not_fit", "foresee", "foreseen", "longest_batch"]
+__all__ = ["does_not_fit", "foreseen", "longest_batch"]
 
-#: Head to the task whose step is like that of any task with it; what the planner knows.
-_LIKE = {"causal": "sft", "sequence": "classify"}
 _MULTIPLE = 8  # what the collator rounds the length of a batch up to
 _EVALUATION_ROWS = 16  # scored at once, as `evaluation.losses` does
-
-
-def foresee(settings: RunSettings, config: Any, prepared: Prepared, method: Method) -> Plan:
-    """The plan of the run's largest step. Raises PlanError as `foreseen` does."""
-    return foreseen(settings, config, prepared, method).plan()
 
 
 def foreseen(settings: RunSettings, config: Any, prepared: Prepared, method: Method) -> Asked:
@@ -36,9 +30,6 @@ def foreseen(settings: RunSettings, config: Any, prepared: Prepared, method: Met
     A row with several answers counts as so many rows. Raises PlanError where the base's code does not run without
     values, and for tasks whose step is not known to the planner.
     """
-    like = _LIKE.get(head_of(prepared.task, config))
-    if like is None:
-        raise PlanError(Finding("P102", f"a step of task {prepared.task} cannot be planned yet"))
     train = settings.train
     on_cuda = torch.cuda.is_available()
     dtype = settings.model.dtype
@@ -58,16 +49,23 @@ def foreseen(settings: RunSettings, config: Any, prepared: Prepared, method: Met
         quantize=settings.model.quantize,
         labelled=labelled,
         evaluation_rows=min(_EVALUATION_ROWS, len(prepared.eval)) * several,
+        target_length=max(len(row["labels"]) for row in rows) if prepared.task == "seq2seq" else 0,
     )
+    epochs = train.epochs or decide_epochs(len(prepared.train))
+    lengths = [len(row["input_ids"]) for item in prepared.train for row in item.get("sequences", [item])]
     return Asked(
         config,
         method,
-        prepared.task if prepared.task in ("lm", "sft") else like,
+        like(prepared.task, config),
         shape,
         name=settings.model.name,
         accumulate=train.accumulate,
         device="cuda" if on_cuda else "cpu",
         classes=len(prepared.labels) if prepared.labels else 2,
+        steps=train.steps or math.ceil(epochs * -(-len(prepared.train) // train.batch)),
+        mean_share=min(
+            1.0, (sum(lengths) / len(lengths) + _MULTIPLE / 2) / length
+        ),  # rows of like length share a batch
     )
 
 

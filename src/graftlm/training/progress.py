@@ -75,7 +75,7 @@ class Progress(TrainerCallback):
         self._bar: Any = None
         self._task: Any = None
         self._began_s = self._said_s = 0.0
-        self._first_step = 0
+        self._first_step, self._first_s = 0, 0.0
         self._loss = self._best = self._eval = float("nan")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -120,6 +120,8 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move the bar, or say a plain line when it is time."""
         del args, control
+        if state.global_step == self._first_step + 1:
+            self._first_s = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, said=self._line(state))
         elif time.monotonic() - self._said_s > _PLAIN_EVERY_S:
@@ -142,9 +144,21 @@ class Progress(TrainerCallback):
     def _rate(self) -> float:
         return (self.trainer.counted if self.trainer else 0) / max(time.monotonic() - self._began_s, 1e-9)
 
+    def _left_s(self, step: int, steps: int) -> float:
+        """What is left, by the time of the steps so far; the first is left out: what is made then is made once."""
+        now_s = time.monotonic()
+        done, took_s = step - self._first_step, now_s - self._began_s
+        if done > 1:
+            done, took_s = done - 1, now_s - self._first_s
+        return took_s / max(done, 1) * (steps - step)
+
     def _line(self, state: Any) -> str:
-        done = state.global_step - self._first_step
-        left_s = (time.monotonic() - self._began_s) / max(done, 1) * (state.max_steps - state.global_step)
         parts = [f"loss {self._loss:.3f} (best {self._best:.3f})"] if self._loss == self._loss else []
         parts += [f"eval {self._eval:.3f}"] if self._eval == self._eval else []
-        return "  ".join([*parts, f"{self._rate():,.0f} {self.unit}/s", f"ETA {clock(left_s)}"])
+        return "  ".join(
+            [
+                *parts,
+                f"{self._rate():,.0f} {self.unit}/s",
+                f"ETA {clock(self._left_s(state.global_step, state.max_steps))}",
+            ]
+        )

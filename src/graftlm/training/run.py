@@ -40,7 +40,7 @@ from graftlm.models import (
     resolve_base,
 )
 from graftlm.objectives import OBJECTIVES, Reference
-from graftlm.planning import Asked
+from graftlm.planning import Asked, said_time, time_of
 from graftlm.planning.memory import available_bytes
 from graftlm.report import write_card, write_report
 from graftlm.settings import Resolved, RunSettings, dump, resolve
@@ -59,7 +59,7 @@ from graftlm.training.decisions import (
 )
 from graftlm.training.environment import environment, peak_memory_bytes
 from graftlm.training.folder import RunFolder, free_folder, lines_of
-from graftlm.training.foresight import does_not_fit, foresee, foreseen
+from graftlm.training.foresight import does_not_fit, foreseen
 from graftlm.training.opening import Opened
 from graftlm.training.progress import Progress, Voice, clock
 from graftlm.training.scoring import write_samples
@@ -76,6 +76,8 @@ _PROMPT = "--set data.prompt='{text}'"
 #: Bases whose attention tells packed texts apart by their positions.
 _PACKS = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "gemma", "gemma2", "phi", "phi3", "olmo", "smollm3")
 _NEEDS_MASK = ("prefix", "prompt", "ptuning", "attempt")
+#: Operations from which on it is worth a few seconds to learn how fast the device is.
+_WORTH_A_CLOCK = 20e12
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -423,7 +425,8 @@ class _Work:
     def _foresee(self, prepared: Prepared, method: Method) -> None:
         """Say what the run will take. Raises EnvironmentFault where it is more than there is."""
         try:
-            plan = foresee(self.settings, self.config, prepared, method)
+            step = foreseen(self.settings, self.config, prepared, method)
+            plan = step.plan()
         except PlanError as error:  # a base whose code does not run without values can be trained all the same
             self.voice.say("memory", error.findings[0].message)
             return
@@ -432,6 +435,12 @@ class _Work:
         self.record["plan"] = plan.to_dict()
         if room and not plan.fits(room):
             raise EnvironmentFault(does_not_fit(plan, room))
+        if plan.flops * step.mean_share * step.steps < _WORTH_A_CLOCK:
+            return
+        told = time_of(step, plan)
+        if told is not None:
+            self.voice.say("time", f"{step.steps:,} steps, about {said_time(told[1])}")
+            self.record["plan"] |= {"steps": step.steps, "seconds": round(told[1], 1)}
 
     def _load(self, prepared: Prepared) -> tuple[Any, Any]:
         wanted = self.settings.model

@@ -98,9 +98,9 @@ def test_a_plan_of_rows_tells_the_time_of_the_run(
     cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(calibration, "speed_of", lambda device, dtype: SPEED)
-    tiny_step().config.save_pretrained(tmp_path)
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": "word " * n}) + "\n" for n in (4, 8, 12, 60) * 8))
+    texts = [f"{at} " + "word " * long for at, long in enumerate((4, 8, 12, 60) * 8)]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["plan", str(rows), "--method", "lora(rank=2)", "--batch", "8", "--epochs", "3", "--json"]
     told = json.loads(cli(*words).out)
     assert told["steps"] == 3 * 4  # 26 rows to train on

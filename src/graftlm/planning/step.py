@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from graftlm.quantisation import PACKED, as_format, quantized, reserve
 
 __all__ = ["Shape", "Traced", "like", "meta_model", "objective_of", "trace"]
 
+#: The share of tokens that masked language modelling hides.
+_HIDDEN: float = next(each.default for each in fields(MaskingCollator) if each.name == "share")
 #: Head to the task whose step is like that of any task with it.
 _LIKE = {"causal": "sft", "sequence": "classify", "masked": "mlm", "token": "tag", "seq2seq": "seq2seq"}
 
@@ -193,7 +195,7 @@ def _batch(task: str, shape: Shape, rows: int) -> dict[str, Tensor]:
     if task == "seq2seq":
         written = torch.ones(rows, shape.target_length or shape.length, dtype=torch.long)
         return batch | {"decoder_input_ids": written, "labels": written}
-    share = MaskingCollator.share if task == "mlm" else shape.labelled
+    share = _HIDDEN if task == "mlm" else shape.labelled
     labels = torch.full_like(ids, -100)
     labels[:, -max(1, round(share * shape.length)) :] = 1
     return batch | {"labels": labels}

@@ -266,3 +266,32 @@ def test_importing_the_room_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_lengths_are_drawn_with_the_line_at_which_rows_are_cut(tmp_path: Path) -> None:
+    from graftlm.data.tokenising import histogram
+
+    lengths = [*range(1, 100), 140, 141, 250]
+    found = histogram(lengths, 128)
+    assert sum(found["counts"]) == len(lengths)
+    assert 128 in found["edges"]
+    assert sum(n for n, low in zip(found["counts"], found["edges"], strict=False) if low >= 128) == 3
+    run = head("sft", "lora", "graftlm train faq.jsonl")
+    write_run(tmp_path / "plain", run)
+    assert "tokens of a row" not in page_of(tmp_path / "plain")
+    run["data"]["lengths"] = {**found, "limit": 128}
+    write_run(tmp_path / "faq", run)
+    page = page_of(tmp_path / "faq")
+    assert page.count(">cut at 128<") == 2  # a drawing for a desktop, one for a phone
+    assert "3 in the bars beyond the cut at 128" in page
+    run["data"]["lengths"] = {"edges": [0, "x"], "counts": [3], "limit": None}
+    write_run(tmp_path / "odd", run)
+    assert "tokens of a row" not in page_of(tmp_path / "odd")
+
+
+def test_a_curve_of_one_point_is_seen(tmp_path: Path) -> None:
+    run = head("sft", "lora", "graftlm train faq.jsonl")
+    lines(write_run(tmp_path / "one", run) / "metrics.jsonl", [{"step": 5, "loss": 0.688, "learning_rate": 1e-3}])
+    page = page_of(tmp_path / "one")
+    drawing = page[page.index('aria-label="Training loss') :]
+    assert "<use" in drawing[: drawing.index("</svg>")]

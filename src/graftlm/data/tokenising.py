@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORED", "Item", "Supervision", "Template", "encode_chats", "encode_documents", "encode_labelled",
-    "encode_masked", "encode_scored", "longest_allowed", "pack", "pieces_of", "trained_tokens",
+    "encode_masked", "encode_scored", "histogram", "longest_allowed", "pack", "pieces_of", "trained_tokens",
 ]  # fmt: skip
 
 Item = dict[str, Any]
@@ -64,6 +64,26 @@ class Supervision:
         """Example `at` in one line, trained pieces between marks, long pieces clipped to `width` characters."""
         pieces = ((clip(text, width), trained) for text, trained in self.examples[at])
         return "".join(f"{left}{text}{right}" if trained else text for text, trained in pieces)
+
+
+def histogram(lengths: Sequence[int], limit: int | None = None, *, most: int = 24) -> dict[str, list[Any]]:
+    """How many of `lengths` lie in each of about `most` bars of equal width: above `edges[i]`, up to `edges[i + 1]`.
+
+    Where some are longer than `limit` one edge lies there, so that no bar holds both what is cut and what is not.
+
+    Example:
+        >>> histogram([3, 5, 9], 6, most=3)
+        {'edges': [0.0, 3.0, 6.0, 9.0], 'counts': [1, 1, 1]}
+    """
+    if not lengths:
+        return {"edges": [], "counts": []}
+    longest = max(lengths)
+    width = float(max(1, -(-longest // most)))
+    if limit is not None and longest > limit:
+        width = limit / max(1, round(limit / width))
+    bars = [max(0, math.ceil(length / width - 1e-9) - 1) for length in lengths]
+    counts = [bars.count(at) for at in range(max(bars) + 1)]
+    return {"edges": [round(width * at, 6) for at in range(len(counts) + 1)], "counts": counts}
 
 
 def longest_allowed(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:

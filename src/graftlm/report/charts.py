@@ -29,6 +29,7 @@ __all__ = [
     "Ranked",
     "curve_chart",
     "front_chart",
+    "length_chart",
     "ranking_chart",
     "score_chart",
     "thin",
@@ -118,12 +119,13 @@ def curve_chart(train: Curve, evaluation: Curve, rate: Curve, unit: str, *, widt
     height = 300 + small
 
     def draw(figure: Figure) -> None:
-        left, right = 52 / width, 1 - 14 / width
+        left, right = 66 / width, 1 - 14 / width  # room for numbers of five letters and the axis' name beside them
         axes = figure.add_axes((left, (46 + small) / height, right - left, 1 - (74 + small) / height))
         if train.thinned:
             axes.fill_between(train.steps, train.lows, train.highs, color=_TUNED, alpha=0.22, linewidth=0)
         if train.steps:
-            axes.plot(train.steps, train.means, color=_TUNED, linewidth=1.8, label="training")
+            dot = "o" if len(train.steps) == 1 else ""  # one point makes no line
+            axes.plot(train.steps, train.means, color=_TUNED, linewidth=1.8, marker=dot, markersize=5, label="training")
         if evaluation.steps:
             axes.plot(
                 evaluation.steps,
@@ -151,19 +153,53 @@ def curve_chart(train: Curve, evaluation: Curve, rate: Curve, unit: str, *, widt
         if rate.steps:
             axes.tick_params(labelbottom=False)
             bottom = figure.add_axes((left, 46 / height, right - left, (small - 14) / height), sharex=axes)
-            bottom.plot(rate.steps, rate.means, color=_MUTED, linewidth=1.6)
+            dot = "o" if len(rate.steps) == 1 else ""
+            bottom.plot(rate.steps, rate.means, color=_MUTED, linewidth=1.6, marker=dot, markersize=4)
             bottom.set_yscale("log")
             _rate_ticks(bottom, rate.means)
             bottom.set_ylabel("rate", color=_MUTED)
             _quiet(bottom, grid="y")
         bottom.set_xlabel("step", color=_MUTED)
         bottom.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.yaxis.set_label_coords(-40 / (width * (right - left)), 0.5)
-        bottom.yaxis.set_label_coords(-40 / (width * (right - left)), 0.5)
+        axes.yaxis.set_label_coords(-52 / (width * (right - left)), 0.5)
+        bottom.yaxis.set_label_coords(-52 / (width * (right - left)), 0.5)
 
     said = f"Training loss from {train.means[0]:.3f} to {train.means[-1]:.3f}. " if train.means else ""
     said += f"Evaluation loss from {evaluation.means[0]:.3f} to {evaluation.means[-1]:.3f}." if evaluation.means else ""
     return _svg(draw, width, height, f"curve{width}", said or "Learning rate by step")
+
+
+def length_chart(edges: Sequence[float], counts: Sequence[int], limit: float | None, *, width: int) -> str:
+    """How many rows have how many tokens, and the line at which longer ones are cut; what is cut away is hatched."""
+    height = 220
+
+    def draw(figure: Figure) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        axes = figure.add_axes((66 / width, 46 / height, 1 - 84 / width, 1 - 74 / height))
+        for count, (low, high) in zip(counts, itertools.pairwise(edges), strict=True):
+            over = limit is not None and low >= limit
+            axes.bar(
+                low, count, high - low, align="edge", color=_EVAL if over else _TUNED, edgecolor=_INK,
+                linewidth=0.5, hatch="////" if over else "",
+            )  # fmt: skip
+        end = max(edges[-1], 1.05 * limit if limit is not None and limit < 1.5 * edges[-1] else 0)
+        axes.set_xlim(0, end)
+        if limit is not None and limit <= end:
+            axes.axvline(limit, color=_INK, linewidth=1.6, linestyle=(0, (4, 3)))
+            side = "right" if limit > 0.5 * end else "left"
+            axes.text(limit, 1.03, f"cut at {limit:.0f}", color=_INK, ha=side, transform=axes.get_xaxis_transform())
+        axes.set_xlabel("tokens of a row, before cutting", color=_MUTED)
+        axes.set_ylabel("rows", color=_MUTED)
+        axes.yaxis.set_label_coords(-52 / (width - 84), 0.5)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        _quiet(axes, grid="y")
+
+    over = sum(count for count, low in zip(counts, edges, strict=False) if limit is not None and low >= limit)
+    said = f"Lengths of {sum(counts)} rows, up to {edges[-1]:.0f} tokens"
+    said += f"; {over} in the bars beyond the cut at {limit:.0f}" if limit is not None else ""
+    return _svg(draw, width, height, f"lengths{width}", said)
 
 
 @dataclass(frozen=True)

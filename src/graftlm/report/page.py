@@ -95,6 +95,7 @@ def _view(run: RunFolder) -> dict[str, Any]:
         "rejected": rejected[:_REJECTED],
         "rejected_count": len(rejected),
         "hashes": data_hashes(run),
+        "lengths": _lengths(run),
         "changed": [row for row in every if row[2] not in ("default", "")],
         "settings": every,
         "environment": environment(run),
@@ -160,6 +161,20 @@ def _trained_at(run: RunFolder) -> dict[str, Any]:
     ordered = sorted(groups.items(), key=lambda item: -sum(count for _, count in item[1]))
     parts = [(name, sorted(found, key=lambda part: -part[1])) for name, found in ordered]
     return _markup({name: charts.tree_chart(parts, width=width) for name, width in _WIDTHS})
+
+
+def _lengths(run: RunFolder) -> dict[str, Any]:
+    """Histograms of the rows' lengths in tokens; nothing where the run did not keep them."""
+    edges, counts = run.at("data.lengths.edges"), run.at("data.lengths.counts")
+    if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1 or not counts:
+        return {}
+    lines, heights = [finite(edge) for edge in edges], [finite(count) for count in counts]
+    known = [edge for edge in lines if edge is not None]
+    whole_numbers = [int(count) for count in heights if count is not None]
+    if len(known) != len(lines) or len(whole_numbers) != len(heights) or known != sorted(set(known)):
+        return {}
+    limit = run.number("data.lengths.limit")
+    return _markup({name: charts.length_chart(known, whole_numbers, limit, width=width) for name, width in _WIDTHS})
 
 
 def _sample(row: dict[str, Any]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from graftlm.core import Adapter, Method, Samples, attach, parameter_count, summ
 from graftlm.data import MaskingCollator, Prepared, PromptTemplate, prepare
 from graftlm.data.codes import WAIVABLE
 from graftlm.data.reading import read_rows
+from graftlm.data.tokenising import histogram
 from graftlm.errors import DataError, EnvironmentFault, Finding, GraftError, PlanError, RunError, SettingsError
 from graftlm.evaluation import losses
 from graftlm.evaluation.losses import batches as each_of
@@ -387,7 +388,9 @@ class _Work:
             raise SettingsError(faults)
         if not prepared.eval:
             raise SettingsError(Finding("U133", "no rows are left for evaluation", fix="--set data.eval_share=0.2"))
-        self._say_data(prepared)
+        # Running texts go on in the next row: nothing of them is cut away.
+        limit = None if prepared.task == "lm" else train.max_length or decide_length(config, method)
+        self._say_data(prepared, limit)
         if prepared.task == "tfew" and self.origin.get("method", "default") == "default":
             method = read_method("ia3")  # as in the paper
         self._check_packing(prepared, method, config)
@@ -456,7 +459,7 @@ class _Work:
             trust_remote_code=wanted.trust_remote_code,
         )
 
-    def _say_data(self, prepared: Prepared) -> None:
+    def _say_data(self, prepared: Prepared, limit: int | None) -> None:
         self.voice.say("data", prepared.line)
         self.voice.say("", f"{len(prepared.train):,} rows to train on, {prepared.eval_line} never trained on")
         for finding in prepared.notes:
@@ -472,6 +475,7 @@ class _Work:
             "eval_rows": len(prepared.eval),
             "sha256": prepared.sha256,
             "notes": [str(finding) for finding in prepared.notes],
+            "lengths": {**histogram(prepared.supervision.lengths, limit), "limit": limit},
         }
 
     def _base(self, model: Any) -> dict[str, Any]:

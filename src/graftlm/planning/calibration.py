@@ -152,7 +152,8 @@ def _measured(
     method = read_method(_METHOD)
     shape = Shape(rows=rows, length=length, dtype=dtype, on_processor=device == "cpu")
     traced = Asked(config, method, "lm", shape, device=device).plan().traced
-    model: Any = tf.AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    kind: Any = tf.AutoModelForCausalLM
+    model = kind.from_config(config, dtype=dtype).to(device)
     attach(model, method)
     objective = objective_of("lm", model)
     ids = torch.full((rows, length), 5, device=device)
@@ -160,7 +161,7 @@ def _measured(
 
     def step() -> None:
         loss = objective.loss_sum(objective.outputs(model, batch), batch) / objective.count(batch)
-        loss.backward()
+        torch.autograd.backward(loss)
 
     with fuse(model.train()):
         step()  # what is made when it is first called is no part of a step

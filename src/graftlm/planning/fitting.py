@@ -264,8 +264,9 @@ def _in_parts(step: Asked, parts: int, batch: int) -> Asked:
     return replace(_with(step, rows=batch // parts), accumulate=parts)
 
 
-def _of_rank(method: Method, rank: int) -> Method:
-    return replace(method, rank=rank)  # type: ignore[type-var]
+def _of_rank(method: Any, rank: int) -> Method:
+    found: Method = replace(method, rank=rank)
+    return found
 
 
 def _divisors(number: int) -> list[int]:

@@ -25,7 +25,7 @@ from graftlm.quantisation import PACKED, as_format, quantized, reserve
 __all__ = ["Shape", "Traced", "like", "meta_model", "objective_of", "trace"]
 
 #: The share of tokens that masked language modelling hides.
-_HIDDEN: float = next(each.default for each in fields(MaskingCollator) if each.name == "share")
+_HIDDEN = next(float(each.default) for each in fields(MaskingCollator) if each.name == "share")  # type: ignore[arg-type]
 #: Head to the task whose step is like that of any task with it.
 _LIKE = {"causal": "sft", "sequence": "classify", "masked": "mlm", "token": "tag", "seq2seq": "seq2seq"}
 

@@ -21,7 +21,7 @@ from graftlm.planning.step import objective_of
 from graftlm.training import progress as progress_module
 from graftlm.training.progress import Progress
 
-SPEED = Speed(flops_per_s=1e11, bytes_per_s=1e10, call_s=1e-5)
+SPEED = Speed(flops_per_s=1e11, bytes_per_s=1e10, numbers_per_s=1e8, call_s=1e-5)
 
 
 def tiny_step(**changes: Any) -> Any:
@@ -40,6 +40,16 @@ def test_a_step_is_products_bytes_and_calls() -> None:
     parts = tiny_step(accumulate=4).plan()
     assert SPEED.step_s(parts) > SPEED.step_s(plan)  # as many products, more calls
     assert parts.flops == pytest.approx(plan.flops, rel=0.01)
+
+
+def test_dropout_draws_a_number_for_every_entry_that_it_sees() -> None:
+    config = tf.BertConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=128
+    )
+    drawn = asked(config, "ia3", batch=3, length=32).plan().traced.drawn
+    hidden, scores, pooled = 3 * 32 * 64, 3 * 4 * 32 * 32, 3 * 64
+    assert drawn == {"forward": hidden * (1 + 2 * 2) + 2 * scores + pooled}
+    assert not tiny_step().plan().traced.drawn
 
 
 def test_what_was_measured_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """How fast this device is: a small model's real steps, measured once and kept, tell the time of any planned step.
 
-    seconds = products / their rate + bytes of all else / the memory's rate + operations x the cost of calling one
+    seconds = products / their rate + bytes of all else / the memory's rate + random numbers x what one takes
+              + operations x the cost of calling one
 
-The memory's rate is that of sums of two large tensors. The other two figures come from two steps of a small Llama with
-LoRA, one of many tokens and one of few: what these operations really cost, in the arrangement in which training calls
-them, is thereby in the figures.
+The memory's rate is that of sums of two large tensors; random numbers are those of dropout, dear on a processor. The
+other two figures come from two steps of a small Llama with LoRA, one of many tokens and one of few: what these
+operations really cost, in the arrangement in which training calls them, is thereby in the figures.
 """
 
 from __future__ import annotations
@@ -31,18 +32,19 @@ from graftlm.planning.step import Shape, Traced, objective_of
 __all__ = ["Speed", "calibrate", "said_time", "speed_of", "time_of"]
 
 _METHOD = "lora(rank=8,targets=all-linear)"
-_MANY, _FEW = (2, 128), (1, 8)  # rows and tokens a row
+_MANY, _FEW = (4, 128), (1, 8)  # rows and tokens a row
 _REPEATS = 3
-_MOVED_NUMBERS = 1 << 20  # of each tensor: about what an activation has
-_VERSION = 1
+_MOVED_NUMBERS = 1 << 22  # of each tensor: more than the caches next to a core hold
+_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a device does in a second: floating-point operations of products, bytes of all else; seconds a call."""
+    """What a device does in a second: operations of products, bytes of all else, random numbers; seconds a call."""
 
     flops_per_s: float
     bytes_per_s: float
+    numbers_per_s: float
     call_s: float
 
     def step_s(self, plan: Plan) -> float:
@@ -50,7 +52,7 @@ class Speed:
 
         Example:
             >>> from graftlm import plan
-            >>> Speed(1e11, 1e10, 1e-5).step_s(plan("bundled", "lora(rank=8)", batch=4, length=128)) < 1
+            >>> Speed(1e11, 1e10, 1e8, 1e-5).step_s(plan("bundled", "lora(rank=8)", batch=4, length=128)) < 1
             True
         """
         found = plan.traced
@@ -60,7 +62,8 @@ class Speed:
 
     def _seconds(self, found: Traced, phase: str) -> float:
         products = found.flops[phase] / self.flops_per_s
-        return products + found.moved_bytes[phase] / self.bytes_per_s + found.calls[phase] * self.call_s
+        rest = found.moved_bytes[phase] / self.bytes_per_s + found.drawn[phase] / self.numbers_per_s
+        return products + rest + found.calls[phase] * self.call_s
 
 
 def time_of(step: Asked, plan: Plan) -> tuple[float, float] | None:
@@ -119,6 +122,8 @@ def calibrate(device: str, dtype: torch.dtype, *, clock: Callable[[], float] = t
     state = torch.random.get_rng_state()
     try:
         bytes_per_s = _memory_rate(device, clock)
+        x = torch.empty(_MOVED_NUMBERS // 4, device=device)
+        drawn_s = min(_timed(x.bernoulli_, device, clock) for _ in range(3))
         steps = [_measured(device, dtype, *size, clock) for size in (_MANY, _FEW)]
     finally:
         torch.random.set_rng_state(state)
@@ -130,7 +135,9 @@ def calibrate(device: str, dtype: torch.dtype, *, clock: Callable[[], float] = t
     # Two equations: seconds = flops / rate + calls x cost.
     whole = many * few_calls - few * calls
     second = max((many_s * few_calls - few_s * calls) / whole, many_s / many / 4)
-    return Speed(1 / second, bytes_per_s, max(few_s - few * second, few_s / 4) / few_calls)
+    return Speed(
+        1 / second, bytes_per_s, x.numel() / max(drawn_s, 1e-9), max(few_s - few * second, few_s / 4) / few_calls
+    )
 
 
 def _memory_rate(device: str, clock: Callable[[], float]) -> float:

@@ -25,8 +25,9 @@ __all__ = ["TERMS", "Asked", "Plan", "asked", "config_of", "plan"]
 TERMS = ("weights", "quantisation", "deltas", "gradients", "optimizer", "activations", "logits", "runtime")
 """What memory goes to, in the order in which it is shown."""
 
-#: What an allocator holds between blocks, as a share of what a step allocates; measured (docs/plan.md).
-_SLACK = 0.05
+#: What an allocator holds between blocks: on a processor small ones only (docs/plan.md), on CUDA a share of what a step
+#: allocates, a rule of thumb.
+_HELD_BYTES, _HELD_SHARE = 5_000_000, 0.05
 
 #: Tasks of which a row has two answers.
 _PAIRS = ("dpo", "reward")
@@ -267,7 +268,8 @@ class Asked:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise PlanError(Finding("P102", f"a step of {name} ({self.task}) cannot be planned: {why}")) from error
         highest = max(peak.total() for phase, peak in traced.peaks.items() if phase != "rest")
-        runtime = RUNTIME_BYTES[self.device] + int(_SLACK * (highest - traced.sizes["weights"]))
+        held = _HELD_BYTES if self.device == "cpu" else int(_HELD_SHARE * (highest - traced.sizes["weights"]))
+        runtime = RUNTIME_BYTES[self.device] + held
         phases = {phase: peak.total() for phase, peak in traced.peaks.items() if phase != "rest"}
         if self.accumulate > 1:  # from the second part on, the gradients of the first are there
             phases["forward"] += traced.sizes["gradients"]

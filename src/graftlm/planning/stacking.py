@@ -64,6 +64,7 @@ def _extended(few: Traced, more: Traced, depth: int) -> Traced:
         peaks={phase: counter(few.peaks[phase], peak) for phase, peak in more.peaks.items()},
         flops=counter(few.flops, more.flops),
         moved_bytes=counter(few.moved_bytes, more.moved_bytes),
+        drawn=counter(few.drawn, more.drawn),
         calls=counter(few.calls, more.calls),
         trainable=line(few.trainable, more.trainable),
         parameters=line(few.parameters, more.parameters),

@@ -61,6 +61,7 @@ class Traced:
     peaks: dict[str, Counter[str]]
     flops: Counter[str]
     moved_bytes: Counter[str]
+    drawn: Counter[str]
     calls: Counter[str]
     trainable: int
     parameters: int
@@ -164,6 +165,7 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
         peaks=counted.peaks,
         flops=counted.flops,
         moved_bytes=counted.moved_bytes,
+        drawn=counted.drawn,
         calls=counted.calls,
         trainable=sum(parameter.numel() for parameter in trained),
         parameters=parameters,

@@ -31,6 +31,7 @@ __all__ = ["Trace"]
 _aten = torch.ops.aten
 #: Operations that ask for a value, which a meta tensor does not have: a mask is told to hide nothing.
 _READS = {_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.equal.default}
+_DRAWS = {_aten.bernoulli_, _aten.bernoulli, _aten.native_dropout}
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 
 
@@ -39,7 +40,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     `alive` are bytes by kind; `peaks` the largest sum seen in each phase, with its bytes by kind; `flops` the
     floating-point operations of matrix products and attention by phase (a multiplication and an addition are two),
-    `moved_bytes` what all other operations read and write, `calls` how many operations there were.
+    `moved_bytes` what all other operations read and write, `drawn` the random numbers (of dropout), `calls` how many
+    operations there were.
 
     Example:
         >>> trace = Trace()
@@ -57,6 +59,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peaks: dict[str, Counter[str]] = {}
         self.flops: Counter[str] = Counter()
         self.moved_bytes: Counter[str] = Counter()
+        self.drawn: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self._phase = "rest"
         self._now = 0
@@ -125,6 +128,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif _is_view(func):
             return
         else:
+            if packet in _DRAWS:
+                self.drawn[self._phase] += results[0].numel()
             self.moved_bytes[self._phase] += sum(_bytes(tensor) for tensor in (*leaves, *results))
         self.calls[self._phase] += 1
 

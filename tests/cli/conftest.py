@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -82,7 +83,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
 
     def room(name: str, **members: Any) -> None:
         module = ModuleType(name)
-        vars(module).update(members)
+        vars(module).update(members, __path__=list(import_module(name).__path__))  # its modules are the real ones
         monkeypatch.setitem(sys.modules, name, module)
 
     room("graftlm.training", train_resolved=train_resolved, evaluate=evaluate, open_adapter=open_adapter)

@@ -12,7 +12,9 @@ import torch
 from graftlm.core import attach
 from graftlm.formats import save_adapter
 from graftlm.methods import read_method
+from graftlm.models import load_base
 from models_for_tests import MODELS, tiny
+from training.tiny_runs import save_llama
 
 _FEW = ("llama", "gpt2", "bert", "t5", "bart", "mixtral", "gpt_neox", "distilbert", "llama_classifier", "modernbert")
 
@@ -227,3 +229,51 @@ def test_data_with_another_tokenizer(cli: Callable) -> None:
     answer = cli("inspect", "bundled:answers", "-m", "./nothing")
     assert answer.code == 2
     assert "no model folder './nothing'" in answer.err
+
+
+# --- rows that are alike, runs, and whether an adapter fits ---
+
+
+def test_rows_that_are_alike_are_told(cli: Callable, tmp_path: Path) -> None:
+    texts = [f"Where is parcel {'abcdefghij'[at] * 9} that I asked about on a day in spring?" for at in range(10)]
+    rows = [{"text": text, "label": "ab"[at % 2]} for at, text in enumerate(texts)]
+    rows.append({"text": texts[0].upper().replace("?", " !"), "label": "a"})
+    file, held = tmp_path / "rows.jsonl", tmp_path / "held.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held.write_text("".join(json.dumps(row) + "\n" for row in [
+        rows[1], {"text": texts[2] + " Please.", "label": "a"}, {"text": "Nothing like it at all", "label": "b"},
+    ]))  # fmt: skip
+    found = json.loads(cli("inspect", str(file), "--eval", str(held), "--json").out)
+    assert found["near_duplicates"] == {"rows": 1, "pairs": [[1, 11]]}
+    assert found["leakage"] == {"eval": str(held), "rows": 3, "same": 1, "near": 1}
+    said = cli("inspect", str(file), "--eval", str(held)).out
+    assert "1 row nearly the same as an earlier one, such as 11 of 1" in said
+    assert "1 also in train, 1 nearly so" in said
+    alone = json.loads(cli("inspect", str(file), "--json").out)["leakage"]
+    assert alone["rows"] == 2
+    assert alone["same"] == 0
+    assert "[L103]" in cli("inspect", "bundled", "--eval", str(held)).err
+
+
+def test_whether_an_adapter_fits_a_base_is_told(cli: Callable, tmp_path: Path) -> None:
+    same, other = save_llama(tmp_path / "same"), save_llama(tmp_path / "other", layers=2)
+    model, _ = load_base(same)
+    save_adapter(attach(model, read_method("lora(rank=2)")), tmp_path / "adapter", facts={"task": "lm"})
+    for base, fits in ((same, True), (other, False)):
+        answer = cli("inspect", str(tmp_path / "adapter"), "-m", str(base), "--json")
+        assert json.loads(answer.out)["fits"] == {str(base): fits}
+        assert answer.code == (0 if fits else 2)
+    assert f"fits       {same}: yes" in cli("inspect", str(tmp_path / "adapter"), "-m", str(same)).out
+
+
+def test_of_a_run_its_course_is_told(cli: Callable, saved: Path) -> None:
+    run = saved.parent
+    scores = [
+        {"name": "tuned", "title": "LoRA", "loss": 1.25},
+        {"name": "base", "title": "untouched base", "loss": 2.5},
+    ]
+    record = {"status": "done", "steps": 7, "command": "graftlm train x.csv", "results": {"scores": scores}}
+    (run / "run.json").write_text(json.dumps(record))
+    said = cli("inspect", str(run)).out
+    for part in ("LoRA: loss 1.250", "untouched base: loss 2.500", "graftlm train x.csv", "steps      7"):
+        assert part in said

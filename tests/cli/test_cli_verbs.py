@@ -37,7 +37,7 @@ def test_train_hands_over_what_was_given(cli: Callable, rooms: Rooms, tmp_path: 
     config.write_text("train: {batch: 8, epochs: 2}\n")
     said = cli(
         "train", "bundled:answers", "-m", "some/base", "--method", "bitfit", "--lr", "1e-3", "--epochs", "1",
-        "-c", str(config), "--set", "train.warmup=0.1", "--set", "train.accumulate=2", "--map", "prompt=q,completion=a",
+        "-c", str(config), "--set", "train.warmup=0.1", "--set", "train.accumulate=2", "--map", "prompt=completion,completion=prompt",
     )  # fmt: skip
     assert said.code == 0, said.err
     (resolved,), options = rooms.named("train_resolved")[0]
@@ -45,7 +45,7 @@ def test_train_hands_over_what_was_given(cli: Callable, rooms: Rooms, tmp_path: 
     assert (settings.data.path, settings.model.name, settings.method) == ("bundled:answers", "some/base", "bitfit")
     assert (settings.train.learning_rate, settings.train.epochs, settings.train.batch) == (1e-3, 1.0, 8)
     assert (settings.train.warmup, settings.train.accumulate) == (0.1, 2)
-    assert settings.data.map == {"prompt": "q", "completion": "a"}
+    assert settings.data.map == {"prompt": "completion", "completion": "prompt"}
     assert resolved.origin["train.epochs"] == "--epochs"
     assert options["resume"] is False
     assert options["command"].startswith("graftlm train bundled:answers -m some/base")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from drills.killing import attempt
+from graftlm.cli import main
 from graftlm.training.checkpoint import latest
-from training.tiny_runs import adapter_bytes, answered_rows, metrics_of, record_of, write_jsonl
+from training.tiny_runs import adapter_bytes, answered_rows, leave_out_the_slow, metrics_of, record_of, write_jsonl
 
 #: Places within the writing of a checkpoint, an adapter or the record, where a process may die.
 PLACES = (
@@ -68,6 +69,22 @@ def _check(run: Path, whole: Path) -> None:
 
 def test_three_kills(tiny_base: Path, tmp_path: Path) -> None:
     drill(tiny_base, tmp_path, kills=3, steps=8, seed=0)
+
+
+def test_runs_resume_ends_as_if_there_had_been_no_kill(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {
+        "data": write_jsonl(tmp_path / "answered.jsonl", answered_rows()), "base": tiny_base, "steps": 6, "batch": 4,
+        "method": "lora(rank=2,targets=attention,dropout=0.1)", "save_every": 2, "samples": 0, "threads": 1,
+    }  # fmt: skip
+    assert attempt(settings, tmp_path / "whole")[0] == 0
+    killed = tmp_path / "killed"
+    assert attempt(settings, killed, kill_in=("graftlm.training.trainer.rotate_checkpoints", 2))[0] == -9
+    assert latest(killed / "checkpoints")[0] is not None
+    leave_out_the_slow(monkeypatch.setattr)
+    assert main(["runs", "resume", "killed", "--folder", str(tmp_path)]) == 0
+    _check(killed, tmp_path / "whole")
 
 
 @pytest.mark.slow

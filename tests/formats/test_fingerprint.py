@@ -10,7 +10,7 @@ import transformers as hf
 
 from graftlm.core import attach
 from graftlm.methods import Full, Head, LoRA
-from graftlm.models.fingerprint import fingerprint
+from graftlm.models.fingerprinting import fingerprint
 
 from .conftest import LLAMA, T5, WIDTHS, tiny
 

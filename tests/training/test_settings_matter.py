@@ -12,7 +12,8 @@ import torch
 from graftlm.errors import GraftError
 from graftlm.settings import SETTINGS, RunSettings
 from graftlm.training import Run, train
-from graftlm.training.decisions import context_of, decide_length
+from graftlm.training.decisions import decide_length
+from graftlm.training.early import context_of
 from training.tiny_runs import (
     Tiny,
     answered_rows,

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from graftlm.cli.output import harmless, print_json
-from graftlm.cli.run_flags import resolved_from, run_flags
+from graftlm.cli.run_flags import attempted_from, run_flags
 from graftlm.cli.usage import Verb
-from graftlm.errors import Finding, GraftError
+from graftlm.errors import Finding
 
 __all__ = ["verb"]
 
@@ -30,22 +30,23 @@ def verb(as_json: bool, config: str | None, set: tuple[str, ...], **flags: str |
     notes alone give 0.
     """
     began_s = time.monotonic()
-    notes: tuple[Finding, ...] = ()
-    faults: tuple[Finding, ...] = ()
-    try:
-        resolved = resolved_from(config, set, flags)
-        from graftlm.training.run import check_resolved
+    attempted = attempted_from(config, set, flags)
+    from graftlm.training.early import early_findings
 
-        notes, faults = check_resolved(resolved)
-    except GraftError as error:  # settings that cannot be read: nothing else can be looked at, and torch is not needed
-        faults = error.findings
+    notes, faults = early_findings(attempted)
+    whole = not faults
+    if whole:  # the rest takes torch, and could not be told beside what is to be mended first
+        from graftlm.training.ready import check_resolved
+
+        notes, faults = check_resolved(attempted.resolved)
     if as_json:
         print_json([_plain(f, "error") for f in faults] + [_plain(f, "note") for f in notes])
         return 2 if faults else 0
     for finding in (*faults, *notes):
         click.echo(harmless(str(finding)))
     counted = f"{len(faults)} to mend, {len(notes)} to know of, in {time.monotonic() - began_s:.1f} s"
-    click.echo(counted + ("" if faults else "    next: graftlm train with the same flags"))
+    after = "" if faults else "    next: graftlm train with the same flags"
+    click.echo(counted + (after if whole else "    then: tokens and memory, which need these mended"))
     return 2 if faults else 0
 
 

@@ -29,9 +29,10 @@ __all__ = ["verb"]
 @click.argument("what")
 @click.option("--method", metavar="TEXT", help="Of a model: what this method would train.")
 @click.option("--task", metavar="NAME", help="Of a model or data: as if for lm, sft or classify.")
-@click.option("-m", "--model", metavar="MODEL", help="Of data: the base whose tokenizer counts (by itself bundled).")
+@click.option("-m", "--model", metavar="MODEL", help="Of data: whose tokenizer counts. Of an adapter: whether it fits.")
 @click.option("--map", "mapping", metavar="ROLE=COLUMN", help="Of data: which column plays which role.")
 @click.option("--max-length", type=click.IntRange(2), metavar="COUNT", help="Of data: most tokens of a row.")
+@click.option("--eval", "eval_path", metavar="FILE", help="Of data: a file to evaluate on, searched for rows of both.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
 def verb(
     what: str,
@@ -40,16 +41,19 @@ def verb(
     model: str | None,
     mapping: str | None,
     max_length: int | None,
+    eval_path: str | None,
     as_json: bool,
 ) -> None:
     """Look into a model, an adapter or a data file.
 
     Of a model: every place that can be adapted, with its role, from the configuration alone. Of an adapter: its
-    method, its base, its tensors. Of data: what was recognised, how long the rows are, and which tokens are trained.
+    method, its base, its tensors, and how its run went. Of data: what was recognised, how long the rows are, which are
+    alike, and which tokens are trained.
     """
     kind = kind_of(what, data=True)
-    _refuse(kind, {"--method": (method, "model"), "--model": (model, "data"), "--map": (mapping, "data"),
-                   "--max-length": (max_length, "data"), "--task": (task, "model data")})  # fmt: skip
+    _refuse(kind, {"--method": (method, "model"), "--model": (model, "adapter data"), "--map": (mapping, "data"),
+                   "--max-length": (max_length, "data"), "--task": (task, "model data"),
+                   "--eval": (eval_path, "data")})  # fmt: skip
     fault: GraftError | None = None
     if kind == "model":
         from graftlm.cli.inspect_model import describe_model, show_model
@@ -59,7 +63,7 @@ def verb(
     elif kind == "adapter":
         from graftlm.cli.inspect_adapter import describe_adapter, show_adapter
 
-        found, fault = describe_adapter(Path(what).expanduser())
+        found, fault = describe_adapter(Path(what).expanduser(), model)
         print_json(found) if as_json else show_adapter(found)
     else:
         from graftlm.cli.inputs import read_mapping
@@ -68,7 +72,7 @@ def verb(
         path = Path(__file__).parents[1] / "bundled" / "data" / BUNDLED_DATA[what] if what in BUNDLED_DATA else what
         found, fault = describe_data(
             Path(path), task=task or "auto", model=model or "bundled", mapping=read_mapping(mapping),
-            max_length=max_length,
+            max_length=max_length, eval_path=Path(eval_path) if eval_path else None,
         )  # fmt: skip
         print_json(found) if as_json else show_data(found)
     if fault is not None:

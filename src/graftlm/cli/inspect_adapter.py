@@ -13,15 +13,17 @@ import click
 
 from graftlm.cli.output import harmless, print_table
 from graftlm.data.wording import number
-from graftlm.errors import AdapterError, Finding
+from graftlm.errors import AdapterError, Finding, GraftError
 
 __all__ = ["describe_adapter", "show_adapter"]
 
 _NUMBER = re.compile(r"\.\d+\.")
 
 
-def describe_adapter(path: Path) -> tuple[dict[str, Any], AdapterError | None]:
+def describe_adapter(path: Path, model: str | None = None) -> tuple[dict[str, Any], GraftError | None]:
     """What there is to say of the adapter in `path` (a run's folder or its own) as plain JSON, and what is damaged.
+
+    With a `model`, also whether the adapter fits it: both are loaded and compared as for use.
 
     Raises AdapterError where its files cannot be read.
     """
@@ -49,7 +51,25 @@ def describe_adapter(path: Path) -> tuple[dict[str, Any], AdapterError | None]:
         "checksums_ok": not faults if ours else None,
         "tensors": tensors,
     }
-    return found, AdapterError(faults) if faults else None
+    if folder != path and (path / "run.json").is_file():
+        record = _read_json(path / "run.json")
+        found["run"] = {
+            "status": record.get("status"),
+            "started": record.get("started"),
+            "command": record.get("command"),
+            "data": record.get("data", {}).get("line"),
+            "steps": record.get("steps"),
+            "scores": record.get("results", {}).get("scores", []),
+        }
+    if model is None or faults:
+        return found, AdapterError(faults) if faults else None
+    from graftlm.training import open_adapter
+
+    try:
+        open_adapter(folder, base=model)
+    except GraftError as error:
+        return found | {"fits": {model: False}}, error
+    return found | {"fits": {model: True}}, None
 
 
 def show_adapter(found: Mapping[str, Any]) -> None:
@@ -66,6 +86,14 @@ def show_adapter(found: Mapping[str, Any]) -> None:
         f"{number(found['bytes'])} bytes",
         "checksums": checksums,
     }
+    if run := found.get("run"):
+        for at, score in enumerate(run["scores"]):
+            told = {key: value for key, value in score.items() if isinstance(value, float)}
+            figures = "  ".join(f"{key} {value:.3f}" for key, value in list(told.items())[:3])
+            said["scores" if not at else f"score {at + 1}"] = f"{score.get('title', score.get('name', ''))}: {figures}"
+        said |= {name: run[name] for name in ("status", "started", "command", "data", "steps")}
+    for base, fits in found.get("fits", {}).items():
+        said["fits"] = f"{base}: {'yes' if fits else 'no'}"
     for name, value in said.items():
         if value is not None:
             click.echo(harmless(f"{name:10} {value}"))

@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from graftlm.cli.output import colourful, harmless, print_table
-from graftlm.data.prepare import Prepared, prepare
+from graftlm.data.checking import Notes, check
+from graftlm.data.prepare import Prepared, hold_out, prepare
 from graftlm.data.reading import Table, read_rows
 from graftlm.data.recognise import recognise
 from graftlm.data.wording import clip, counted, number, percent
@@ -20,12 +21,19 @@ from graftlm.errors import GraftError
 
 __all__ = ["describe_data", "show_data"]
 
+_SHOWN_PAIRS = 20
 _PIECE = 200  # characters of a run of tokens that are shown
 _TRAINED, _PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 def describe_data(
-    path: Path, *, task: str, model: str, mapping: Mapping[str, str] | None, max_length: int | None
+    path: Path,
+    *,
+    task: str,
+    model: str,
+    mapping: Mapping[str, str] | None,
+    max_length: int | None,
+    eval_path: Path | None = None,
 ) -> tuple[dict[str, Any], GraftError | None]:
     """What there is to say of the file, as plain JSON, and the error that training on it would stop with, if any.
 
@@ -53,7 +61,7 @@ def describe_data(
     except GraftError as error:
         labels = _counts(table, reading.columns.get("label"))
         return found | {"labels": labels, "faults": [_plain(f) for f in error.findings]}, error
-    return found | _told(prepared, table), None
+    return found | _told(prepared, table) | _alike(prepared, table, eval_path), None
 
 
 def show_data(found: Mapping[str, Any]) -> None:
@@ -69,6 +77,15 @@ def show_data(found: Mapping[str, Any]) -> None:
             f"95 % up to {tokens['p95']}; {number(found['cut_rows'])} cut, {counted(found['duplicates'], 'duplicate')}"
         )
         click.echo(harmless(found["loss_on"].replace("loss on", "loss on ", 1)))
+    if near := found.get("near_duplicates"):
+        such = f", such as {near['pairs'][0][1]} of {near['pairs'][0][0]}" if near["pairs"] else ""
+        click.echo(f"alike    {counted(near['rows'], 'row')} nearly the same as an earlier one{such}")
+    if leak := found.get("leakage"):
+        where = harmless(leak["eval"])
+        click.echo(
+            f"leakage  of {counted(leak['rows'], 'row')} ({where}) {number(leak['same'])} also in train, "
+            f"{number(leak['near'])} nearly so"
+        )
     for note in found.get("notes", []):
         click.echo(harmless(f"note     {note['place']} {note['message']} [{note['code']}]".replace("     [", " [")))
     if found.get("labels"):
@@ -115,6 +132,34 @@ def _told(prepared: Prepared, table: Table) -> dict[str, Any]:
         "examples": shown,
         "faults": [],
     }
+
+
+def _alike(prepared: Prepared, table: Table, eval_path: Path | None) -> dict[str, Any]:
+    """Rows that are nearly the same, and rows held out (those of a file, or as train would) that train has too."""
+    from graftlm.data.near import near_duplicates
+
+    examples = list({item["row"]: item["example"] for item in prepared.train}.values())
+    pairs = near_duplicates([example.key for example in examples])
+    told: dict[str, Any] = {
+        "near_duplicates": {
+            "rows": len(pairs),
+            "pairs": [[examples[one].row, examples[other].row] for one, other in pairs[:_SHOWN_PAIRS]],
+        }
+    }
+    if eval_path is not None:
+        notes = Notes()
+        held = check(read_rows(eval_path), prepared.reading, notes, is_eval=True).examples
+        notes.settle()
+        train, name = examples, str(eval_path)
+    else:
+        train, held = hold_out(examples, prepared.reading, None, 0, Notes(), table.path.name)
+        name = "as train holds them out"
+    known = {example.key for example in train}
+    both = near_duplicates([example.key for example in (*train, *held)])
+    same = sum(example.key in known for example in held)
+    near = sum(one < len(train) <= other for one, other in both)
+    told["leakage"] = {"eval": name, "rows": len(held), "same": same, "near": near}
+    return told
 
 
 def _duplicates(prepared: Prepared) -> int:

@@ -44,7 +44,7 @@ def verb(
     resolved = resolved_from(config, set, flags)
     settings = resolved.settings
     from graftlm.planning import asked, fitting, memory_bytes, said_time, serving, time_of
-    from graftlm.training.run import asked_resolved
+    from graftlm.training.ready import asked_resolved
 
     room = memory_bytes(memory) if memory else None
     if settings.data.path is not None:

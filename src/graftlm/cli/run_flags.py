@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from graftlm.cli.usage import UsageFault
-from graftlm.errors import Finding
-from graftlm.settings import FLAGS, Flag, Resolved, resolve
+from graftlm.errors import Finding, SettingsError
+from graftlm.settings import FLAGS, Attempted, Flag, Resolved, attempt
 
-__all__ = ["resolved_from", "run_flags"]
+__all__ = ["attempted_from", "resolved_from", "run_flags"]
 
 _METAVARS = {"a number": "NUMBER", "a whole number": "COUNT", "a file": "FILE", "name=value": "NAME=VALUE"}
 
@@ -36,8 +36,16 @@ def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def resolved_from(config: str | None, sets: tuple[str, ...], flags: dict[str, str | None]) -> Resolved:
     """The settings that flags and run file say. Raises SettingsError; UsageFault for a run file in data's place."""
+    attempted = attempted_from(config, sets, flags)
+    if attempted.findings:
+        raise SettingsError(attempted.findings)
+    return attempted.resolved
+
+
+def attempted_from(config: str | None, sets: tuple[str, ...], flags: dict[str, str | None]) -> Attempted:
+    """The settings that flags and run file say, with their faults. Raises UsageFault for a run file in data's place."""
     data = flags["data"]
     if data is not None and data.lower().endswith((".yaml", ".yml")):
         raise UsageFault(Finding("L104", f"{data} looks like a run file, not like data", fix=f"-c {shlex.quote(data)}"))
     given = {key: value for key, value in flags.items() if value is not None}
-    return resolve(Path(config) if config is not None else None, given, sets)
+    return attempt(Path(config) if config is not None else None, given, sets)

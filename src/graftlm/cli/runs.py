@@ -40,7 +40,7 @@ def verb(
 ) -> None:
     """List runs, show one, tell two apart, repeat one, go on with a stopped one, or remove one.
 
-    On a processor a repeated run gives the same adapter, number for number.
+    On a processor a repeated run gives the same adapter, number for number, with the same versions and threads.
     """
     if action not in _ACTIONS:
         close = nearest(action, _ACTIONS, most=1)
@@ -183,14 +183,20 @@ def _remove(place: Path, yes: bool) -> None:
 
 
 def _again(action: str, place: Path, out: str | None, command: str) -> None:
+    from dataclasses import replace
+
     from graftlm.settings import resolve
     from graftlm.training import train_resolved
-    from graftlm.training.folder import free_folder
+    from graftlm.training.folder import free_folder, resolved_of
 
+    here = shlex.quote(str(place))
     if action == "resume":
         run = train_resolved(resolve(python={"output": str(place)}), resume=True, command=command)
-    else:
-        fresh = out or str(free_folder(place.name, parent=place.parent))
-        settings = _record(place)["settings"] | {"output": fresh}
-        run = train_resolved(resolve(python=settings), command=command)
-    click.echo(f"next     graftlm runs diff {shlex.quote(str(place))} {shlex.quote(str(run.folder))}")
+        stopped = run.record.get("status") == "stopped"
+        click.echo(f"next     graftlm runs {'resume' if stopped else 'show'} {here}")
+        return
+    asked = resolved_of(_record(place))
+    fresh = out or str(free_folder(place.name, parent=place.parent))
+    asked = replace(asked, settings=asked.settings.model_copy(update={"output": fresh}))
+    run = train_resolved(asked, command=command)
+    click.echo(f"next     graftlm runs diff {here} {shlex.quote(str(run.folder))}")

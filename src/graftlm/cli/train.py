@@ -37,6 +37,10 @@ def verb(command: str, /, resume: bool, config: str | None, set: tuple[str, ...]
     assistant, text alone a writer in that style. Everything that is not given is decided and written down.
     """
     resolved = resolved_from(config, set, flags)
+    from graftlm.training.early import refuse_early
+
+    if not resume:
+        refuse_early(resolved)
     from graftlm.training import train_resolved
 
     run = train_resolved(resolved, resume=resume, command=command)

@@ -33,7 +33,8 @@ from graftlm.evaluation.classes import class_probabilities
 from graftlm.models import load_base, load_config, load_tokenizer, resolve_base
 from graftlm.objectives import OBJECTIVES, CausalLM, Objective
 from graftlm.training import GraftTrainer
-from graftlm.training.decisions import context_of, decide_epochs, decide_learning_rates, decide_length, with_head
+from graftlm.training.decisions import decide_epochs, decide_learning_rates, decide_length, with_head
+from graftlm.training.early import context_of
 
 __all__ = ["Bench", "Cost", "Scored", "flops_of", "open_bench"]
 
@@ -385,7 +386,7 @@ def open_bench(settings: ComparisonSettings) -> Bench:
 
     Raises GraftError with what is wrong with the data, the base or the settings.
     """
-    from graftlm.training.run import data_of
+    from graftlm.training.early import data_of
 
     where = resolve_base(settings.base)
     local = {"local_files_only": True} if Path(where).is_dir() else {}

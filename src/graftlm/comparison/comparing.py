@@ -37,7 +37,8 @@ from graftlm.formats.atomic import write_json
 from graftlm.methods import Full, read_method
 from graftlm.models import fingerprint, load_base
 from graftlm.report import write_comparison
-from graftlm.training.decisions import context_of, positions_taken, title_of
+from graftlm.training.decisions import positions_taken, title_of
+from graftlm.training.early import context_of
 from graftlm.training.environment import environment
 from graftlm.training.folder import free_folder
 from graftlm.training.progress import clock

@@ -27,7 +27,7 @@ from graftlm.errors import Finding, RunError
 from graftlm.evaluation import losses
 from graftlm.evaluation.losses import batches, evaluating
 from graftlm.objectives import CausalLM
-from graftlm.training.decisions import context_of
+from graftlm.training.early import context_of
 
 __all__ = ["InContext", "Prompted", "in_context", "prompted"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from graftlm.data.labels import Labels, Scale
-from graftlm.data.prepare import Prepared, prepare  # the function, which hides the module of its name
+from graftlm.data.prepare import Prepared, look, prepare  # the function, which hides the module of its name
 from graftlm.data.prompting import PromptTemplate
 from graftlm.data.templates import Template
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Collator", "Labels", "MaskingCollator", "Prepared", "PromptTemplate", "Scale", "SequencesCollator",
-    "TargetsCollator", "Template", "prepare",
+    "TargetsCollator", "Template", "look", "prepare",
 ]  # fmt: skip
 
 _COLLATORS = ("Collator", "MaskingCollator", "SequencesCollator", "TargetsCollator")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from graftlm.errors import DataError, Finding
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "hold_out", "look", "prepare"]
 
 _FEW_DOCUMENTS = 20  # below this, long texts are divided inside rather than from one another
 _SHARE_OF_DOCUMENT = 0.05
@@ -127,6 +127,124 @@ def prepare(
         >>> print(ready.supervision.line)                                                       # doctest: +SKIP
         loss on 18.9 % of tokens: assistant turns + end of turn
     """
+    rows = _sorted(
+        path, eval_path, format, mapping, eval_share, max_rows, drop_bad_rows, task, seed=seed, labels=labels,
+        merge_labels=merge_labels, waived=waived, instead=instead, max_length=max_length, prompt=prompt,
+        by_head=by_head,
+        count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
+    )  # fmt: skip
+    reading, notes, names = rows.reading, rows.notes, rows.names
+    rejected = list(rows.rejected)
+    known = rows.labels
+    chosen: Template | None = None
+    sets: list[tuple[list[Item], Supervision]] = []
+    if reading.task == "regress":
+        scale = scale or Scale.of([float(e.label) for e in rows.train])
+    elif known is None and reading.task in _WRITTEN and not (by_head and reading.task in _BY_HEAD):
+        chosen = _template(template, tokenizer, [*rows.train, *rows.held], notes)
+    encode = _Encoder(reading.task, tokenizer, known, scale, chosen, notes, max_length, drop_bad_rows)
+    for part, name in ((rows.train, names[0]), (rows.held, names[-1])):
+        items, supervision, out = encode(part, name) if part else ([], Supervision(), [])
+        rejected += out
+        sets.append((items, supervision))
+    if packing and reading.task in ("lm", "sft") and not notes.errors:
+        sets[0] = _packed(*sets[0], longest_allowed(tokenizer, max_length))
+    if not sets[0][0] and not notes.errors:
+        notes.error("D142", "0 tokens would be trained: no row with two tokens is left", names[0])
+    notes.settle()
+    (items, supervision), (eval_items, eval_supervision) = sets
+    line = f"{reading.line}   {counted(rows.duplicates, 'duplicate')}, {number(supervision.cut_rows)} cut"
+    if rejected:
+        line += f", {number(len(rejected))} left out"
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return Prepared(
+        task=reading.task,
+        train=items,
+        eval=eval_items,
+        labels=known,
+        scale=scale if reading.task == "regress" else None,
+        template=chosen,
+        prompt=rows.prompt,
+        supervision=supervision,
+        eval_supervision=eval_supervision,
+        notes=_once(notes.notes),
+        rejected=tuple(rejected),
+        reading=reading,
+        line=line,
+        eval_line=rows.eval_line,
+        pad_id=pad_id,
+        sha256=rows.sha256,
+    )
+
+
+def look(
+    path: str | Path,
+    eval_path: str | Path | None = None,
+    format: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    eval_share: float | None = None,
+    max_rows: int | None = None,
+    drop_bad_rows: bool = False,
+    task: str = "auto",
+    *,
+    seed: int = 0,
+    merge_labels: bool = False,
+    waived: Collection[str] = (),
+) -> tuple[Finding, ...]:
+    """What is worth knowing of the rows as far as it can be told without a tokenizer; the arguments are `prepare`'s.
+
+    Raises:
+        DataError: as `prepare`, whose stages these are up to the counting of tokens.
+
+    Example:
+        >>> look("tickets.csv")                                                                 # doctest: +SKIP
+        (Finding(code='D130', message='3 rows occur more than once', ...),)
+    """
+    rows = _sorted(
+        path, eval_path, format, mapping, eval_share, max_rows, drop_bad_rows, task, seed=seed,
+        merge_labels=merge_labels, waived=waived,
+    )  # fmt: skip
+    return _once(rows.notes.notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Sound rows of a file in two parts, before any token is counted."""
+
+    reading: Reading
+    train: list[Example]
+    held: list[Example]
+    names: list[str]
+    notes: Notes
+    rejected: list[Rejected]
+    duplicates: int
+    labels: Labels | None
+    prompt: PromptTemplate | None
+    eval_line: str
+    sha256: dict[str, str]
+
+
+def _sorted(
+    path: str | Path,
+    eval_path: str | Path | None,
+    format: str,
+    mapping: Mapping[str, str] | None,
+    eval_share: float | None,
+    max_rows: int | None,
+    drop_bad_rows: bool,
+    task: str,
+    *,
+    seed: int,
+    merge_labels: bool,
+    waived: Collection[str],
+    labels: Labels | None = None,
+    instead: Mapping[str, str] | None = None,
+    max_length: int | None = None,
+    prompt: PromptTemplate | None = None,
+    by_head: bool = False,
+    count_tokens: Callable[[str], int] | None = None,
+) -> _Rows:
+    """Reads, recognises, checks and splits; see `prepare`."""
     _check_arguments(eval_path, eval_share, max_rows, max_length)
     tables = _read_all([p for p in (path, eval_path) if p is not None], format, max_rows, drop_bad_rows)
     notes = Notes(waived)
@@ -145,7 +263,7 @@ def prepare(
             notes,
             drop_bad_rows=drop_bad_rows,
             merge_labels=merge_labels,
-            count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
+            count_tokens=count_tokens,
             is_eval=order == 1 or labels is not None,
         )
         for order, table in enumerate(tables)
@@ -158,58 +276,20 @@ def prepare(
         eval_line = f"eval {names[1]} = {counted(len(held), 'row')}"
     notes.settle()
     if eval_path is None:
-        train, held = _hold_out(train, reading, eval_share, seed, notes, names[0])
+        train, held = hold_out(train, reading, eval_share, seed, notes, names[0])
         eval_line = _eval_line(train, held)
         names.append(f"{names[0]} (eval part)")
-
-    rejected = [fault for result in checked for fault in result.rejected]
     known: Labels | None = None
-    chosen: Template | None = None
-    sets: list[tuple[list[Item], Supervision]] = []
     if reading.task in ("classify", "tag"):
         known = labels or _labels_in(train, reading.task)
         for part, name in ((train, names[0]), (held, names[-1])):
             _check_known_labels(part, known, notes, name)
         notes.settle()
         train, held = ([e for e in part if all(one in known for one in _labels_of(e))] for part in (train, held))
-    elif reading.task == "regress":
-        scale = scale or Scale.of([float(e.label) for e in train])
-    elif reading.task in _WRITTEN and not (by_head and reading.task in _BY_HEAD):
-        chosen = _template(template, tokenizer, [*train, *held], notes)
-    encode = _Encoder(reading.task, tokenizer, known, scale, chosen, notes, max_length, drop_bad_rows)
-    for rows, name in ((train, names[0]), (held, names[-1])):
-        items, supervision, out = encode(rows, name) if rows else ([], Supervision(), [])
-        rejected += out
-        sets.append((items, supervision))
-    if packing and reading.task in ("lm", "sft") and not notes.errors:
-        sets[0] = _packed(*sets[0], longest_allowed(tokenizer, max_length))
-    if not sets[0][0] and not notes.errors:
-        notes.error("D142", "0 tokens would be trained: no row with two tokens is left", names[0])
-    notes.settle()
-    (items, supervision), (eval_items, eval_supervision) = sets
-    duplicates = checked[0].duplicates
-    line = f"{reading.line}   {counted(duplicates, 'duplicate')}, {number(supervision.cut_rows)} cut"
-    if rejected:
-        line += f", {number(len(rejected))} left out"
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    return Prepared(
-        task=reading.task,
-        train=items,
-        eval=eval_items,
-        labels=known,
-        scale=scale if reading.task == "regress" else None,
-        template=chosen,
-        prompt=prompt,
-        supervision=supervision,
-        eval_supervision=eval_supervision,
-        notes=_once(notes.notes),
-        rejected=tuple(rejected),
-        reading=reading,
-        line=line,
-        eval_line=eval_line,
-        pad_id=pad_id,
-        sha256={str(table.path): table.sha256 for table in tables},
-    )
+    return _Rows(
+        reading, train, held, names, notes, [fault for result in checked for fault in result.rejected],
+        checked[0].duplicates, known, prompt, eval_line, {str(table.path): table.sha256 for table in tables},
+    )  # fmt: skip
 
 
 #: Tasks whose answers a chat template writes.
@@ -330,10 +410,10 @@ def _check_same_columns(reading: Reading, train: Table, held: Table) -> None:
         raise DataError(Finding("D110", message, held.path.name, "give both files the same columns"))
 
 
-def _hold_out(
+def hold_out(
     examples: list[Example], reading: Reading, share: float | None, seed: int, notes: Notes, place: str
 ) -> tuple[list[Example], list[Example]]:
-    """Train and eval examples out of one file."""
+    """Train and eval examples out of one file; the arguments are `prepare`'s. Too few rows go to `notes`."""
     if share == 0:
         return examples, []
     if reading.kind == "documents" and len(examples) < _FEW_DOCUMENTS:

@@ -43,7 +43,7 @@ from graftlm.formats.codecs import (
 from graftlm.formats.matching import exactly
 from graftlm.methods import METHODS, Modules, TrainableTokens, find_method
 from graftlm.methods.plugins import package_of
-from graftlm.models.fingerprint import fingerprint
+from graftlm.models.fingerprinting import fingerprint
 
 __all__ = ["load_adapter", "read_facts", "save_adapter"]
 

@@ -1,17 +1,18 @@
-"""Base models as others made them: loading, and fingerprints that tell one from another."""
+"""Base models as others made them: loading, and fingerprints that tell one from another.
 
-from graftlm.models.fingerprint import fingerprint
-from graftlm.models.loading import (
-    BUNDLED,
-    HEADS,
-    bundled_base,
-    head_of,
-    is_encoder,
-    load_base,
-    load_config,
-    load_tokenizer,
-    resolve_base,
-)
+Only `places` does without torch, so the others are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from graftlm.models.places import BUNDLED, bundled_base, resolve_base
+
+if TYPE_CHECKING:
+    from graftlm.models.fingerprinting import fingerprint
+    from graftlm.models.loading import HEADS, head_of, is_encoder, load_base, load_config, load_tokenizer
 
 __all__ = [
     "BUNDLED",
@@ -25,3 +26,10 @@ __all__ = [
     "load_tokenizer",
     "resolve_base",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'graftlm.models' has no attribute {name!r}")
+    home = "fingerprinting" if name == "fingerprint" else "loading"
+    return getattr(import_module(f"graftlm.models.{home}"), name)

@@ -13,7 +13,7 @@ Example:
 
 from .faults import CODES
 from .foreign import FOREIGN, NO_COUNTERPART
-from .reading import Resolved, resolve
+from .reading import Attempted, Resolved, attempt, resolve
 from .schema import (
     FLAGS,
     SETTINGS,
@@ -26,8 +26,8 @@ from .schema import (
     Setting,
     TrainSettings,
 )
-from .translating import Translation, looks_foreign, translate
-from .writing import dump, to_yaml
+from .translating import Translation, translate
+from .writing import dump, recorded, to_yaml
 
 __all__ = [
     "CODES",
@@ -35,6 +35,7 @@ __all__ = [
     "FOREIGN",
     "NO_COUNTERPART",
     "SETTINGS",
+    "Attempted",
     "DataSettings",
     "Flag",
     "GenerateSettings",
@@ -45,8 +46,9 @@ __all__ = [
     "Setting",
     "TrainSettings",
     "Translation",
+    "attempt",
     "dump",
-    "looks_foreign",
+    "recorded",
     "resolve",
     "to_yaml",
     "translate",

@@ -24,6 +24,7 @@ __all__ = [
     "Stranger",
     "as_settings_error",
     "contradictions",
+    "meant",
     "name_of",
     "not_a_section",
     "placed",
@@ -242,15 +243,32 @@ def _keys(section: str) -> list[str]:
     return [setting.key for setting in SETTINGS.values() if setting.section == section]
 
 
-def _unknown(stranger: Stranger) -> Finding:
-    """A name that no tool has: the nearest settings, those of its own section first."""
-    name, given = stranger.name, stranger.given
+def _near(name: str) -> str:
+    """The setting or section that was probably meant, one of its own section first; empty where none is near."""
     section, _, key = name.rpartition(".")
     inside = {own: f"{section}.{own}" if section else own for own in _keys(section)}
     anywhere = {setting.key: setting.name for setting in SETTINGS.values()} | {part: part for part in SECTIONS}
     for choices in (inside, anywhere):
         if close := nearest(key, choices, most=1):
-            return Finding("S101", f"unknown setting {name}", given.place, _renamed(choices[close[0]], given))
+            return choices[close[0]]
+    return ""
+
+
+def meant(stranger: Stranger) -> set[str]:
+    """The settings that a name which is none may have been meant for."""
+    known = known_elsewhere(stranger.name)
+    key = stranger.name.rpartition(".")[2]
+    homes = {setting.name for setting in SETTINGS.values() if setting.key == key}
+    name = "method" if known and known.option else known.setting if known else _near(stranger.name)
+    return homes | {setting for setting in SETTINGS if name and f"{setting}.".startswith(f"{name}.")}
+
+
+def _unknown(stranger: Stranger) -> Finding:
+    """A name that no tool has: the nearest settings, those of its own section first."""
+    name, given = stranger.name, stranger.given
+    if near := _near(name):
+        return Finding("S101", f"unknown setting {name}", given.place, _renamed(near, given))
+    section = name.rpartition(".")[0]
     own = _keys(section) if section in SECTIONS else [*SECTIONS, *_keys("")]
     detail = textwrap.wrap(f"{section or 'a run'} has {', '.join(own)}", 110)
     return Finding("S101", f"unknown setting {name}", given.place, detail=tuple(detail))

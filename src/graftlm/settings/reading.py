@@ -24,6 +24,7 @@ from .faults import (
     Given,
     Stranger,
     contradictions,
+    meant,
     name_of,
     not_a_section,
     placed,
@@ -35,7 +36,7 @@ from .faults import (
 from .foreign import known_elsewhere
 from .schema import FLAGS, KEYS, SECTIONS, SETTINGS, RunSettings, Setting, whole_of
 
-__all__ = ["Resolved", "resolve"]
+__all__ = ["Attempted", "Resolved", "attempt", "resolve"]
 
 _MOST_BYTES = 1 << 20
 _PLAIN_TAGS = ("bool", "float", "int", "map", "merge", "null", "seq", "str", "timestamp", "value")
@@ -69,6 +70,15 @@ class Resolved:
                 raise ValueError(f"{name} is {SETTINGS[name].of(self.settings)!r} already, from {self.origin[name]}")
         merged = {name: setting.of(self.settings) for name, setting in SETTINGS.items()} | dict(values)
         return Resolved(RunSettings(**_nested(merged)), self.origin | dict.fromkeys(values, "decided"))
+
+
+@dataclass(frozen=True)
+class Attempted:
+    """What could be read of settings: the sound ones, every fault, and the names that the faults leave open."""
+
+    resolved: Resolved
+    findings: tuple[Finding, ...]
+    doubtful: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,25 @@ def resolve(
         >>> resolve(sets=["train.batch=8"]).settings.train.batch
         8
     """
+    attempted = attempt(file, flags, sets, python)
+    if attempted.findings:
+        raise SettingsError(attempted.findings)
+    return attempted.resolved
+
+
+def attempt(
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+    python: Mapping[str, Any] | RunSettings | None = None,
+) -> Attempted:
+    """As `resolve`, but with the faults beside the settings that are sound; what is faulty has its default.
+
+    Example:
+        >>> found = attempt(sets=["train.batch=8", "data.eval_share=20"])
+        >>> found.resolved.settings.train.batch, found.findings[0].code, sorted(found.doubtful)
+        (8, 'S105', ['data.eval_share'])
+    """
     sources = [
         *([_from_file(file)] if file is not None else []),
         _from_sets(sets),
@@ -130,10 +159,17 @@ def resolve(
         _from_python(python or {}),
     ]
     findings = [finding for source in sources for finding in source.findings]
+    doubtful: set[str] = set()
     for source in sources:  # together by source, because foreign names of one file are told in one breath
         findings += strangers(source.unknown)
+        doubtful |= {name for stranger in source.unknown for name in meant(stranger)}
     given: dict[str, Given] = {}
     for source in sources:
+        if any(finding.code in ("S109", "S110") for finding in source.findings):  # nobody knows what the file says
+            doubtful |= set(SETTINGS)
+        else:
+            doubtful |= {name for finding in source.findings for name in SETTINGS if name in finding.message.split()}
+        doubtful -= set(source.given)  # what a later source says counts
         for name, item in source.given.items():
             if (whole := whole_of(name)) != name:  # --set data.map.prompt=question adds to the map that is there
                 below = given[whole].value if whole in given else {}
@@ -142,23 +178,28 @@ def resolve(
                     {**(below if isinstance(below, dict) else {}), role: item.value}, item.place, item.origin, item.via
                 )
             given[name] = item
-    settings, faults = _validated(given)
-    findings += faults
-    if findings or settings is None:
-        raise SettingsError(sorted(findings, key=_order))
-    return Resolved(settings, {name: given[name].origin if name in given else "default" for name in SETTINGS})
+    settings, faults, wrong = _validated(given)
+    origin = {name: given[name].origin if name in given and name not in wrong else "default" for name in SETTINGS}
+    told = tuple(sorted(findings + faults, key=_order))
+    return Attempted(Resolved(settings, origin), told, frozenset(doubtful | wrong))
 
 
-def _validated(given: Mapping[str, Given]) -> tuple[RunSettings | None, list[Finding]]:
-    """The settings, or what is wrong with them: values first, and contradictions among the sound ones."""
+def _validated(given: Mapping[str, Given]) -> tuple[RunSettings, list[Finding], set[str]]:
+    """The sound settings, what is wrong with the others, and which these are.
+
+    Wrong are values first, and contradictions among the sound ones.
+    """
     try:
-        return RunSettings.model_validate(_nested({name: item.value for name, item in given.items()})), []
+        return RunSettings.model_validate(_nested({name: item.value for name, item in given.items()})), [], set()
     except ValidationError as error:
         wrong = {name_of(fault): fault["type"] for fault in error.errors(include_url=False) if fault["loc"]}
     findings = [wrong_value(kind, name, given[name]) for name, kind in wrong.items()]
     defaults = {name: setting.default for name, setting in SETTINGS.items()}
     sound = {name: given[name].value if name in given else defaults[name] for name in SETTINGS if name not in wrong}
-    return None, findings + [placed(clash, given) for clash in contradictions(sound)]
+    clashes = contradictions(sound)
+    out = set(wrong).union(*(clash.names for clash in clashes))
+    left = RunSettings.model_validate(_nested({name: item.value for name, item in given.items() if name not in out}))
+    return left, findings + [placed(clash, given) for clash in clashes], out
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

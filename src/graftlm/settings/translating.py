@@ -17,10 +17,10 @@ from ruamel.yaml.error import YAMLError
 from graftlm.errors import Finding, SettingsError
 
 from .foreign import NO_COUNTERPART, known_elsewhere
-from .reading import resolve
+from .reading import attempt, resolve
 from .schema import SETTINGS, RunSettings
 
-__all__ = ["Translation", "looks_foreign", "translate"]
+__all__ = ["Translation", "translate"]
 
 _METHODS = {
     "lora": "lora", "qlora": "lora", "dora": "dora", "adalora": "adalora", "ia3": "ia3", "prefix_tuning": "prefix",
@@ -28,11 +28,33 @@ _METHODS = {
     "freeze": "last",
 }  # fmt: skip
 _KINDS = {"peft_type", "adapter", "finetuning_type", "fine_tune_type", "lora_model"}
-_TASKS = {"causal_lm": "sft", "seq_cls": "classify", "sft": "sft", "pt": "lm"}
+_TASKS = {
+    "causal_lm": "sft", "seq_cls": "classify", "token_cls": "tag", "seq_2_seq_lm": "seq2seq", "sft": "sft", "pt": "lm",
+    "dpo": "dpo", "kto": "kto", "rm": "reward",
+}  # fmt: skip
+_LORA = {"rank", "alpha", "dropout", "targets", "layers", "rslora", "bias"}
+#: Methods to the options of theirs that other tools have too.
+_OPTIONS = {
+    "lora": _LORA, "dora": _LORA, "pissa": _LORA, "olora": _LORA,
+    "adalora": {"rank", "alpha", "dropout", "targets", "layers", "target_rank"},
+    "vera": {"rank", "dropout", "targets", "layers"}, "ia3": {"targets", "feedforward"},
+    "prefix": {"length", "mlp"}, "prompt": {"length"}, "ptuning": {"length", "encoder"},
+}  # fmt: skip
+#: Names that stand in peft's files for an option of one method.
+_OF_METHOD = {
+    "num_virtual_tokens": "length", "feedforward_modules": "feedforward", "layers_to_transform": "layers",
+    "use_rslora": "rslora", "peft_use_rslora": "rslora", "lora_bias": "bias", "init_r": "rank",
+    "target_r": "target_rank", "encoder_hidden_size": "mlp", "encoder_reparameterization_type": "encoder",
+}  # fmt: skip
+_BITS = {"4": "nf4", "8": "int8"}
 _COUNTS = {"warmup_steps", "lr_warmup_steps", "num_warmup_steps"}
 _PER_PART = {"per_device_train_batch_size", "per_gpu_train_batch_size", "micro_batch_size"}
 _SHARES = {"val_set_size", "val_size"}
-_SCHEDULES = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "polynomial": "linear"}
+_SCHEDULES = {
+    "constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "cosine_with_min_lr": "cosine",
+    "polynomial": "linear", "reduce_lr_on_plateau": "constant",
+}  # fmt: skip
+_TEMPLATES, _OWN_TEMPLATES = ("template", "chat_template", "template_name"), ("plain", "turns")
 _DATA_PATHS = ("data.path", "data.eval_path")
 
 
@@ -43,13 +65,6 @@ class Translation:
     settings: RunSettings
     changed: tuple[str, ...]
     left_out: tuple[str, ...]
-
-
-def looks_foreign(names: Mapping[str, Any]) -> bool:
-    """Whether most of the top-level names are another tool's."""
-    strange = [name for name in names if name not in SETTINGS and name not in ("data", "model", "train", "generate")]
-    known = [name for name in strange if known_elsewhere(str(name)) or str(name).lower() in NO_COUNTERPART]
-    return len(known) >= 2 and len(known) > (len(names) - len(strange))
 
 
 def translate(file: Path) -> Translation:
@@ -75,8 +90,17 @@ def translate(file: Path) -> Translation:
         raise SettingsError(Finding("S110", f"{file} holds no settings: a mapping of names to values is wanted"))
     work = _Work()
     for name, value in tree.items():
-        work.take(str(name), value)
+        try:
+            work.take(str(name), value)
+        except (TypeError, ValueError):  # "auto", where a number is wanted here
+            work.left_out.append(f"{name}: {_short(value)} is left out: it is no number")
     given = work.given()
+    for finding in attempt(python=given).findings:
+        if finding.code in ("S104", "S106"):  # a word that another tool has and none here means
+            name = next(name for name in given if finding.message.startswith(f"{name} "))
+            del given[name]
+            work.changed = [line for line in work.changed if f" is {name}: " not in line]
+            work.left_out.append(f"{finding.message}: left out")
     return Translation(resolve(python=given).settings, tuple(work.changed), tuple(work.left_out))
 
 
@@ -91,6 +115,7 @@ class _Work:
         self.left_out: list[str] = []
         self.rows_a_part = 0
         self.warmup_count = 0
+        self.projected = False  # without it the width of a prefix's projection says nothing
 
     def take(self, name: str, value: Any) -> None:
         """One foreign name."""
@@ -99,8 +124,10 @@ class _Work:
         if value is None or value in ([], {}, ""):
             return
         if key in _KINDS and str(value).lower() in _METHODS:
-            self.method = _METHODS[str(value).lower()]
-            self.changed.append(f"{name}: {value} is method: {self.method}")
+            kind = _METHODS[str(value).lower()]
+            if kind != "lora" or not self.method:  # else it was said already which LoRA
+                self.method = kind
+                self.changed.append(f"{name}: {value} is method: {self.method}")
             if str(value).lower() == "qlora":
                 self.settings["model.quantize"] = "nf4"
         elif key in ("use_dora", "peft_use_dora"):
@@ -108,9 +135,20 @@ class _Work:
         elif key in ("lora_target_linear",) and value:
             self.options["targets"] = "all-linear"
             self.changed.append(f"{name}: {value} is targets=all-linear in the method")
-        elif key in ("use_rslora", "peft_use_rslora") and value:
-            self.options["rslora"] = True
-            self.changed.append(f"{name}: {value} is rslora=true in the method")
+        elif key == "init_lora_weights" and value in ("pissa", "olora"):
+            self._option_if(value, name, value)
+        elif key == "prefix_projection":
+            self.projected = bool(value)
+        elif key in _OF_METHOD and value is not False:
+            option = _OF_METHOD[key]
+            self.options[option] = value.lower() if option == "encoder" else value
+            self.changed.append(f"{name}: {_short(value)} is {option} in the method")
+        elif key in ("quantization_bit", "load_in_bits") and str(value) in _BITS:
+            self._set("model.quantize", _BITS[str(value)], name, value)
+        elif key in _TEMPLATES and value not in _OWN_TEMPLATES and "{" not in value:
+            self.left_out.append(f"{name}: {_short(value)} is left out: the base's own chat template is used")
+        elif key == "init_lora_weights" or (value is False and known is not None and known.note):
+            return  # how other tools say: as usual
         elif key in _PER_PART:
             self.rows_a_part = int(value)
         elif key in _COUNTS:
@@ -161,10 +199,14 @@ class _Work:
 
     def _text(self) -> str:
         name = self.method or "lora"
-        own = {"lora", "dora", "adalora"}
-        inner = ",".join(f"{key}={_option(value)}" for key, value in self.options.items()) if name in own else ""
-        if self.options and name not in own:
-            self.left_out.append(f"{', '.join(self.options)}: left out: {name} has other options")
+        if not self.projected:
+            self.options.pop("mlp", None)
+        own = _OPTIONS.get(name, set())
+        inner = ",".join(f"{key}={_option(value)}" for key, value in self.options.items() if key in own)
+        if others := [key for key in self.options if key not in own]:
+            ends = tuple(f" is {option} in the method" for option in others)
+            self.changed = [line for line in self.changed if not line.endswith(ends)]
+            self.left_out.append(f"{', '.join(others)}: left out: {name} has other options")
         return f"{name}({inner})" if inner else name
 
     def _option_if(self, value: Any, name: str, method: str) -> None:
@@ -175,11 +217,21 @@ class _Work:
     def _plain(self, setting: str, name: str, value: Any) -> None:
         if setting == "train.schedule":
             value = _SCHEDULES.get(str(value), value)
-        if setting in _DATA_PATHS and isinstance(value, list):
-            first = value[0]
-            if len(value) > 1:
-                self.left_out.append(f"{name}: {len(value) - 1} of {len(value)} are left out: one file a run")
-            value = first.get("path") if isinstance(first, Mapping) else first
+        if setting in _DATA_PATHS:
+            if isinstance(value, str) and "," in value and not Path(value).exists():
+                value = [part.strip() for part in value.split(",")]
+            several = value if isinstance(value, list) else [value]
+            first = several[0]
+            if len(several) > 1:
+                self.left_out.append(f"{name}: {len(several) - 1} of {len(several)} are left out: one file a run")
+            if isinstance(first, Mapping):
+                rest = ", ".join(f"{key}: {_short(each)}" for key, each in first.items() if key != "path")
+                if rest:
+                    self.left_out.append(f"{name}: {rest} is left out: columns are recognised, or see data.map")
+                first = first.get("path")
+            value = first
+            if isinstance(value, str) and not Path(value).suffix:
+                self.left_out.append(f"{name}: {value} is a data set's name: here {setting} is a file with rows")
         if isinstance(value, str) and SETTINGS[setting].kind in ("a number", "a whole number"):
             value = float(value)  # 2e-4 without a dot is text in YAML 1.1
         if SETTINGS[setting].kind == "a whole number" and isinstance(value, float) and value.is_integer():

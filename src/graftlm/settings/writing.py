@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from io import StringIO
 from typing import Any
 
@@ -11,7 +12,12 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from .schema import SETTINGS, RunSettings
 
-__all__ = ["dump", "to_yaml"]
+__all__ = ["dump", "recorded", "to_yaml"]
+
+#: Section and name of a setting that there was once -> its name now, and what each value is now.
+_ONCE: dict[tuple[str, str], tuple[str, dict[Any, Any]]] = {
+    ("train", "gradient_checkpointing"): ("recompute", {True: "blocks"}),
+}
 
 
 def _safe(value: Any) -> Any:
@@ -27,6 +33,27 @@ def dump(settings: RunSettings) -> dict[str, Any]:
         16
     """
     return settings.model_dump(mode="json")
+
+
+def recorded(values: Mapping[str, Any]) -> RunSettings:
+    """The settings that `dump` once wrote, by this version or an earlier one.
+
+    Raises SettingsError where there are settings that no version up to this one has had.
+
+    Example:
+        >>> recorded({"train": {"batch": 8, "gradient_checkpointing": True}}).train.recompute
+        'blocks'
+    """
+    tree: dict[str, Any] = {
+        name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()
+    }
+    for (section, old), (new, words) in _ONCE.items():
+        inside = tree.get(section)
+        if isinstance(inside, dict) and old in inside:
+            value = inside.pop(old)
+            if value in words:
+                inside[new] = words[value]
+    return RunSettings(**tree)
 
 
 def to_yaml(settings: RunSettings, only_changed: bool = True) -> str:

@@ -7,14 +7,14 @@ from typing import Any
 
 from graftlm.core import Method, Sum
 from graftlm.methods import Full, Head, Modules
+from graftlm.training.early import context_of
 
 __all__ = [
-    "context_of", "decide_epochs", "decide_learning_rate", "decide_learning_rates", "decide_length",
+    "decide_epochs", "decide_learning_rate", "decide_learning_rates", "decide_length",
     "learning_rate_range_of", "positions_taken", "title_of", "with_head",
 ]  # fmt: skip
 
 _LONGEST_TOKENS = 1024
-_UNBOUNDED = 1 << 30  # bases with relative positions or none
 
 
 def decide_learning_rate(method: Method, width: int) -> float:
@@ -75,14 +75,6 @@ def _beside_heads(method: Method) -> list[Method]:
 def decide_epochs(rows: int) -> float:
     """More passes over few rows: ten up to 500 rows, one from 5,000."""
     return float(max(1, min(10, round(5000 / max(rows, 1)))))
-
-
-def context_of(config: Any) -> int:
-    """The most tokens that the base can read at once."""
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or _UNBOUNDED
-    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
-        context -= 2  # their positions start behind the padding token's
-    return int(context)
 
 
 def positions_taken(method: Method) -> int:

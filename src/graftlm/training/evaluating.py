@@ -23,6 +23,7 @@ from graftlm.evaluation import (
 )
 from graftlm.evaluation.texts import ROW_MEASURES, answer_rows, need_text_metrics
 from graftlm.objectives import CausalLM
+from graftlm.training.early import data_of
 from graftlm.training.opening import Opened, open_adapter
 from graftlm.training.scoring import questions_of, score_classification, text_results
 from graftlm.training.tasks import chooses_by_head, learnt_of
@@ -98,7 +99,7 @@ def _rows(
     path: str | Path, data: str | Path | None, opened: Opened, mapping: dict[str, str] | None, max_rows: int | None
 ) -> tuple[list[Any], Sequence[Any]]:
     """The rows to score, and the training rows that baselines may learn from."""
-    from graftlm.training.run import data_of, held_out_of  # that room scores with this one
+    from graftlm.training.run import held_out_of  # that room scores with this one
 
     if opened.adapter is None:
         if data is None:

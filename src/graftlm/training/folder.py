@@ -22,8 +22,9 @@ from typing import Any
 
 from graftlm.errors import EnvironmentFault, Finding, RunError
 from graftlm.formats.atomic import write_json
+from graftlm.settings import Resolved, RunSettings, dump, recorded
 
-__all__ = ["RunFolder", "free_folder", "lines_of"]
+__all__ = ["RunFolder", "free_folder", "lines_of", "resolved_of", "standing"]
 
 _NEEDED_BYTES = 64 * 2**20
 
@@ -35,6 +36,30 @@ def free_folder(data_name: str, *, parent: Path = Path("runs")) -> Path:
     while (parent / f"{stem}-{number}").exists():
         number += 1
     return parent / f"{stem}-{number}"
+
+
+def standing(settings: RunSettings, directory: str | Path) -> RunSettings:
+    """`settings` that were given in `directory`, with paths that hold in every other one."""
+    there, data, model = Path(directory), settings.data, settings.model
+    paths = {
+        name: str(there / Path(value).expanduser())
+        for name, value in (("path", data.path), ("eval_path", data.eval_path))
+        if value and not value.startswith("bundled:")
+    }
+    base = there / Path(model.name).expanduser()
+    names = {"name": str(base)} if base.is_dir() and model.name != "bundled" else {}
+    return settings.model_copy(update={"data": data.model_copy(update=paths), "model": model.model_copy(update=names)})
+
+
+def resolved_of(record: Mapping[str, Any]) -> Resolved:
+    """What the run of `record` was asked, settings and their origin, to be asked again from any directory.
+
+    Raises SettingsError where the record has settings that this version does not know.
+    """
+    settings, there = recorded(record["settings"]), record.get("directory", os.getcwd())
+    if there != os.getcwd():
+        settings = standing(settings, there)
+    return Resolved(settings, dict(record.get("origin", {})))
 
 
 class RunFolder:
@@ -60,14 +85,16 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RunError(Finding("U102", f"{self.record_path} cannot be read: {error}")) from error
 
-    def check(self, settings: Mapping[str, Any], *, resume: bool) -> None:
+    def check(self, settings: RunSettings, *, resume: bool) -> None:
         """Raise RunError where a run of `settings` would overwrite anything here, before anything is changed.
 
         A run can be taken up with the same settings only; what differs is named.
         """
         if self.record_path.exists():
             record = self.record
-            changed = _differences(record.get("settings", {}), settings)
+            here = os.getcwd()
+            before = standing(recorded(record.get("settings", {})), record.get("directory", here))
+            changed = _differences(dump(before), dump(standing(settings, here)))
             fresh = str(_next_free(self.path))
             if changed:
                 raise RunError(
@@ -112,13 +139,13 @@ class RunFolder:
             ) from error
         if not os.access(self.path, os.W_OK):
             raise EnvironmentFault(Finding("E102", f"cannot write to {self.path}", fix="-o FOLDER"))
-        if free < _NEEDED_BYTES:
-            raise EnvironmentFault(
-                Finding(
-                    "E103",
-                    f"{free / 2**20:.0f} MB are free for {self.path}, a run needs {_NEEDED_BYTES / 2**20:.0f} MB",
-                )
-            )
+        self.need_room(free)
+
+    def need_room(self, free_bytes: int) -> None:
+        """Raise EnvironmentFault where `free_bytes` are too few for a run."""
+        if free_bytes < _NEEDED_BYTES:
+            needed = f"a run needs {_NEEDED_BYTES / 2**20:.0f} MB"
+            raise EnvironmentFault(Finding("E103", f"{free_bytes / 2**20:.0f} MB are free for {self.path}, {needed}"))
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace `run.json` at once."""

@@ -11,7 +11,7 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,34 +21,25 @@ from transformers import TrainerCallback, TrainingArguments
 
 import graftlm
 from graftlm.core import Adapter, Method, Samples, attach, parameter_count, summary, use
-from graftlm.data import MaskingCollator, Prepared, PromptTemplate, prepare
-from graftlm.data.codes import WAIVABLE
-from graftlm.data.reading import read_rows
+from graftlm.data import MaskingCollator, Prepared
 from graftlm.data.tokenising import histogram
-from graftlm.errors import DataError, EnvironmentFault, Finding, GraftError, PlanError, RunError, SettingsError
+from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, RunError, SettingsError
 from graftlm.evaluation import losses
 from graftlm.evaluation.losses import batches as each_of
 from graftlm.formats import load_adapter
-from graftlm.methods import read_method
 from graftlm.models import (
     BUNDLED,
     fingerprint,
-    head_of,
-    is_encoder,
     load_base,
-    load_config,
-    load_tokenizer,
-    resolve_base,
 )
 from graftlm.objectives import OBJECTIVES, Reference
-from graftlm.planning import Asked, said_time, time_of
+from graftlm.planning import said_time, time_of
 from graftlm.planning.memory import available_bytes
 from graftlm.report import write_card, write_report
-from graftlm.settings import Resolved, RunSettings, dump, resolve
+from graftlm.settings import Resolved, RunSettings, dump, recorded, resolve
 from graftlm.training import checkpoint
 from graftlm.training.callbacks import Interrupt, OtherTokensEachEpoch
 from graftlm.training.decisions import (
-    context_of,
     decide_epochs,
     decide_learning_rate,
     decide_learning_rates,
@@ -56,27 +47,23 @@ from graftlm.training.decisions import (
     learning_rate_range_of,
     positions_taken,
     title_of,
-    with_head,
 )
+from graftlm.training.early import context_of, data_of, folder_of
 from graftlm.training.environment import environment, peak_memory_bytes
-from graftlm.training.folder import RunFolder, free_folder, lines_of
-from graftlm.training.foresight import does_not_fit, foreseen
+from graftlm.training.folder import RunFolder, free_folder, lines_of, resolved_of, standing
+from graftlm.training.foresight import does_not_fit
 from graftlm.training.opening import Opened
 from graftlm.training.progress import Progress, Voice, clock
+from graftlm.training.ready import Ready, make_ready, read_with
 from graftlm.training.scoring import write_samples
 from graftlm.training.tasks import Learnt, score_line
 from graftlm.training.trainer import GraftTrainer
 
-__all__ = ["Run", "asked_resolved", "check_resolved", "data_of", "held_out_of", "train", "train_resolved"]
+__all__ = ["Run", "held_out_of", "train", "train_resolved"]
 
-_BUNDLED_DATA = {"bundled:messages": "messages.csv", "bundled:answers": "answers.jsonl"}
 _EVAL_ROWS_WHILE_TRAINING = 200
 _SAMPLES = 64  # rows that methods look at which choose by data
 _ROWS = "data/rows.jsonl"
-_PROMPT = "--set data.prompt='{text}'"
-#: Bases whose attention tells packed texts apart by their positions.
-_PACKS = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "gemma", "gemma2", "phi", "phi3", "olmo", "smollm3")
-_NEEDS_MASK = ("prefix", "prompt", "ptuning", "attempt")
 #: Operations from which on it is worth a few seconds to learn how fast the device is.
 _WORTH_A_CLOCK = 20e12
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -150,18 +137,6 @@ def train(
     return train_resolved(resolved, resume=resume, command="graftlm.train(...)", quiet=quiet, rows=rows)
 
 
-def data_of(path: str | None) -> Path:
-    """The data file that `path` means; None is the bundled messages."""
-    name = path or "bundled:messages"
-    if name in _BUNDLED_DATA:
-        return Path(graftlm.__file__).parent / "bundled" / "data" / _BUNDLED_DATA[name]
-    if name.startswith("bundled:"):
-        raise SettingsError(
-            Finding("U130", f"no bundled data {name!r}: there are {', '.join(_BUNDLED_DATA)}", fix="bundled:messages")
-        )
-    return Path(name).expanduser()
-
-
 def train_resolved(
     resolved: Resolved,
     *,
@@ -178,11 +153,10 @@ def train_resolved(
         raise SettingsError(Finding("U131", "--resume needs the run's folder", fix="--resume -o runs/NAME"))
     if resume and all(origin == "default" for name, origin in resolved.origin.items() if name != "output"):
         # `graftlm train --resume -o FOLDER`: the settings are those of the run itself.
-        record = RunFolder(str(settings.output)).record
-        settings = RunSettings(**(record["settings"] | {"output": settings.output}))
+        resolved = resolved_of(RunFolder(str(settings.output)).record)
+        settings = resolved.settings.model_copy(update={"output": settings.output})
     voice = Voice(quiet=quiet)
-    name = "rows" if rows is not None else settings.data.path or "bundled:messages"
-    folder = RunFolder(Path(settings.output).expanduser() if settings.output else free_folder(name))
+    folder = folder_of(settings) if settings.output or rows is None else RunFolder(free_folder("rows"))
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     try:
@@ -209,40 +183,6 @@ def train_resolved(
             for empty in (folder.path / "data", folder.path):
                 with contextlib.suppress(OSError):
                     empty.rmdir()
-
-
-def asked_resolved(resolved: Resolved) -> Asked:
-    """The largest step of the run that `resolved` says, to be planned; nothing is trained or written.
-
-    Raises as `train_resolved` does.
-    """
-    work = _Work(resolved.settings, resolved.origin, RunFolder("runs"), Voice(quiet=True), "", False)
-    prepared, method, _ = work._check()
-    return foreseen(resolved.settings, work.config, prepared, method)
-
-
-def check_resolved(resolved: Resolved) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-    """What is worth knowing and what must be mended before the run that `resolved` says; nothing is trained or written.
-
-    Settings, data, method, base, memory, and the folder of the run.
-    """
-    settings = resolved.settings
-    name = settings.data.path or "bundled:messages"
-    folder = RunFolder(Path(settings.output).expanduser() if settings.output else free_folder(name))
-    work = _Work(settings, resolved.origin, folder, Voice(quiet=True), "", False)
-    notes: list[Finding] = []
-    faults: list[Finding] = []
-    try:
-        folder.check(dump(settings), resume=False)
-    except GraftError as error:
-        faults += error.findings
-    try:
-        prepared, method, _ = work._check()
-        notes += prepared.notes
-        work._foresee(prepared, method)
-    except GraftError as error:
-        faults += error.findings
-    return tuple(notes), tuple(faults)
 
 
 def _with_rows(settings: RunSettings, folder: RunFolder, rows: list[Mapping[str, Any]]) -> RunSettings:
@@ -284,10 +224,14 @@ class _Work:
 
     def run(self) -> Run:
         began_s = time.monotonic()
-        self.folder.check(dump(self.settings), resume=self.resume)
+        self.folder.check(self.settings, resume=self.resume)
         before = self.folder.record if self.resume else {}
-        prepared, method, tokenizer = self._check()
-        self._foresee(prepared, method)
+        ready = make_ready(self.settings, self.origin)
+        prepared, method, self.asked = ready.prepared, ready.method, ready.asked
+        # Running texts go on in the next row: nothing of them is cut away.
+        length = self.settings.train.max_length or decide_length(ready.config, self.asked)
+        self._say_data(prepared, None if prepared.task == "lm" else length)
+        self._foresee(ready)
         torch.manual_seed(self.settings.train.seed)
         model, tokenizer = self._load(prepared)
         self.record |= {"task": prepared.task, "base": self._base(model)}
@@ -333,102 +277,10 @@ class _Work:
 
     # --- before training ---
 
-    def _check(self) -> tuple[Prepared, Method, Any]:
-        """Data, method and base, every fault of all three at once."""
-        faults: list[Finding] = []
-
-        def attempt(step: Callable[[], Any]) -> Any:
-            try:
-                return step()
-            except GraftError as error:
-                faults.extend(error.findings)
-                return None
-
-        model, data, train = self.settings.model, self.settings.data, self.settings.train
-        method = attempt(lambda: read_method(self.settings.method))
-        where = attempt(lambda: resolve_base(model.name))
-        tokenizer = attempt(lambda: self._tokenizer(where)) if where else None
-        path = attempt(lambda: data_of(data.path))
-        if tokenizer is None or path is None:
-            if path is not None:
-                attempt(lambda: read_rows(path, data.format, data.max_rows))  # faults that need no tokenizer
-            raise SettingsError(faults)
-        config, tokenizer = tokenizer
-        self.config = config
-        taken = positions_taken(method) if method else 0
-        context = context_of(config) - taken
-        if context < 1:
-            faults.append(
-                Finding("U135", f"{method} takes {taken} positions, the base has {context_of(config)}", fix="length=20")
-            )
-            raise SettingsError(faults)
-        if train.max_length and train.max_length > context:
-            faults.append(
-                Finding(
-                    "U132",
-                    f"--max-length {train.max_length} is beyond the base's context"
-                    + (f" without the {taken} virtual tokens" if taken else ""),
-                    fix=f"--max-length {context}",
-                )
-            )
-        prepared: Prepared | None = attempt(
-            lambda: _read(
-                self.settings,
-                path,
-                tokenizer,
-                train.max_length or decide_length(config, method),
-                config,
-                eval_path=data.eval_path,
-            )
-        )
-        if dead := _codes(data.waive) - WAIVABLE:
-            message = f"data.waive: {', '.join(sorted(dead))} cannot be waived; {', '.join(sorted(WAIVABLE))} can"
-            faults.append(Finding("U134", message, fix="--set data.waive=null"))
-        if faults or prepared is None or method is None:
-            raise SettingsError(faults)
-        if not prepared.eval:
-            raise SettingsError(Finding("U133", "no rows are left for evaluation", fix="--set data.eval_share=0.2"))
-        # Running texts go on in the next row: nothing of them is cut away.
-        limit = None if prepared.task == "lm" else train.max_length or decide_length(config, method)
-        self._say_data(prepared, limit)
-        if prepared.task == "tfew" and self.origin.get("method", "default") == "default":
-            method = read_method("ia3")  # as in the paper
-        self._check_packing(prepared, method, config)
-        self.asked = method  # as it was written: a recipe is known by its own name and rate, without a head beside it
-        return (
-            prepared,
-            with_head(method) if head_of(prepared.task, config) in ("sequence", "token") else method,
-            tokenizer,
-        )
-
-    def _check_packing(self, prepared: Prepared, method: Method, config: Any) -> None:
-        """Raise SettingsError where texts in one row would see one another, or packing would do nothing."""
-        if not self.settings.train.packing:
-            return
-        faults = []
-        if prepared.task not in ("lm", "sft"):
-            faults.append(f"rows of task {prepared.task} cannot be packed, only texts and answers")
-        if any(part.context_taken or part.name in _NEEDS_MASK for part in method.parts):
-            faults.append(f"{method} adds virtual tokens, which need a mask of their own")
-        if getattr(config, "model_type", "") not in _PACKS:
-            faults.append(f"in a {config.model_type} base packed texts could see one another")
-        if faults:
-            raise SettingsError([Finding("U136", fault, fix="--set train.packing=false") for fault in faults])
-
-    def _tokenizer(self, where: str) -> tuple[Any, Any]:
-        options: dict[str, Any] = {
-            "revision": self.settings.model.revision,
-            "trust_remote_code": self.settings.model.trust_remote_code,
-        }
-        if Path(where).is_dir():
-            options["local_files_only"] = True
-        config = load_config(where, **options)
-        return config, load_tokenizer(where, **options)
-
-    def _foresee(self, prepared: Prepared, method: Method) -> None:
+    def _foresee(self, ready: Ready) -> None:
         """Say what the run will take. Raises EnvironmentFault where it is more than there is."""
         try:
-            step = foreseen(self.settings, self.config, prepared, method)
+            step = ready.step()
             plan = step.plan()
         except PlanError as error:  # a base whose code does not run without values can be trained all the same
             self.voice.say("memory", error.findings[0].message)
@@ -727,17 +579,14 @@ def held_out_of(path: Path, opened: Opened) -> Prepared:
     """
     folder = RunFolder(path if (path / "run.json").is_file() else path.parent)
     record = folder.record
-    settings = RunSettings(**record["settings"])
-    data = settings.data
-    # Paths are as they were given, where they were given.
-    there = Path(record.get("directory", "."))
-    prepared = _read(
+    settings = standing(recorded(record["settings"]), record.get("directory", "."))
+    prepared = read_with(
         settings,
-        there / data_of(data.path),
+        data_of(settings.data.path),
         opened.tokenizer,
         opened.max_length,
         opened.model.config,
-        eval_path=there / data.eval_path if data.eval_path else None,
+        eval_path=settings.data.eval_path,
         task=record["task"],
         template=opened.template,
         prompt=opened.prompt,
@@ -749,52 +598,9 @@ def held_out_of(path: Path, opened: Opened) -> Prepared:
     return prepared
 
 
-def _read(
-    settings: RunSettings,
-    path: Path,
-    tokenizer: Any,
-    max_length: int | None,
-    config: Any,
-    *,
-    eval_path: Any,
-    **known: Any,
-) -> Prepared:
-    """The rows as the settings say, for a base of this configuration; `known` is what a finished run has decided."""
-    data = settings.data
-    options: dict[str, Any] = {"task": settings.task, "template": data.template, "packing": settings.train.packing}
-    if data.label_words and not data.prompt:
-        raise DataError(Finding("D166", "data.label_words does nothing without data.prompt", fix=_PROMPT))
-    options["prompt"] = PromptTemplate(data.prompt, data.label_words) if data.prompt else None
-    options |= known
-    encoder = is_encoder(config)
-    # With `auto`, what this kind of base can do with such rows.
-    does = {"lm": "mlm"} if encoder else {"sft": "seq2seq"} if getattr(config, "is_encoder_decoder", False) else {}
-    return prepare(
-        path,
-        eval_path=eval_path,
-        format=data.format,
-        mapping=data.map,
-        eval_share=data.eval_share,
-        max_rows=data.max_rows,
-        drop_bad_rows=data.drop_bad_rows,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        seed=settings.train.seed,
-        merge_labels=data.merge_labels,
-        waived=_codes(data.waive),
-        instead=does,
-        by_head=encoder,
-        **options,
-    )
-
-
 def _lasting(name: str) -> str:
     """The base's name as it holds from every directory."""
     return str(Path(name).expanduser().resolve()) if name != BUNDLED and Path(name).expanduser().is_dir() else name
-
-
-def _codes(text: str | None) -> set[str]:
-    return {code.strip() for code in (text or "").split(",") if code.strip()}
 
 
 def _told(line: Mapping[str, Any]) -> str:

@@ -1,0 +1,195 @@
+"""What a run works with, before any weight is read: rows as tokens, method, tokenizer and configuration of the base.
+
+Every fault of these is told at once. It takes torch and transformers, but nothing that trains or scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftlm.core import Method
+from graftlm.data import Prepared, prepare
+from graftlm.data.reading import read_rows
+from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, SettingsError
+from graftlm.methods import read_method
+from graftlm.models import head_of, is_encoder, load_config, load_tokenizer, resolve_base
+from graftlm.planning import Asked
+from graftlm.planning.memory import available_bytes
+from graftlm.settings import Resolved, RunSettings
+from graftlm.training.decisions import decide_length, positions_taken, with_head
+from graftlm.training.early import context_of, data_of, folder_of, length_faults, prompt_of, waived
+from graftlm.training.foresight import does_not_fit, foreseen
+
+__all__ = ["Ready", "asked_resolved", "check_resolved", "make_ready", "read_with"]
+
+#: Bases whose attention tells packed texts apart by their positions.
+_PACKS = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "gemma", "gemma2", "phi", "phi3", "olmo", "smollm3")
+_NEEDS_MASK = ("prefix", "prompt", "ptuning", "attempt")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What was read for a run of `settings`, all of it sound."""
+
+    settings: RunSettings
+    prepared: Prepared
+    #: With a head where the task needs one.
+    method: Method
+    #: As it was written: a recipe is known by its own name and rate, without a head beside it.
+    asked: Method
+    config: Any
+    tokenizer: Any
+
+    def step(self) -> Asked:
+        """The run's largest step, to be planned. Raises PlanError where that cannot be told."""
+        return foreseen(self.settings, self.config, self.prepared, self.method)
+
+
+def asked_resolved(resolved: Resolved) -> Asked:
+    """The largest step of the run that `resolved` says, to be planned; nothing is trained or written.
+
+    Raises as `make_ready` does.
+    """
+    return make_ready(resolved.settings, resolved.origin).step()
+
+
+def check_resolved(resolved: Resolved) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """What is worth knowing and what must be mended before the run that `resolved` says; nothing is trained or written.
+
+    Settings, data, method, base, memory, and the folder of the run.
+    """
+    notes: list[Finding] = []
+    faults: list[Finding] = []
+    try:
+        folder_of(resolved.settings).check(resolved.settings, resume=False)
+    except GraftError as error:
+        faults += error.findings
+    try:
+        ready = make_ready(resolved.settings, resolved.origin)
+        notes += ready.prepared.notes
+        plan = ready.step().plan()
+        room = available_bytes(plan.device)
+        if room and not plan.fits(room):
+            raise EnvironmentFault(does_not_fit(plan, room))
+    except PlanError as error:  # a base whose code does not run without values can be trained all the same
+        notes += error.findings
+    except GraftError as error:
+        faults += error.findings
+    return tuple(notes), tuple(faults)
+
+
+def make_ready(settings: RunSettings, origin: Mapping[str, str]) -> Ready:
+    """Data, method and base as `settings` say. Raises SettingsError with every fault of all three.
+
+    `origin` says which settings were asked for; see `Resolved`.
+    """
+    faults: list[Finding] = []
+
+    def attempt(step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except GraftError as error:
+            faults.extend(error.findings)
+            return None
+
+    model, data, train = settings.model, settings.data, settings.train
+    method = attempt(lambda: read_method(settings.method))
+    where = attempt(lambda: resolve_base(model.name))
+    tokenizer = attempt(lambda: _tokenizer(settings, where)) if where else None
+    path = attempt(lambda: data_of(data.path))
+    if tokenizer is None or path is None:
+        if path is not None:
+            attempt(lambda: read_rows(path, data.format, data.max_rows))  # faults that need no tokenizer
+        raise SettingsError(faults)
+    config, tokenizer = tokenizer
+    taken = positions_taken(method) if method else 0
+    context = context_of(config)
+    faults += length_faults(train.max_length, context, taken, settings.method)
+    if context <= taken:
+        raise SettingsError(faults)
+    prepared: Prepared | None = attempt(
+        lambda: read_with(
+            settings,
+            path,
+            tokenizer,
+            train.max_length or decide_length(config, method),
+            config,
+            eval_path=data.eval_path,
+        )
+    )
+    attempt(lambda: waived(data.waive))
+    if faults or prepared is None or method is None:
+        raise SettingsError(faults)
+    if not prepared.eval:
+        raise SettingsError(Finding("U133", "no rows are left for evaluation", fix="--set data.eval_share=0.2"))
+    if prepared.task == "tfew" and origin.get("method", "default") == "default":
+        method = read_method("ia3")  # as in the paper
+    _check_packing(settings, prepared, method, config)
+    headed = with_head(method) if head_of(prepared.task, config) in ("sequence", "token") else method
+    return Ready(settings, prepared, headed, method, config, tokenizer)
+
+
+def _check_packing(settings: RunSettings, prepared: Prepared, method: Method, config: Any) -> None:
+    """Raise SettingsError where texts in one row would see one another, or packing would do nothing."""
+    if not settings.train.packing:
+        return
+    faults = []
+    if prepared.task not in ("lm", "sft"):
+        faults.append(f"rows of task {prepared.task} cannot be packed, only texts and answers")
+    if any(part.context_taken or part.name in _NEEDS_MASK for part in method.parts):
+        faults.append(f"{method} adds virtual tokens, which need a mask of their own")
+    if getattr(config, "model_type", "") not in _PACKS:
+        faults.append(f"in a {config.model_type} base packed texts could see one another")
+    if faults:
+        raise SettingsError([Finding("U136", fault, fix="--set train.packing=false") for fault in faults])
+
+
+def _tokenizer(settings: RunSettings, where: str) -> tuple[Any, Any]:
+    options: dict[str, Any] = {
+        "revision": settings.model.revision,
+        "trust_remote_code": settings.model.trust_remote_code,
+    }
+    if Path(where).is_dir():
+        options["local_files_only"] = True
+    config = load_config(where, **options)
+    return config, load_tokenizer(where, **options)
+
+
+def read_with(
+    settings: RunSettings,
+    path: Path,
+    tokenizer: Any,
+    max_length: int | None,
+    config: Any,
+    *,
+    eval_path: Any,
+    **known: Any,
+) -> Prepared:
+    """The rows as the settings say, for a base of this configuration; `known` is what a finished run has decided."""
+    data = settings.data
+    options: dict[str, Any] = {"task": settings.task, "template": data.template, "packing": settings.train.packing}
+    options["prompt"] = prompt_of(settings)
+    options |= known
+    encoder = is_encoder(config)
+    # With `auto`, what this kind of base can do with such rows.
+    does = {"lm": "mlm"} if encoder else {"sft": "seq2seq"} if getattr(config, "is_encoder_decoder", False) else {}
+    return prepare(
+        path,
+        eval_path=eval_path,
+        format=data.format,
+        mapping=data.map,
+        eval_share=data.eval_share,
+        max_rows=data.max_rows,
+        drop_bad_rows=data.drop_bad_rows,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        seed=settings.train.seed,
+        merge_labels=data.merge_labels,
+        waived={code.strip() for code in (data.waive or "").split(",")},
+        instead=does,
+        by_head=encoder,
+        **options,
+    )

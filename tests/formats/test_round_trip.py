@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import cProfile
+import gc
 import json
+import pstats
 
 import pytest
 import torch
@@ -146,3 +149,25 @@ def test_the_table_of_codecs_names_itself():
         json.dumps(dict(codec.defaults), sort_keys=True)
         assert codec.reads.keys() <= codec.defaults.keys()
         assert codec.inert <= codec.defaults.keys()
+
+
+def test_a_later_adapter_loads_with_as_many_calls_as_the_first(tmp_path):
+    """Calls are counted, not seconds: these depend on what else the machine does."""
+    model = tiny("llama")
+    adapter = attach(model, LoRA(rank=2, targets="all-linear"), name="saved")
+    save_adapter(adapter, tmp_path / "adapter")
+    adapter.detach()
+
+    def calls(name):
+        gc.collect()
+        profile = cProfile.Profile()
+        profile.enable()
+        load_adapter(model, tmp_path / "adapter", name=name)
+        profile.disable()
+        return pstats.Stats(profile).total_calls
+
+    load_adapter(model, tmp_path / "adapter", name="first")  # what is imported and looked up once
+    early = calls("second")
+    for number in range(30):
+        load_adapter(model, tmp_path / "adapter", name=f"a{number}")
+    assert calls("last") < 1.02 * early

@@ -13,6 +13,7 @@ import functools
 import importlib
 import operator
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -118,10 +119,10 @@ class Adapter:
         Deltas whose sizes only a state tells take those of `state`: their parameters are then new ones.
         Raises AdapterError naming every misfit, before any copy.
         """
-        own = self.state()
+        own, keys = self.state(), sorted(state)
         for part in self.parts if own.keys() == state.keys() else ():
             if part.delta.sizes_from_state:
-                _adopt(part, state)
+                _adopt(part, state, keys)
         own = self.state()
         faults = [Finding("A101", f"adapter {self.name!r} lacks {key}") for key in own.keys() - state.keys()]
         faults += [Finding("A102", f"adapter {self.name!r} has no {key}") for key in state.keys() - own.keys()]
@@ -363,9 +364,9 @@ def attach(
     parts = _build(model, method, found, values=state is None)
     adapter = Adapter(model, name, method, parts)
     if state is not None:
-        modules = dict(model.named_modules())
+        modules, keys = dict(model.named_modules()), sorted(state)
         for part in parts:
-            part.delta.adopt(_shapes_in(state, part))
+            part.delta.adopt(_shapes_in(state, keys, part))
             part.delta.to_empty(device=device_at(modules, part.site.path))
         adapter.load_state(dict(state))
     else:
@@ -526,17 +527,21 @@ def _state_key(part: Part, name: str) -> str:
     return part.site.key if isinstance(part.delta, WholeParameterDelta) else f"{part.site.key}.{name}"
 
 
-def _shapes_in(state: Mapping[str, Tensor], part: Part) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of `part` in `state`, by their names in the delta."""
+def _shapes_in(state: Mapping[str, Tensor], keys: Sequence[str], part: Part) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of `part` in `state`, by their names in the delta; `keys` are the state's, sorted."""
     lead = _state_key(part, "")
-    return {key.removeprefix(lead): tuple(tensor.shape) for key, tensor in state.items() if key.startswith(lead)}
+    # Those that begin so lie together: a look through all of them for each part would be parts times names.
+    start = stop = bisect_left(keys, lead)
+    while stop < len(keys) and keys[stop].startswith(lead):
+        stop += 1
+    return {key.removeprefix(lead): tuple(state[key].shape) for key in keys[start:stop]}
 
 
-def _adopt(part: Part, state: Mapping[str, Tensor]) -> None:
+def _adopt(part: Part, state: Mapping[str, Tensor], keys: Sequence[str]) -> None:
     """Give the delta of `part` tensors of the sizes in `state`, where they differ; device and training stay."""
     delta = part.delta
     tensors = {**dict(delta.named_parameters()), **dict(delta.named_buffers())}
-    shapes = _shapes_in(state, part)
+    shapes = _shapes_in(state, keys, part)
     if all(shapes.get(name) == tuple(tensor.shape) for name, tensor in tensors.items()):
         return
     trained = any(parameter.requires_grad for parameter in delta.parameters())

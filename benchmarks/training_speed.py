@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import logging
 import os
 import platform
 import statistics
@@ -177,6 +178,8 @@ def serve(name: str, size: Size, case: Case, dtype: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # peft imports it, and it tells of a kernel of its own that is not installed and that nothing here would call.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     parameters: list[Any] = []
     if name == "products":
         bare = products(size, dtype)
@@ -303,7 +306,7 @@ def table(found: dict[str, Any]) -> str:
             f"{entry['peak_over_rest_mib']:.0f} MiB",
             f"{entry['memory_against']:.2f}",
             f"{entry['tokens_per_cpu_s']}",
-            f"{entry.get('products_share', 0):.2f}",
+            f"{entry['products_share']:.2f}" if "products_share" in entry else "",
             losses,
         ]
         lines.append(f"| {' | '.join(cells)} |")

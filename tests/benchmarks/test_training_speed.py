@@ -33,6 +33,9 @@ def test_a_quick_run_compares_equal_work(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "bitsandbytes" not in done.stdout + done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith(("| ours", "| peft"))]
+    assert [row[7].strip() for row in rows] == ["", ""]  # the products alone were not run: no share of them is known
     (found,) = json.loads((tmp_path / "found.json").read_text()).values()
     assert found["contenders"]["ours"]["losses"][0] == pytest.approx(found["contenders"]["peft"]["losses"][0], abs=1e-4)
     assert found["contenders"]["ours"]["cpu_s"] > 0

@@ -19,6 +19,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -198,6 +199,7 @@ def main() -> None:
     """Run the grid, print each case and the distribution."""
     reader = argparse.ArgumentParser()
     reader.add_argument("--first", type=int, help="take so many cases of the shuffled grid")
+    reader.add_argument("--dtype", help="take cases of this type only: bfloat16 is slow on many processors")
     reader.add_argument("--holes", action="store_true", help="leave the allocator as it is")
     reader.add_argument("--keep", type=Path, help="file with a line for each case; what it holds is not run again")
     reader.add_argument("--minutes", type=float, default=1e9, help="begin no case after so many minutes")
@@ -211,7 +213,8 @@ def main() -> None:
     known = {one.case: one for one in kept(given.keep)}
     found: list[Measured] = []
     began_s = time.monotonic()
-    for case in cases()[: given.first]:
+    chosen = [case for case in cases() if given.dtype in (None, case.dtype)]
+    for case in chosen[: given.first]:
         if case in known and not given.again:
             found.append(known[case])
             continue
@@ -239,6 +242,7 @@ def main() -> None:
                 file.write(json.dumps(asdict(one)) + "\n")
     if given.keep and given.again:
         given.keep.write_text("".join(json.dumps(asdict(one)) + "\n" for one in found))
+    print(table(found))
     print(distribution(found))
 
 
@@ -248,12 +252,29 @@ def kept(place: Path | None) -> list[Measured]:
     return [Measured(**{**fields, "case": Case(**fields["case"])}) for fields in map(json.loads, lines)]
 
 
+def table(found: list[Measured]) -> str:
+    """The cases as a table of Markdown."""
+    head = ["model", "method", "rows x tokens", "type", "computed twice", "planned", "measured", "error"]
+    lines = [" | ".join(head), " | ".join(["---"] * 5 + ["---:"] * 3)]
+    for one in sorted(found, key=lambda one: (one.case.architecture, one.case.method, one.case.dtype)):
+        case = one.case
+        lines.append(
+            f"{case.architecture} | {case.method.partition('(')[0]} | {case.rows} x {case.length} | "
+            f"{case.dtype}{', ' + case.quantize if case.quantize else ''} | {case.recompute} | "
+            f"{one.planned_bytes / 1e6:.1f} | {one.peak_bytes / 1e6:.1f} | {100 * one.error:+.1f} %"
+        )
+    return "\n".join(f"| {line} |" for line in lines)
+
+
 def distribution(found: list[Measured]) -> str:
-    """The errors in a few lines."""
+    """The errors, a mark for each case, and in a line."""
     errors = sorted(one.error for one in found)
     mean = statistics.fmean(abs(error) for error in errors)
-    return (
-        f"{len(errors)} cases: mean absolute error {100 * mean:.1f} %, from {100 * errors[0]:+.1f} % to "
+    bars = []
+    for low in range(5 * math.floor(20 * errors[0]), 5 * math.floor(20 * errors[-1]) + 5, 5):
+        bars.append(f"{low:+4d} to {low + 5:+4d} %  " + "#" * sum(low <= 100 * error < low + 5 for error in errors))
+    return "\n".join(bars) + (
+        f"\n{len(errors)} cases: mean absolute error {100 * mean:.1f} %, from {100 * errors[0]:+.1f} % to "
         f"{100 * errors[-1]:+.1f} %, {sum(error < -0.05 for error in errors)} under by more than 5 %"
     )
 

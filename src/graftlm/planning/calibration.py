@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -118,12 +119,12 @@ def speed_of(device: str, dtype: torch.dtype) -> Speed:
 
 
 def calibrate(device: str, dtype: torch.dtype, *, clock: Callable[[], float] = time.perf_counter) -> Speed:
-    """Measure now: the quickest of a few steps of two sizes, by `clock`. Leaves random numbers as they were."""
+    """Measure now: the median of a few steps of two sizes, by `clock`. Leaves random numbers as they were."""
     state = torch.random.get_rng_state()
     try:
         bytes_per_s = _memory_rate(device, clock)
         x = torch.empty(_MOVED_NUMBERS // 4, device=device)
-        drawn_s = min(_timed(x.bernoulli_, device, clock) for _ in range(3))
+        drawn_s = statistics.median(_timed(x.bernoulli_, device, clock) for _ in range(_REPEATS))
         steps = [_measured(device, dtype, *size, clock) for size in (_MANY, _FEW)]
     finally:
         torch.random.set_rng_state(state)
@@ -144,7 +145,7 @@ def _memory_rate(device: str, clock: Callable[[], float]) -> float:
     x, y = (torch.ones(_MOVED_NUMBERS, device=device) for _ in range(2))
     z = torch.empty_like(x)
     times = [_timed(lambda: torch.add(x, y, out=z), device, clock) for _ in range(5)]
-    return 3 * x.numel() * x.element_size() / max(min(times), 1e-9)
+    return 3 * x.numel() * x.element_size() / max(statistics.median(times), 1e-9)
 
 
 def _measured(
@@ -172,7 +173,7 @@ def _measured(
 
     with fuse(model.train()):
         step()  # what is made when it is first called is no part of a step
-        return traced, min(_timed(step, device, clock) for _ in range(_REPEATS))
+        return traced, statistics.median(_timed(step, device, clock) for _ in range(_REPEATS))
 
 
 def _timed(work: Callable[[], Any], device: str, clock: Callable[[], float]) -> float:

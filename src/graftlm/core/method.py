@@ -191,7 +191,15 @@ def device_at(modules: Mapping[str, nn.Module], path: str) -> torch.device:
         if not path:
             break
         path = path.rpartition(".")[0]
-    return tensor.device if tensor is not None else torch.device("cpu")
+    if tensor is None:
+        return torch.device("cpu")
+    if tensor.is_meta and module is not None:
+        # What lies on disk or in other memory (accelerate's hooks) is brought to a device for each call.
+        for inner in module.modules():
+            device = getattr(getattr(inner, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return tensor.device
 
 
 @dataclass(frozen=True)

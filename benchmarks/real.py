@@ -387,10 +387,12 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=DATA)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = [name for name in EXPERIMENTS if not given.only or name in given.only.split(",")]
-    for name in chosen:
-        for seed in range(min(EXPERIMENTS[name].seeds, given.seeds)):
-            for method in EXPERIMENTS[name].methods:
+    chosen = given.only.split(",") if given.only else list(EXPERIMENTS)
+    if unknown := [name for name in chosen if name not in EXPERIMENTS]:
+        parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
+    for seed in range(given.seeds):
+        for name in chosen:
+            for method in EXPERIMENTS[name].methods if seed < EXPERIMENTS[name].seeds else ():
                 found = results()
                 done = [r for r in found["runs"] if (r["experiment"], r["method"], r["seed"]) == (name, method, seed)]
                 if done and not given.again:

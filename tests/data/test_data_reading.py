@@ -80,11 +80,50 @@ def test_missing_file_without_a_near_name_lists_the_folder(write, tmp_path):
     assert "there is no folder" in str(fault(tmp_path / "nowhere" / "faq.jsonl"))
 
 
-def test_a_folder_is_no_file(write, tmp_path):
-    write("train.jsonl", ROWS)
-    error = fault(tmp_path)
-    assert error.findings[0].code == "D102"
-    assert error.findings[0].fix == str(tmp_path / "train.jsonl")
+def test_a_folder_is_the_rows_of_its_files(write, tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    write("a.jsonl", ROWS)
+    write("b/c.csv", "text,label\none,x\n")
+    write("_notes.jsonl", "{broken")
+    write(".hidden/d.jsonl", "{broken")
+    write("picture.png", b"\x89PNG")
+    table = read_rows(tmp_path)
+    assert [*table.places] == [*read_rows(tmp_path / "a.jsonl").places, "b/c.csv:2"]
+    assert table.rows[-1] == {"text": "one", "label": "x"}
+    assert (table.format, table.capped) == ("several", False)
+    assert set(table.columns) == {*read_rows(tmp_path / "a.jsonl").columns, "text", "label"}
+    assert len(read_rows(tmp_path, "csv")) == 1
+    capped = read_rows(tmp_path, max_rows=1)
+    assert (len(capped), capped.capped) == (1, True)
+    write("b/c.csv", "text,label\ntwo,x\n")
+    assert read_rows(tmp_path).sha256 != table.sha256
+
+
+def test_every_broken_file_of_a_folder_is_told(write, tmp_path):
+    write("a.jsonl", "{broken\n")
+    write("b.jsonl", '{"text": 1}\n[]\n')
+    assert [(f.code, f.place.partition(":")[0]) for f in fault(tmp_path).findings] == [
+        ("D105", "a.jsonl"), ("D109", "b.jsonl"),
+    ]  # fmt: skip
+    write("a.jsonl", '{"text": 2}\n')
+    table = read_rows(tmp_path, drop_bad_rows=True)
+    assert (len(table), [r.place for r in table.rejected]) == (2, ["b.jsonl:2"])
+
+
+def test_folders_that_cannot_be_one_table(write, tmp_path):
+    assert fault(tmp_path).findings[0].code == "D102"
+    write("train-0.jsonl", ROWS)
+    write("train-1.jsonl", ROWS)
+    assert len(read_rows(tmp_path)) == 2 * len(ROWS)
+    write("testing-notes.jsonl", ROWS)  # no part of a split
+    assert len(read_rows(tmp_path)) == 3 * len(ROWS)
+    write("test.jsonl", ROWS)
+    found = fault(tmp_path).findings[0]
+    assert found.code == "D114"
+    assert found.fix == f"{tmp_path / 'train-0.jsonl'} --set data.eval_path={tmp_path / 'test.jsonl'}"
+    write("readme.md", "about")
+    assert "plain texts" in str(fault(tmp_path))
 
 
 @pytest.mark.parametrize(

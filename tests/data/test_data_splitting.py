@@ -82,3 +82,33 @@ def test_labels_have_ids_in_a_sensible_order():
     assert "maybe" not in labels
     with pytest.raises(ValueError, match="maybe"):
         labels.id("maybe")
+
+
+@given(
+    st.lists(
+        st.tuples(st.text("abcdefgh", min_size=1, max_size=2), st.sampled_from("xy"), st.sampled_from("pqrstu")),
+        max_size=40,
+    ),
+    st.floats(0, 0.9),
+    st.integers(0, 3),
+)
+def test_groups_and_copies_stay_on_one_side(triples, share, seed):
+    rows, labels, groups = ([triple[at] for triple in triples] for at in range(3))
+    train, held = split(rows, labels, share=share, seed=seed, groups=groups)
+    assert sorted(train + held) == list(range(len(rows)))
+    for told in (rows, groups):
+        assert not {told[at] for at in train} & {told[at] for at in held}
+    assert not rows or train
+    assert (train, held) == split(rows, labels, share=share, seed=seed, groups=groups)
+
+
+def test_groups_are_held_out_with_every_label_in_its_share():
+    rows = [f"row {at}" for at in range(200)]
+    labels = ["x" if at % 4 else "y" for at in range(200)]
+    groups = [at // 4 for at in range(200)]
+    _, held = split(rows, labels, share=0.2, seed=0, groups=groups)
+    assert Counter(labels[at] for at in held) == {"x": 30, "y": 10}
+    # One that is larger than the share is held out whole, the smallest of such.
+    _, held = split(rows[:50], share=0.1, seed=0, groups=["a"] * 20 + ["b"] * 30)
+    assert held == list(range(20))
+    assert split(rows[:9], share=0.3, seed=0, groups=["a"] * 9) == (list(range(9)), [])

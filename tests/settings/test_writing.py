@@ -36,6 +36,8 @@ def _values(setting):
         low, high = setting.usual or (0, 2**32 - 1)
         numbers = st.integers(int(low), int(high)) if setting.kind == "a whole number" else st.floats(low, high)
         return numbers | st.none() if setting.optional else numbers
+    if setting.name == "data.mixture":
+        return st.dictionaries(TEXT, st.sampled_from([0.5, 1.0, 2.25]), max_size=3)
     kinds = {"true or false": st.booleans(), "name=value pairs": st.dictionaries(TEXT, TEXT, max_size=3)}
     return kinds.get(setting.kind, TEXT | st.none() if setting.optional else TEXT)
 

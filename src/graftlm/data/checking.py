@@ -133,6 +133,7 @@ def check(
     merge_labels: bool = False,
     count_tokens: Callable[[str], int] | None = None,
     is_eval: bool = False,
+    group: str | None = None,
 ) -> Checked:
     """The examples of a table; faults go to `notes`, which the caller settles when every table has been checked.
 
@@ -143,6 +144,7 @@ def check(
         drop_bad_rows: faulty rows are left out instead of being an error.
         merge_labels: labels that differ only by case or space become the most frequent of them.
         count_tokens: says how many tokens a text has, for the message of a file without any assistant turn.
+        group: a column in which every row must have a value.
         is_eval: eval rows may have one label only, or a label once.
     """
     place, faults = table.path.name, Faults()
@@ -150,6 +152,10 @@ def check(
         _example(at, row, spot, reading, faults)
         for at, (row, spot) in enumerate(zip(table.rows, table.places, strict=True), 1)
     ]
+    if group is not None:
+        for at, row in enumerate(table.rows, 1):
+            if row.get(group) is None or isinstance(row[group], (list, dict)):
+                faults.add(at, "D120", f"no single value in '{group}', which parts the rows")
     if reading.kind == "chat" and not drop_bad_rows and _all_silent(table, faults, notes, count_tokens):
         return Checked([], [], 0)
     examples = [example for example in made if example is not None and example.row not in faults.reasons]

@@ -6,7 +6,7 @@ __all__ = ["CODES", "WAIVABLE"]
 
 CODES: dict[str, str] = {
     "D101": "the data file does not exist",
-    "D102": "a folder was given where a file is wanted",
+    "D102": "a folder has no data file",
     "D103": "the kind of file is unknown, or not the one that was named",
     "D104": "the file is empty, or no row of it is left",
     "D105": "a line is not valid JSON or CSV",
@@ -18,6 +18,9 @@ CODES: dict[str, str] = {
     "D111": "the columns can be understood in several ways",
     "D112": "a mapping names an unknown role or a column that is not there",
     "D113": "the Parquet file is damaged",
+    "D114": "the files of a folder do not belong together",
+    "D115": "rows of a source are used as often as its weight says",
+    "D116": "a data set cannot be fetched from a hub",
     "D120": "a value is missing where text is wanted",
     "D121": "a value has the wrong type",
     "D122": "a text is empty",

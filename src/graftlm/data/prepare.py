@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from graftlm.data.tokenising import (
     pack,
 )
 from graftlm.data.wording import counted, listed, number, percent
-from graftlm.errors import DataError, Finding
+from graftlm.errors import DataError, Finding, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ class Prepared:
 
 
 def prepare(
-    path: str | Path,
+    path: str | Path | Mapping[str | Path, float],
     eval_path: str | Path | None = None,
     format: str = "auto",
     mapping: Mapping[str, str] | None = None,
@@ -91,11 +92,14 @@ def prepare(
     by_head: bool = False,
     packing: bool = False,
     prompt: PromptTemplate | None = None,
+    group: str | None = None,
 ) -> Prepared:
     """Reads, recognises, checks, splits and tokenises.
 
     Args:
-        path: the training file.
+        path: the training file, or a folder of files; or several with their weights: of a source of weight 2.5 each
+            training row is there twice and half of them a third time, drawn by the seed; of one of weight 0.5 half of
+            them. Rows that are not drawn are listed in `Prepared.rejected`. Held-out rows have no weights.
         eval_path: a file with eval rows of the same columns; without it, `eval_share` of the training rows is held out.
         format: see `read_rows`.
         mapping: role to column, see `recognise`.
@@ -115,6 +119,7 @@ def prepare(
         instead: tasks that the base does in place of others where the task is `auto`; see `recognise`.
         by_head: choices and rewards are told by a head that reads question and answer as a pair, as encoders do.
         prompt: writes rows as questions, and labels as words; see `prompting`.
+        group: a column; rows with the same value in it are all held out or all trained on.
         packing: the training rows are put one behind the other into rows of `max_length` tokens, without seeing one
             another.
 
@@ -130,7 +135,7 @@ def prepare(
     rows = _sorted(
         path, eval_path, format, mapping, eval_share, max_rows, drop_bad_rows, task, seed=seed, labels=labels,
         merge_labels=merge_labels, waived=waived, instead=instead, max_length=max_length, prompt=prompt,
-        by_head=by_head,
+        by_head=by_head, group=group,
         count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
     )  # fmt: skip
     reading, notes, names = rows.reading, rows.notes, rows.names
@@ -153,7 +158,7 @@ def prepare(
         notes.error("D142", "0 tokens would be trained: no row with two tokens is left", names[0])
     notes.settle()
     (items, supervision), (eval_items, eval_supervision) = sets
-    line = f"{reading.line}   {counted(rows.duplicates, 'duplicate')}, {number(supervision.cut_rows)} cut"
+    line = f"{rows.line}   {counted(rows.duplicates, 'duplicate')}, {number(supervision.cut_rows)} cut"
     if rejected:
         line += f", {number(len(rejected))} left out"
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -178,7 +183,7 @@ def prepare(
 
 
 def look(
-    path: str | Path,
+    path: str | Path | Mapping[str | Path, float],
     eval_path: str | Path | None = None,
     format: str = "auto",
     mapping: Mapping[str, str] | None = None,
@@ -190,6 +195,7 @@ def look(
     seed: int = 0,
     merge_labels: bool = False,
     waived: Collection[str] = (),
+    group: str | None = None,
 ) -> tuple[Finding, ...]:
     """What is worth knowing of the rows as far as it can be told without a tokenizer; the arguments are `prepare`'s.
 
@@ -202,7 +208,7 @@ def look(
     """
     rows = _sorted(
         path, eval_path, format, mapping, eval_share, max_rows, drop_bad_rows, task, seed=seed,
-        merge_labels=merge_labels, waived=waived,
+        merge_labels=merge_labels, waived=waived, group=group,
     )  # fmt: skip
     return _once(rows.notes.notes)
 
@@ -212,6 +218,7 @@ class _Rows:
     """Sound rows of a file in two parts, before any token is counted."""
 
     reading: Reading
+    line: str
     train: list[Example]
     held: list[Example]
     names: list[str]
@@ -225,7 +232,7 @@ class _Rows:
 
 
 def _sorted(
-    path: str | Path,
+    path: str | Path | Mapping[str | Path, float],
     eval_path: str | Path | None,
     format: str,
     mapping: Mapping[str, str] | None,
@@ -242,20 +249,28 @@ def _sorted(
     max_length: int | None = None,
     prompt: PromptTemplate | None = None,
     by_head: bool = False,
+    group: str | None = None,
     count_tokens: Callable[[str], int] | None = None,
 ) -> _Rows:
     """Reads, recognises, checks and splits; see `prepare`."""
     _check_arguments(eval_path, eval_share, max_rows, max_length)
-    tables = _read_all([p for p in (path, eval_path) if p is not None], format, max_rows, drop_bad_rows)
+    sources: dict[str | Path, float] = dict(path) if isinstance(path, Mapping) else {path: 1.0}
+    evals = [eval_path] if eval_path is not None else []
+    tables = _read_all([*sources, *evals], format, max_rows, drop_bad_rows)
     notes = Notes(waived)
     if prompt is not None:
-        roles, given = mapping or {}, task
+        roles = mapping or {}
         told: dict[str, Any] = {"drop_bad_rows": drop_bad_rows, "instead": instead, "by_head": by_head}
-        tables[0], task, mapping, prompt = prompted(tables[0], prompt, given, roles, notes, **told)
+        tables[0], task, mapping, prompt = prompted(tables[0], prompt, task, roles, notes, **told)
         tables[1:] = [prompted(table, prompt, task, roles, notes, **told)[0] for table in tables[1:]]
-    reading = recognise(tables[0], task, mapping, instead=instead)
+    readings = [recognise(tables[0], task, mapping, instead=instead)]
+    readings += [recognise(table, readings[0].task, mapping) for table in tables[1 : len(sources)]]
+    reading = readings[0]
     if eval_path is not None:
-        _check_same_columns(reading, *tables)
+        _check_same_columns(reading, tables[0], tables[-1])
+        readings.append(reading)
+    if group is not None:
+        _check_group(group, tables[: len(sources)])
     checked = [
         check(
             table,
@@ -264,21 +279,32 @@ def _sorted(
             drop_bad_rows=drop_bad_rows,
             merge_labels=merge_labels,
             count_tokens=count_tokens,
-            is_eval=order == 1 or labels is not None,
+            # A source of several need not have every label.
+            is_eval=order >= len(sources) or labels is not None or len(sources) > 1,
+            group=group if order < len(sources) else None,
         )
-        for order, table in enumerate(tables)
+        for order, (table, reading) in enumerate(zip(tables, readings, strict=True))
     ]
-    train = checked[0].examples
-    names = [table.path.name for table in tables]
+    train, bounds = _together([one.examples for one in checked[: len(sources)]], tables)
+    if len(sources) > 1 and reading.task == "classify" and labels is None:
+        _check_labels_together(train, notes)
+    names = [
+        " + ".join(table.path.name for table in tables[: len(sources)]),
+        *(table.path.name for table in tables[len(sources) :]),
+    ]
     if eval_path is not None:
-        held = checked[1].examples
+        held = checked[-1].examples
         check_overlap(train, held, notes, names[1])
         eval_line = f"eval {names[1]} = {counted(len(held), 'row')}"
     notes.settle()
     if eval_path is None:
-        train, held = hold_out(train, reading, eval_share, seed, notes, names[0])
+        train, held = hold_out(train, reading, eval_share, seed, notes, names[0], group)
         eval_line = _eval_line(train, held)
         names.append(f"{names[0]} (eval part)")
+
+    rejected = [fault for result in checked for fault in result.rejected]
+    train, undrawn = _weighed(train, bounds, list(sources.values()), seed, notes)
+    rejected += undrawn
     known: Labels | None = None
     if reading.task in ("classify", "tag"):
         known = labels or _labels_in(train, reading.task)
@@ -286,9 +312,11 @@ def _sorted(
             _check_known_labels(part, known, notes, name)
         notes.settle()
         train, held = ([e for e in part if all(one in known for one in _labels_of(e))] for part in (train, held))
+    told_line = " + ".join(one.line for one in readings[: len(sources)])
     return _Rows(
-        reading, train, held, names, notes, [fault for result in checked for fault in result.rejected],
-        checked[0].duplicates, known, prompt, eval_line, {str(table.path): table.sha256 for table in tables},
+        reading, told_line, train, held, names, notes, rejected,
+        sum(one.duplicates for one in checked[: len(sources)]), known, prompt, eval_line,
+        {str(table.path): table.sha256 for table in tables},
     )  # fmt: skip
 
 
@@ -410,13 +438,74 @@ def _check_same_columns(reading: Reading, train: Table, held: Table) -> None:
         raise DataError(Finding("D110", message, held.path.name, "give both files the same columns"))
 
 
+def _check_group(group: str, tables: list[Table]) -> None:
+    """Raise DataError where a table lacks the column that parts the rows."""
+    findings = []
+    for table in tables:
+        if group not in table.columns:
+            fix = f"--set data.group={(nearest(group, table.columns, most=1) or table.columns)[0]}"
+            message = f"no column '{group}' to part the rows by; columns: {listed(table.columns)}"
+            findings.append(Finding("D110", message, table.path.name, fix))
+    if findings:
+        raise DataError(findings)
+
+
+def _together(parts: list[list[Example]], tables: list[Table]) -> tuple[list[Example], list[int]]:
+    """The rows of all sources, numbered on, and the first number of each source."""
+    train: list[Example] = []
+    bounds: list[int] = []
+    before = 0
+    for examples, table in zip(parts, tables, strict=False):
+        bounds.append(before + 1)
+        train += [replace(e, row=before + e.row) if before else e for e in examples]
+        before += len(table)
+    return train, bounds
+
+
+def _check_labels_together(examples: list[Example], notes: Notes) -> None:
+    """What can only be said of the labels of all sources at once."""
+    if len({isinstance(e.label, tuple) for e in examples}) > 1:
+        notes.error("D121", "sources with one label a row beside sources with lists of labels")
+    elif len({name for e in examples for name in _labels_of(e)}) < 2:
+        notes.error("D128", "there are fewer than two labels in all sources: there is nothing to tell apart")
+
+
+def _weighed(
+    examples: list[Example], bounds: list[int], weights: list[float], seed: int, notes: Notes
+) -> tuple[list[Example], list[Rejected]]:
+    """Each source's rows as often as its weight says, in the order of the sources; and those not drawn at all."""
+    if all(weight == 1 for weight in weights):
+        return examples, []
+    drawn: list[Example] = []
+    undrawn: list[Rejected] = []
+    for order, (first, weight) in enumerate(zip(bounds, weights, strict=True)):
+        end = bounds[order + 1] if order + 1 < len(bounds) else None
+        own = [e for e in examples if e.row >= first and (end is None or e.row < end)]
+        times, rest = divmod(round(weight * len(own)), len(own)) if own else (0, 0)
+        by_hash = sorted(own, key=lambda e: hashlib.sha256(f"{seed}:{e.place}:{e.key}".encode()).digest())
+        more = {e.row for e in by_hash[:rest]}
+        drawn += own * times + [e for e in own if e.row in more]
+        left = [e for e in own if not times and e.row not in more]
+        undrawn += [Rejected(e.place, e.row, f"not drawn: weight {weight:g} [D115]", e.raw) for e in left]
+        used = times * len(own) + rest
+        source = own[0].place.partition(":")[0] if own else f"source {order + 1}"
+        notes.note("D115", f"weight {weight:g}: {counted(len(own), 'training row')} used {number(used)} times", source)
+    return drawn, undrawn
+
+
 def hold_out(
-    examples: list[Example], reading: Reading, share: float | None, seed: int, notes: Notes, place: str
+    examples: list[Example],
+    reading: Reading,
+    share: float | None,
+    seed: int,
+    notes: Notes,
+    place: str,
+    group: str | None = None,
 ) -> tuple[list[Example], list[Example]]:
     """Train and eval examples out of one file; the arguments are `prepare`'s. Too few rows go to `notes`."""
     if share == 0:
         return examples, []
-    if reading.kind == "documents" and len(examples) < _FEW_DOCUMENTS:
+    if reading.kind == "documents" and len(examples) < _FEW_DOCUMENTS and group is None:
         halves = [(e, *split_document(e.texts[0], _SHARE_OF_DOCUMENT if share is None else share)) for e in examples]
         train = [replace(e, texts=(head,)) for e, head, _ in halves]
         return train, [replace(e, texts=(tail,)) for e, _, tail in halves if tail]
@@ -426,7 +515,8 @@ def hold_out(
     if any(isinstance(e.label, tuple) for e in examples):
         labels = []  # rows with several labels belong to no one stratum
     wanted = default_share(len(examples)) if share is None else share
-    inside, held = split([e.key for e in examples], labels or None, share=wanted, seed=seed)
+    groups = [str(e.raw[group]) for e in examples] if group is not None else None
+    inside, held = split([e.key for e in examples], labels or None, share=wanted, seed=seed, groups=groups)
     if not held:
         message = f"{counted(len(examples), 'row')} cannot be divided into train and eval (every text, or label, once)"
         if share is not None:

@@ -1,7 +1,8 @@
 """Reads a data file into rows, and says exactly where it is broken: JSONL, JSON, CSV, TSV, Parquet, plain text.
 
 Every broken line of a file is reported at once. Nothing is guessed about the meaning of the columns here; that is
-`recognise`. A plain text file becomes one row with one column `text`: a whole document.
+`recognise`. A plain text file becomes one row with one column `text`: a whole document. A folder is the rows of all its
+data files, in the order of their names.
 
 Example:
     >>> table = read_rows("faq.jsonl")                                                          # doctest: +SKIP
@@ -16,7 +17,7 @@ import hashlib
 import io
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,18 @@ def read_rows(
     """All rows of a file (at most the first `max_rows`), each with its place.
 
     Args:
-        path: a local file.
+        path: a local file, or a folder with data files (also in folders within it; names that begin with a dot or an
+            underscore are passed over).
         format: one of `FORMATS`' values; `auto` goes by the file's ending and, between JSON and JSONL, by content.
         max_rows: stop after so many rows; `Table.capped` tells whether there were more.
         drop_bad_rows: leave out lines that cannot be parsed; they are listed in `Table.rejected`.
 
     Raises:
-        DataError: D101 to D109, D113, with every broken line of the file.
+        DataError: D101 to D109, D113, D114, with every broken line of the file, or of all files of a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_folder(path, format, max_rows, drop_bad_rows)
     _must_exist(path)
     kind = _format_of(path, format)
     if path.stat().st_size == 0:
@@ -111,6 +115,78 @@ def read_rows(
             kind = "json"
             reader.json_array(text)
     return reader.table(kind)
+
+
+_PARTS = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
+
+
+def _read_folder(path: Path, format: str, max_rows: int | None, drop_bad_rows: bool) -> Table:
+    """The rows of all data files of a folder. Raises as `read_rows`; D102 none there, D114 files that do not belong
+    together.
+    """
+    files = _files_of(path, format)
+    tables: list[Table] = []
+    findings: list[Finding] = []
+    rows = 0
+    for file in files:
+        if max_rows is not None and rows >= max_rows:
+            break
+        try:
+            left = None if max_rows is None else max_rows - rows
+            tables.append(read_rows(file, format, left, drop_bad_rows=drop_bad_rows))
+        except DataError as error:
+            findings += error.findings
+        else:
+            rows += len(tables[-1])
+    if findings:
+        raise DataError(findings)
+    whole = hashlib.sha256()
+    for table in tables:
+        whole.update(f"{table.path.relative_to(path).as_posix()}\0{table.sha256}\n".encode())
+    kinds = {table.format for table in tables}
+    return Table(
+        path=path,
+        format=kinds.pop() if len(kinds) == 1 else "several",
+        sha256=whole.hexdigest(),
+        columns=tuple(dict.fromkeys(name for table in tables for name in table.columns)),
+        rows=[row for table in tables for row in table.rows],
+        places=[_within(path, table, place) for table in tables for place in table.places],
+        rejected=[replace(r, place=_within(path, table, r.place)) for table in tables for r in table.rejected],
+        capped=len(tables) < len(files) or any(table.capped for table in tables),
+    )
+
+
+def _within(folder: Path, table: Table, place: str) -> str:
+    """A place in a file with the folders between."""
+    between = table.path.parent.relative_to(folder).as_posix()
+    return place if between == "." else f"{between}/{place}"
+
+
+def _files_of(path: Path, format: str) -> list[Path]:
+    """The data files of a folder that can be rows of one table."""
+    found = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in FORMATS
+        and file.is_file()
+        and not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
+        and format in ("auto", FORMATS[file.suffix.lower()])
+    ]
+    if not found:
+        kind = "data file" if format == "auto" else f"{format} file"
+        raise DataError(Finding("D102", f"{path} is a folder without a {kind}", fix=f"known: {', '.join(FORMATS)}"))
+    kinds = {FORMATS[file.suffix.lower()] for file in found}
+    if "text" in kinds and len(kinds) > 1:
+        table = sorted(kinds - {"text"})[0]
+        message = f"{path} has tables and plain texts: {listed([file.name for file in found], 4)}"
+        raise DataError(Finding("D114", message, fix=f"--set data.format={table}"))
+    parts = {file: match[1].lower() for file in found if (match := _PARTS.match(file.stem))}
+    train = [file for file, part in parts.items() if part == "train"]
+    held = [file for file, part in parts.items() if part != "train"]
+    if train and held:  # what is meant to be held out must not be learnt
+        message = f"{path} has files to train on and files to evaluate on: {listed([f.name for f in parts], 4)}"
+        raise DataError(Finding("D114", message, fix=f"{train[0]} --set data.eval_path={held[0]}"))
+    return found
 
 
 class _Reader:
@@ -278,10 +354,6 @@ class _Reader:
 def _must_exist(path: Path) -> None:
     if path.is_file():
         return
-    if path.is_dir():
-        inside = [str(path / name) for name in _data_files(path)]
-        message = f"{path} is a folder, wanted a file" + (f"; it has {listed(inside, 4)}" if inside else "")
-        raise DataError(Finding("D102", message, fix=inside[0] if inside else ""))
     folder = path.parent
     if not folder.is_dir():
         raise DataError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
 __all__ = ["default_share", "split", "split_document"]
@@ -22,7 +22,12 @@ def default_share(rows: int) -> float:
 
 
 def split(
-    rows: Sequence[str], labels: Sequence[Hashable] | None = None, *, share: float, seed: int
+    rows: Sequence[str],
+    labels: Sequence[Hashable] | None = None,
+    *,
+    share: float,
+    seed: int,
+    groups: Sequence[Hashable] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Indices of train and eval rows, both ascending.
 
@@ -35,6 +40,8 @@ def split(
         labels: one label for each row, or None.
         share: of rows for eval, in [0, 1).
         seed: another seed, another split.
+        groups: one for each row, or None; rows of one group stay together (so do equal rows, whatever their group).
+            Labels then have their share as far as whole groups allow, and shares may be missed by a group's size.
 
     Example:
         >>> split(["a", "b", "c", "d", "a"], share=0.2, seed=0)
@@ -42,16 +49,18 @@ def split(
     """
     if not 0 <= share < 1:
         raise ValueError(f"share is {share}, wanted at least 0 and below 1")
-    groups: dict[str, list[int]] = defaultdict(list)
+    if groups is not None:
+        return _by_group(rows, labels, groups, share, seed)
+    alike: dict[str, list[int]] = defaultdict(list)
     for at, row in enumerate(rows):
-        groups[row].append(at)
+        alike[row].append(at)
     strata: dict[Hashable, list[list[int]]] = defaultdict(list)
-    for row in sorted(groups, key=lambda row: hashlib.sha256(f"{seed}:{row}".encode()).digest()):
-        members = groups[row]
+    for row in sorted(alike, key=lambda row: hashlib.sha256(f"{seed}:{row}".encode()).digest()):
+        members = alike[row]
         strata[labels[members[0]] if labels is not None else None].append(members)
     sizes = {label: sum(map(len, members)) for label, members in strata.items()}
     chosen: list[int] = []
-    at_least = 1 if share > 0 and len(groups) > 1 else 0
+    at_least = 1 if share > 0 and len(alike) > 1 else 0
     for label, wanted in _apportioned(sizes, max(round(share * len(rows)), at_least)).items():
         for members in strata[label]:
             if 0 < len(members) <= min(wanted, sizes[label] - 1):
@@ -60,6 +69,55 @@ def split(
                 sizes[label] -= len(members)
     inside = set(chosen)
     return [at for at in range(len(rows)) if at not in inside], sorted(chosen)
+
+
+def _by_group(
+    rows: Sequence[str], labels: Sequence[Hashable] | None, groups: Sequence[Hashable], share: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """As `split`, with whole groups: first those that no label has too many rows of, then those that fit by number."""
+    together = _joined(rows, groups)
+    order = sorted(together, key=lambda at: hashlib.sha256(f"{seed}:{groups[at]}".encode()).digest())
+    names = labels if labels is not None else [None] * len(rows)
+    sizes = Counter(names)
+    left = Counter(_apportioned(dict(sizes), max(round(share * len(rows)), 1))) if share > 0 else Counter()
+    room = sum(left.values())
+    chosen: list[int] = []
+    for strict in (True, False):
+        for first in order if len(order) > 1 else ():
+            has = Counter(names[at] for at in together[first])
+            fits = len(together[first]) <= room and all(n < sizes[name] for name, n in has.items())
+            if first in chosen or not fits or (strict and any(n > left[name] for name, n in has.items())):
+                continue
+            chosen.append(first)
+            room -= len(together[first])
+            left.subtract(has)
+            sizes.subtract(has)
+    if not chosen and share > 0 and len(order) > 1:  # every group is larger than the share: the smallest
+        chosen = [min(order, key=lambda first: len(together[first]))]
+    held = sorted(at for first in chosen for at in together[first])
+    inside = set(held)
+    return [at for at in range(len(rows)) if at not in inside], held
+
+
+def _joined(rows: Sequence[str], groups: Sequence[Hashable]) -> dict[int, list[int]]:
+    """Rows that must stay on one side, by the first of them: equal rows, and rows of one group, and what these join."""
+    leader = list(range(len(rows)))
+
+    def find(at: int) -> int:
+        while leader[at] != at:
+            leader[at] = leader[leader[at]]
+            at = leader[at]
+        return at
+
+    seen: dict[tuple[str, Hashable], int] = {}
+    for at, pair in enumerate(zip(rows, groups, strict=True)):
+        for key in (("row", pair[0]), ("group", pair[1])):
+            one, other = find(seen.setdefault(key, at)), find(at)
+            leader[max(one, other)] = min(one, other)
+    found: dict[int, list[int]] = defaultdict(list)
+    for at in range(len(rows)):
+        found[find(at)].append(at)
+    return dict(found)
 
 
 def _apportioned(sizes: dict[Hashable, int], total: int) -> dict[Hashable, int]:

@@ -382,6 +382,10 @@ def contradictions(values: Mapping[str, Any]) -> list[Clash]:
 
     both("train.epochs", "train.steps", "each says how long to train")
     both("data.eval_share", "data.eval_path", "the rows to evaluate on come from one of them")
+    if values.get("data.mixture") and values.get("data.path") is not None:
+        fix = f"leave out data.path, or write {values['data.path']}=1 into data.mixture"
+        message = "data.path and data.mixture are both set: rows come from one of them"
+        found.append(Clash(("data.path", "data.mixture"), message, None, fix))
     if {"train.batch", "train.accumulate"} <= have and values["train.batch"] % values["train.accumulate"]:
         batch, parts = values["train.batch"], values["train.accumulate"]
         message = f"train.batch {batch} cannot be split into train.accumulate {parts} equal parts"

@@ -239,7 +239,7 @@ def _set_fix(name: str) -> str:
 
 def _take(source: _Source, name: str, given: Given) -> None:
     """Files text that was given for a dotted name: as a setting, one of the pairs of a setting, or a fault."""
-    if whole_of(name) != name:
+    if whole_of(name) != name and not name.endswith("."):
         source.given[name] = given
     elif name in SETTINGS:
         source.given[name] = Given(_read(given.value, SETTINGS[name]), given.place, given.origin, given.via)

@@ -55,6 +55,16 @@ def _path_as_text(value: object) -> object:
 _AsText = BeforeValidator(_path_as_text)
 
 
+def _text_as_number(value: object) -> object:
+    try:
+        return float(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else value
+    except ValueError:
+        return value
+
+
+_Weight = Annotated[float, BeforeValidator(_text_as_number), Gt(0), Le(1000)]
+
+
 class _Section(BaseModel):
     """A group of settings: frozen, strictly typed, without unknown names; a fault is a `SettingsError`."""
 
@@ -84,8 +94,16 @@ class DataSettings(_Section):
     section: ClassVar[str] = "data"
 
     path: Annotated[
-        str | None, _text("File with the rows to train on; without one, the bundled messages", "", "DATA"), _AsText
+        str | None,
+        _text("File with the rows to train on, or a folder of files; without one, the bundled messages", "", "DATA"),
+        _AsText,
     ] = None
+    mixture: Annotated[
+        dict[str, _Weight],
+        _about(
+            "Instead of one path several, as path=weight: of weight 0.5 half of the rows, of 2 each twice", "a.csv=2"
+        ),
+    ] = {}
     eval_path: Annotated[str | None, _text("File with the rows to evaluate on; without one, a share"), _AsText] = None
     format: Annotated[
         Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "text"],
@@ -98,6 +116,9 @@ class DataSettings(_Section):
     eval_share: Annotated[
         float | None,
         _about("Share of the rows kept for evaluation; by itself 0.2, above 2 000 rows 0.05", (0.02, 0.3), gt=0, lt=1),
+    ] = None
+    group: Annotated[
+        str | None, _text("Column whose equal values stay on one side: all trained on, or all held out", "author")
     ] = None
     max_rows: Annotated[int | None, _count("Most rows that are read, the first of the file", (100, 100_000))] = None
     drop_bad_rows: Annotated[bool, _about("Leave out rows that cannot be used and list them, instead of stopping")] = (
@@ -398,7 +419,7 @@ def whole_of(name: str) -> str:
         ('data.map', 'train.steps')
     """
     pairs = (setting.name for setting in SETTINGS.values() if setting.kind == "name=value pairs")
-    return next((whole for whole in pairs if name.startswith(f"{whole}.") and name != f"{whole}."), name)
+    return next((whole for whole in pairs if name.startswith(f"{whole}.")), name)
 
 
 KEYS: frozenset[str] = frozenset(setting.key for setting in SETTINGS.values())

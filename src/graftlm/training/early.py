@@ -18,10 +18,11 @@ from typing import Any
 import graftlm
 from graftlm.data import PromptTemplate, look
 from graftlm.data.codes import WAIVABLE
+from graftlm.data.fetching import fetched
 from graftlm.data.reading import read_rows
 from graftlm.errors import DataError, EnvironmentFault, Finding, GraftError, SettingsError
 from graftlm.models.places import resolve_base
-from graftlm.settings import SETTINGS, Attempted, Resolved, RunSettings
+from graftlm.settings import SETTINGS, Attempted, DataSettings, Resolved, RunSettings
 from graftlm.training.folder import RunFolder, free_folder
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "folder_of",
     "length_faults",
     "refuse_early",
+    "sources_of",
     "waived",
 ]
 
@@ -46,8 +48,10 @@ _MOST_BYTES = 50_000_000  # a larger file is read once only, where its tokens ar
 
 
 def data_of(path: str | None) -> Path:
-    """The data file that `path` means; None is the bundled messages."""
+    """The data file or folder that `path` means; None is the bundled messages, `hub:owner/name` a set from a hub."""
     name = path or "bundled:messages"
+    if name.startswith("hub:"):
+        return fetched(name)
     if name in BUNDLED_DATA:
         return Path(graftlm.__file__).parent / "bundled" / "data" / BUNDLED_DATA[name]
     if name.startswith("bundled:"):
@@ -55,6 +59,13 @@ def data_of(path: str | None) -> Path:
             Finding("U130", f"no bundled data {name!r}: there are {', '.join(BUNDLED_DATA)}", fix="bundled:messages")
         )
     return Path(name).expanduser()
+
+
+def sources_of(data: DataSettings) -> Path | dict[str | Path, float]:
+    """Where the training rows come from, with weights where there are several."""
+    if data.mixture:
+        return {data_of(path): weight for path, weight in data.mixture.items()}
+    return data_of(data.path)
 
 
 def context_of(config: Any) -> int:
@@ -93,7 +104,8 @@ def folder_of(settings: RunSettings) -> RunFolder:
     """The folder that a run of `settings` would have; the next free one where none is named."""
     if settings.output:
         return RunFolder(Path(settings.output).expanduser())
-    return RunFolder(free_folder(settings.data.path or "bundled:messages"))
+    several = "+".join(Path(path).stem for path in settings.data.mixture)
+    return RunFolder(free_folder(settings.data.path or several or "bundled:messages"))
 
 
 def waived(text: str | None) -> set[str]:
@@ -121,17 +133,19 @@ def early_findings(attempted: Attempted) -> tuple[tuple[Finding, ...], tuple[Fin
             look_at()
 
     def rows() -> None:
-        path = data_of(data.path)
-        if path.is_file() and (open_ & _READING or path.stat().st_size > _MOST_BYTES):
+        path = sources_of(data)
+        if isinstance(path, Path) and path.is_file() and (open_ & _READING or path.stat().st_size > _MOST_BYTES):
             return
         if open_ & _ROWS or prompt_of(settings) is not None:  # how a prompt writes rows hangs on the base
-            read_rows(path, data.format, data.max_rows, drop_bad_rows=data.drop_bad_rows)
+            for source in (path,) if isinstance(path, Path) else path:
+                read_rows(source, data.format, data.max_rows, drop_bad_rows=data.drop_bad_rows)
             return
         codes = {code.strip() for code in (data.waive or "").split(",")}
         notes.extend(
             look(
                 path, data.eval_path, data.format, data.map, data.eval_share, data.max_rows, data.drop_bad_rows,
                 settings.task, seed=settings.train.seed, merge_labels=data.merge_labels, waived=codes,
+                group=data.group,
             )
         )  # fmt: skip
 

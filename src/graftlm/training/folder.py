@@ -41,11 +41,14 @@ def free_folder(data_name: str, *, parent: Path = Path("runs")) -> Path:
 def standing(settings: RunSettings, directory: str | Path) -> RunSettings:
     """`settings` that were given in `directory`, with paths that hold in every other one."""
     there, data, model = Path(directory), settings.data, settings.model
-    paths = {
-        name: str(there / Path(value).expanduser())
-        for name, value in (("path", data.path), ("eval_path", data.eval_path))
-        if value and not value.startswith("bundled:")
-    }
+
+    def place(value: str) -> str:
+        named = value.startswith(("bundled:", "hub:"))
+        return value if named else str(there / Path(value).expanduser())
+
+    given = {"path": data.path, "eval_path": data.eval_path}
+    paths: dict[str, Any] = {name: place(value) for name, value in given.items() if value}
+    paths["mixture"] = {place(path): weight for path, weight in data.mixture.items()}
     base = there / Path(model.name).expanduser()
     names = {"name": str(base)} if base.is_dir() and model.name != "bundled" else {}
     return settings.model_copy(update={"data": data.model_copy(update=paths), "model": model.model_copy(update=names)})

@@ -5,6 +5,7 @@ Every fault of these is told at once. It takes torch and transformers, but nothi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from graftlm.planning import Asked
 from graftlm.planning.memory import available_bytes
 from graftlm.settings import Resolved, RunSettings
 from graftlm.training.decisions import decide_length, positions_taken, with_head
-from graftlm.training.early import context_of, data_of, folder_of, length_faults, prompt_of, waived
+from graftlm.training.early import context_of, folder_of, length_faults, prompt_of, sources_of, waived
 from graftlm.training.foresight import does_not_fit, foreseen
 
 __all__ = ["Ready", "asked_resolved", "check_resolved", "make_ready", "read_with"]
@@ -99,10 +100,11 @@ def make_ready(settings: RunSettings, origin: Mapping[str, str]) -> Ready:
     method = attempt(lambda: read_method(settings.method))
     where = attempt(lambda: resolve_base(model.name))
     tokenizer = attempt(lambda: _tokenizer(settings, where)) if where else None
-    path = attempt(lambda: data_of(data.path))
+    path = attempt(lambda: sources_of(data))
     if tokenizer is None or path is None:
         if path is not None:
-            attempt(lambda: read_rows(path, data.format, data.max_rows))  # faults that need no tokenizer
+            for one in (path,) if isinstance(path, Path) else path:  # faults that need no tokenizer
+                attempt(functools.partial(read_rows, one, data.format, data.max_rows))
         raise SettingsError(faults)
     config, tokenizer = tokenizer
     taken = positions_taken(method) if method else 0
@@ -160,7 +162,7 @@ def _tokenizer(settings: RunSettings, where: str) -> tuple[Any, Any]:
 
 def read_with(
     settings: RunSettings,
-    path: Path,
+    path: Path | Mapping[str | Path, float],
     tokenizer: Any,
     max_length: int | None,
     config: Any,
@@ -182,6 +184,7 @@ def read_with(
         format=data.format,
         mapping=data.map,
         eval_share=data.eval_share,
+        group=data.group,
         max_rows=data.max_rows,
         drop_bad_rows=data.drop_bad_rows,
         tokenizer=tokenizer,

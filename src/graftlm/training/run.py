@@ -48,7 +48,7 @@ from graftlm.training.decisions import (
     positions_taken,
     title_of,
 )
-from graftlm.training.early import context_of, data_of, folder_of
+from graftlm.training.early import context_of, folder_of, sources_of
 from graftlm.training.environment import environment, peak_memory_bytes
 from graftlm.training.folder import RunFolder, free_folder, lines_of, resolved_of, standing
 from graftlm.training.foresight import does_not_fit
@@ -582,7 +582,7 @@ def held_out_of(path: Path, opened: Opened) -> Prepared:
     settings = standing(recorded(record["settings"]), record.get("directory", "."))
     prepared = read_with(
         settings,
-        data_of(settings.data.path),
+        sources_of(settings.data),
         opened.tokenizer,
         opened.max_length,
         opened.model.config,

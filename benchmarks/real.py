@@ -334,8 +334,8 @@ def keep(found: dict[str, Any]) -> None:
 def table(found: dict[str, Any]) -> str:
     """The results as Markdown, a line for each experiment, measure and method."""
     lines = [
-        "| data | base | measure | before | frozen | method | after | trained | processor s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| data | base | measure | before | frozen | method | runs | after | trained | processor s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, experiment in EXPERIMENTS.items():
         runs = [r for r in found["runs"] if r["experiment"] == name]
@@ -351,7 +351,7 @@ def table(found: dict[str, Any]) -> str:
                 parameters = own[0].get("trainable_parameters")
                 lines.append(
                     f"| {experiment.title} | {experiment.base} | {measure.replace('_', ' ')} | {before} | {frozen} | "
-                    f"{method} | {mean(values):.3f}{spread} | {f'{parameters:,}' if parameters else '0'} | "
+                    f"{method} | {len(own)} | {mean(values):.3f}{spread} | {f'{parameters:,}' if parameters else '0'} | "
                     f"{mean(r['processor_s'] for r in own):.0f} |"
                 )
     missing = [e.title for n, e in EXPERIMENTS.items() if not any(r["experiment"] == n for r in found["runs"])]

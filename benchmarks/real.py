@@ -348,10 +348,10 @@ def table(found: dict[str, Any]) -> str:
                     continue
                 values = [r["scores"][measure]["after"] for r in own]
                 spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-                parameters = own[0].get("trainable_parameters")
+                parameters = f"{own[0].get('trainable_parameters', 0):,}"
                 lines.append(
                     f"| {experiment.title} | {experiment.base} | {measure.replace('_', ' ')} | {before} | {frozen} | "
-                    f"{method} | {len(own)} | {mean(values):.3f}{spread} | {f'{parameters:,}' if parameters else '0'} | "
+                    f"{method} | {len(own)} | {mean(values):.3f}{spread} | {parameters} | "
                     f"{mean(r['processor_s'] for r in own):.0f} |"
                 )
     missing = [e.title for n, e in EXPERIMENTS.items() if not any(r["experiment"] == n for r in found["runs"])]

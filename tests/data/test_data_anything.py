@@ -27,6 +27,7 @@ _SOUND: dict[str, dict[str, Any]] = {
     "choice": {"prompt": "Which?", "choices": ["one", "two"], "answer": 1},
     "classify": {"text": "a lamp", "label": "x"},
     "dpo": {"prompt": "Hi", "chosen": "Yes", "rejected": "No"},
+    "grpo": {"prompt": "Hi"},
     "kto": {"prompt": "Hi", "completion": "Yes", "desirable": True},
     "lm": {"text": "a whole text"},
     "regress": {"text": "a lamp", "score": 1.5},

@@ -57,7 +57,8 @@ SHOWN = {
     "train.early_stopping", "train.recompute", "train.threads", "generate.max_new_tokens",
     "generate.temperature", "generate.top_p", "generate.samples", "output",
     "task", "train.packing", "preferences.beta", "preferences.loss", "preferences.smoothing", "preferences.wanted_weight",
-    "preferences.unwanted_weight",
+    "preferences.unwanted_weight", "reinforcement.reward", "reinforcement.answers", "reinforcement.kl_weight",
+    "reinforcement.clip",  # tests/training/test_rewards
 }  # fmt: skip
 
 

@@ -45,6 +45,7 @@ class Example:
     | tagged | `words`, `tags`, and `texts`, the words joined |
     | choices | `messages` that ask, `answers`, and `label`, the right answer's place |
     | preferences | `messages` that ask, and `answers`, chosen and rejected |
+    | prompts | `messages` that ask |
     | judged | `messages` that ask, one of `answers`, and `label`, whether it is wanted |
 
     `row` counts from 1; `place` is where it stands in its file; `raw` is the row as it was read.
@@ -210,7 +211,7 @@ def _example(at: int, row: Row, place: str, reading: Reading, faults: Faults) ->
             if text:
                 turns.append({"role": role, "content": text})
         return Example(at, place, row, messages=tuple(turns))
-    if reading.kind in ("choices", "preferences", "judged"):
+    if reading.kind in ("choices", "preferences", "judged", "prompts"):
         return _asked(at, row, place, reading, faults)
     if reading.kind == "tagged":
         return _tagged(at, row, place, reading, faults)
@@ -323,6 +324,8 @@ def _asked(at: int, row: Row, place: str, reading: Reading, faults: Faults) -> E
     if not turns:
         faults.add(at, "D164", "no question: 'chosen' and 'rejected' are texts, and there is no prompt")
         return None
+    if reading.kind == "prompts":
+        return Example(at, place, row, messages=tuple(turns))
     if reading.kind == "choices":
         return _choice(at, row, place, reading, faults, tuple(turns))
     columns = ("chosen", "rejected") if reading.kind == "preferences" else ("completion",)

@@ -12,6 +12,7 @@ from graftlm.data.candidates import encode_candidates, encode_paired, encode_sco
 from graftlm.data.checking import Example, Notes, check, check_overlap
 from graftlm.data.labels import Label, Labels, Scale, label_name
 from graftlm.data.prompting import PromptTemplate, prompted
+from graftlm.data.prompts import encode_prompts
 from graftlm.data.reading import Rejected, Table, read_rows
 from graftlm.data.recognise import Reading, recognise
 from graftlm.data.splitting import default_share, split, split_document
@@ -35,7 +36,7 @@ from graftlm.errors import DataError, Finding, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Prepared", "hold_out", "look", "prepare"]
+__all__ = ["ONLINE", "Prepared", "hold_out", "look", "prepare"]
 
 _FEW_DOCUMENTS = 20  # below this, long texts are divided inside rather than from one another
 _SHARE_OF_DOCUMENT = 0.05
@@ -321,7 +322,9 @@ def _sorted(
 
 
 #: Tasks whose answers a chat template writes.
-_WRITTEN = ("choice", "dpo", "kto", "reward", "sft", "tfew")
+_WRITTEN = ("choice", "dpo", "grpo", "kto", "reward", "rloo", "sft", "tfew")
+#: Those that learn from rewards of answers that the model writes itself.
+ONLINE = ("grpo", "rloo")
 #: Those of them for which a head on question and answer will do.
 _BY_HEAD = ("choice", "reward")
 
@@ -359,6 +362,8 @@ class _Encoder:
             return encode_chats(rows, self.tokenizer, self.template, self.notes, **written)
         if self.task == "reward":
             return encode_scored_answers(rows, self.tokenizer, self.template, self.notes, **written)
+        if self.task in ONLINE:
+            return encode_prompts(rows, self.tokenizer, self.template, self.notes, **written)
         written["mismatched"] = self.task == "kto"
         return encode_candidates(rows, self.tokenizer, self.template, self.notes, **written)
 
@@ -538,7 +543,8 @@ def _eval_line(train: list[Example], held: list[Example]) -> str:
 
 def _is_chat(examples: list[Example]) -> bool:
     """Whether any row is more than one question and its answer."""
-    return any([m["role"] for m in e.messages] != (["user"] if e.answers else ["user", "assistant"]) for e in examples)
+    single = (["user"], ["user", "assistant"])
+    return any([m["role"] for m in e.messages] not in single for e in examples)
 
 
 def _check_known_labels(examples: list[Example], labels: Labels, notes: Notes, place: str) -> None:

@@ -12,6 +12,7 @@
 | `prompt, chosen, rejected` | preferences | dpo |
 | `prompt, completion, label` with true or false | judged | kto |
 | `text` and none of these | documents | lm |
+| `prompt`; what else there is, the reward may read | prompts | none by itself: grpo, rloo |
 
 Some rows serve several tasks: pairs also seq2seq, documents mlm, choices tfew, preferences reward.
 
@@ -36,11 +37,13 @@ TASKS: dict[str, str] = {
     "choice": "prompt, choices and answer",
     "classify": "text and label",
     "dpo": "prompt, chosen and rejected",
+    "grpo": "prompt",
     "kto": "prompt, completion and desirable (true or false)",
     "lm": "text",
     "mlm": "text",
     "regress": "text and score",
     "reward": "prompt, chosen and rejected",
+    "rloo": "prompt",
     "seq2seq": "prompt and completion",
     "sft": "prompt and completion (or messages)",
     "tag": "tokens and tags",
@@ -82,11 +85,13 @@ _NEEDED = {
     "choice": ("prompt", "choices", "answer"),
     "classify": ("text", "label"),
     "dpo": ("prompt", "chosen", "rejected"),
+    "grpo": ("prompt",),
     "kto": ("prompt", "completion", "desirable"),
     "lm": ("text",),
     "mlm": ("text",),
     "regress": ("text", "score"),
     "reward": ("prompt", "chosen", "rejected"),
+    "rloo": ("prompt",),
     "seq2seq": ("prompt", "completion"),
     "sft": ("prompt", "completion"),
     "tag": ("tokens", "tags"),
@@ -104,8 +109,10 @@ _KIND_TASKS: dict[str, tuple[str, ...]] = {
     "labelled": ("classify",),
     "scored": ("regress",),
     "documents": ("lm", "mlm"),
+    "prompts": ("grpo", "rloo"),
 }
 _CERTAIN = ("preferences", "tagged", "choices", "judged")
+_ONLY_NAMED = ("prompts",)  # almost any row has a prompt
 _ONLY_ALONE = ("scored", "documents")  # one text, which many files have: looked for where nothing else fits
 
 
@@ -160,6 +167,8 @@ def recognise(
     found: dict[str, list[dict[str, str]]] = {}
     for kind, serves in _KIND_TASKS.items():
         settled = found and (kind in _ONLY_ALONE or any(certain in found for certain in _CERTAIN))
+        if task == "auto" and kind in _ONLY_NAMED:
+            continue
         if (task == "auto" or task in serves) and columns.wanted(kind) and not settled:
             several = getattr(columns, kind)()
             if several:
@@ -199,6 +208,7 @@ class _Columns:
             "judged": {"prompt", "completion", "desirable", "system"},
             "labelled": {"text", "text2", "label"},
             "pairs": {"prompt", "completion", "system"},
+            "prompts": {"prompt", "system"},
             "preferences": {"prompt", "chosen", "rejected", "system"},
             "scored": {"text", "text2", "score"},
             "tagged": {"tokens", "tags"},

@@ -11,7 +11,7 @@ import torch
 from graftlm.data import Collator, Template
 from graftlm.evaluation.losses import batches, evaluating
 
-__all__ = ["Conversation", "generate_texts", "stream_text"]
+__all__ = ["Conversation", "generate_texts", "sample_answers", "stream_text"]
 
 #: Messages to be answered, or a text to be continued.
 Conversation = str | Sequence[Mapping[str, Any]]
@@ -42,6 +42,34 @@ def generate_texts(
             # An encoder-decoder begins anew; a decoder goes on behind the prompt.
             width = 1 if model.config.is_encoder_decoder else together["input_ids"].shape[1]
             written += [text.strip() for text in tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)]
+    return written
+
+
+def sample_answers(
+    model: Any,
+    tokenizer: Any,
+    template: Template | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch: int = 64,
+) -> list[list[int]]:
+    """Token ids of an answer to each prompt (token ids), with its end where one was written.
+
+    Sampled from the model's own distribution (temperature 1, no cuts) under the routing in force, with draws of torch's
+    generator.
+    """
+    options = _options(model, tokenizer, template, max_new_tokens, 1.0, 1.0)
+    stops = set(options["generation_config"].eos_token_id)
+    collate = Collator(tokenizer.pad_token_id, side="left", pad_to_multiple_of=1)
+    written: list[list[int]] = []
+    with evaluating(model):
+        for part in batches([{"input_ids": list(ids)} for ids in prompts], batch):
+            together = {name: tensor.to(model.device) for name, tensor in collate(part).items()}
+            found = model.generate(**together, **options)[:, together["input_ids"].shape[1] :]
+            for ids in found.tolist():
+                end = next((at for at, token in enumerate(ids) if token in stops), len(ids) - 1)
+                written.append(ids[: end + 1])
     return written
 
 

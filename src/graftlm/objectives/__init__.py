@@ -8,27 +8,33 @@ from graftlm.objectives.causal_lm import CausalLM
 from graftlm.objectives.choice import Choice
 from graftlm.objectives.classification import Classification
 from graftlm.objectives.dpo import DPO
+from graftlm.objectives.grpo import GRPO
 from graftlm.objectives.kto import KTO
 from graftlm.objectives.masked_lm import MaskedLM
 from graftlm.objectives.multi_label import MultiLabel
 from graftlm.objectives.objective import Objective
+from graftlm.objectives.online import Online
 from graftlm.objectives.reference import Reference, settle
 from graftlm.objectives.regression import Regression
 from graftlm.objectives.reward import Reward
+from graftlm.objectives.rloo import RLOO
 from graftlm.objectives.seq2seq import Seq2Seq
 from graftlm.objectives.tagging import Tagging
 from graftlm.objectives.tfew import TFew
 
 __all__ = [
     "DPO",
+    "GRPO",
     "KTO",
     "OBJECTIVES",
+    "RLOO",
     "CausalLM",
     "Choice",
     "Classification",
     "MaskedLM",
     "MultiLabel",
     "Objective",
+    "Online",
     "Reference",
     "Regression",
     "Reward",
@@ -43,11 +49,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "choice": Choice,
     "classify": Classification,
     "dpo": DPO,
+    "grpo": GRPO,
     "kto": KTO,
     "lm": CausalLM,
     "mlm": MaskedLM,
     "regress": Regression,
     "reward": Reward,
+    "rloo": RLOO,
     "seq2seq": Seq2Seq,
     "sft": CausalLM,
     "tag": Tagging,

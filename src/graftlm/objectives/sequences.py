@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 from graftlm.kernels import IGNORED, LossHead
 
-__all__ = ["IGNORED", "aligned", "by_row", "sequence_inputs", "sequence_outputs", "sequence_scores", "token_log_probs"]
+__all__ = [
+    "IGNORED", "aligned", "by_row", "sequence_inputs", "sequence_outputs", "sequence_scores", "token_log_probs",
+    "token_table",
+]  # fmt: skip
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids")
 
@@ -64,6 +67,17 @@ def token_log_probs(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, 
         return -outputs[:, 1:][wanted].float(), wanted.nonzero()[:, 0]
     logits, labels, wanted = aligned(outputs, batch)
     return -F.cross_entropy(logits[wanted].float(), labels[wanted], reduction="none"), wanted.nonzero()[:, 0]
+
+
+def token_table(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The log-probability of each labelled token at its own place, [N, T] in float32; 0 where there is no label."""
+    if isinstance(outputs, Tensor):
+        return -outputs
+    values, _ = token_log_probs(outputs, batch)
+    wanted = batch["labels"] != IGNORED
+    if "decoder_input_ids" not in batch:
+        wanted[:, 0] = False
+    return values.new_zeros(wanted.shape).index_put((wanted,), values)
 
 
 def sequence_scores(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

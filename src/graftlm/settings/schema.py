@@ -26,6 +26,7 @@ __all__ = [
     "GenerateSettings",
     "ModelSettings",
     "PreferenceSettings",
+    "ReinforcementSettings",
     "RunSettings",
     "Setting",
     "TrainSettings",
@@ -225,6 +226,25 @@ class PreferenceSettings(_Section):
     unwanted_weight: Annotated[float, _about("Weight of unwanted answers (kto)", (0.5, 4), gt=0, le=1000)] = 1.0
 
 
+class ReinforcementSettings(_Section):
+    """What learning from rewards of the model's own answers (grpo, rloo) goes by.
+
+    Example:
+        >>> ReinforcementSettings(reward="regex:^Yes").answers
+        8
+    """
+
+    section: ClassVar[str] = "reinforcement"
+
+    reward: Annotated[
+        str | None,
+        _text("What an answer is worth: regex:PATTERN, match:COLUMN, FILE.py:FUNCTION or model:FOLDER", "", "--reward"),
+    ] = None
+    answers: Annotated[int, _count("Answers sampled to each prompt", (4, 16), least=2)] = 8
+    kl_weight: Annotated[float, _about("How closely the model is held to its start", (0, 0.2), ge=0, le=100)] = 0.04
+    clip: Annotated[float, _about("How far a ratio of probabilities counts from 1", (0.1, 0.3), gt=0, lt=1)] = 0.2
+
+
 class GenerateSettings(_Section):
     """How text is written with the model.
 
@@ -272,11 +292,14 @@ class RunSettings(_Section):
             "dpo",
             "kto",
             "reward",
+            "grpo",
+            "rloo",
         ],
         _about("What is learnt; auto goes by the columns and the base", "auto", "--task"),
     ] = "auto"
     train: TrainSettings = TrainSettings()
     preferences: PreferenceSettings = PreferenceSettings()
+    reinforcement: ReinforcementSettings = ReinforcementSettings()
     generate: GenerateSettings = GenerateSettings()
     output: Annotated[
         str | None, _text("Folder of the run; without one, runs/<data>-<n>", "", "-o", "--out"), _AsText

@@ -36,5 +36,9 @@ CODES: dict[str, str] = {
     "U134": "data.waive names a code that cannot be waived",
     "U135": "the method's virtual tokens leave no room for a row in the base's context",
     "U136": "texts cannot be packed into one row with this task, method or base",
+    "U140": "the reward that answers are to be learnt by is missing or cannot be had",
+    "U141": "the reward failed on an answer, or gave no finite number",
+    "U142": "the reward of an adapter cannot be computed without its owner's code",
+    "U143": "answers as long as they may be leave no room for a prompt",
 }
 """Code to meaning."""

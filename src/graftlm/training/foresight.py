@@ -10,6 +10,7 @@ import torch
 
 from graftlm.core import Method
 from graftlm.data import Prepared
+from graftlm.data.prepare import ONLINE
 from graftlm.data.tokenising import IGNORED
 from graftlm.errors import Finding
 from graftlm.planning import Plan, said
@@ -40,6 +41,9 @@ def foreseen(settings: RunSettings, config: Any, prepared: Prepared, method: Met
     rows = [sequence for item in [*prepared.train, *prepared.eval] for sequence in item.get("sequences", [item])]
     several = max(len(item.get("sequences", [item])) for item in prepared.train)
     length, labelled = longest_batch(rows)
+    if prepared.task in ONLINE:  # answers are yet to be written
+        several = settings.reinforcement.answers
+        length += -(-settings.generate.max_new_tokens // _MULTIPLE) * _MULTIPLE
     shape = Shape(
         on_processor=not on_cuda,
         rows=min(train.batch // train.accumulate, len(prepared.train)) * several,

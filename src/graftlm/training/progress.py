@@ -76,7 +76,7 @@ class Progress(TrainerCallback):
         self._task: Any = None
         self._began_s = self._said_s = 0.0
         self._first_step, self._first_s = 0, 0.0
-        self._loss = self._best = self._eval = float("nan")
+        self._loss = self._best = self._eval = self._reward = float("nan")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock, and the bar on a terminal."""
@@ -107,9 +107,10 @@ class Progress(TrainerCallback):
         if "loss" in logs:
             self._loss = logs["loss"]
             self._best = min(self._loss, self._best) if self._best == self._best else self._loss
+        self._reward = logs.get("reward", self._reward)
         if "eval_loss" in logs:
             self._eval = logs["eval_loss"]
-        names = ("loss", "penalty", "learning_rate", "grad_norm", "eval_loss")
+        names = ("loss", "penalty", "learning_rate", "grad_norm", "eval_loss", "reward", "answer_tokens", "eval_reward")
         row = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         row |= {name: logs[name] for name in names if name in logs}
         if "loss" in logs:
@@ -154,6 +155,8 @@ class Progress(TrainerCallback):
 
     def _line(self, state: Any) -> str:
         parts = [f"loss {self._loss:.3f} (best {self._best:.3f})"] if self._loss == self._loss else []
+        if self._reward == self._reward:
+            parts = [f"reward {self._reward:.3f}"]  # the loss of a step says nothing of how good answers are
         parts += [f"eval {self._eval:.3f}"] if self._eval == self._eval else []
         return "  ".join(
             [

@@ -13,6 +13,7 @@ from typing import Any
 
 from graftlm.core import Method
 from graftlm.data import Prepared, prepare
+from graftlm.data.prepare import ONLINE
 from graftlm.data.reading import read_rows
 from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, SettingsError
 from graftlm.methods import read_method
@@ -176,6 +177,12 @@ def read_with(
     options["prompt"] = prompt_of(settings)
     options |= known
     encoder = is_encoder(config)
+    if options["task"] in ONLINE and max_length is not None:
+        room = max_length - settings.generate.max_new_tokens
+        if room < 2:
+            message = f"answers of {settings.generate.max_new_tokens} tokens leave no room in {max_length} for a prompt"
+            raise SettingsError(Finding("U143", message, fix=f"--set generate.max_new_tokens={max_length // 2}"))
+        max_length = room
     # With `auto`, what this kind of base can do with such rows.
     does = {"lm": "mlm"} if encoder else {"sft": "seq2seq"} if getattr(config, "is_encoder_decoder", False) else {}
     return prepare(

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainingArguments
 import graftlm
 from graftlm.core import Adapter, Method, Samples, attach, parameter_count, summary, use
 from graftlm.data import MaskingCollator, Prepared
+from graftlm.data.prepare import ONLINE
 from graftlm.data.tokenising import histogram
 from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, RunError, SettingsError
 from graftlm.evaluation import losses
@@ -55,13 +56,16 @@ from graftlm.training.foresight import does_not_fit
 from graftlm.training.opening import Opened
 from graftlm.training.progress import Progress, Voice, clock
 from graftlm.training.ready import Ready, make_ready, read_with
+from graftlm.training.rewards import Reward as RewardFunction
+from graftlm.training.rewards import read_reward
 from graftlm.training.scoring import write_samples
-from graftlm.training.tasks import Learnt, score_line
+from graftlm.training.tasks import Learnt, score_line, written_to
 from graftlm.training.trainer import GraftTrainer
 
 __all__ = ["Run", "held_out_of", "train", "train_resolved"]
 
 _EVAL_ROWS_WHILE_TRAINING = 200
+_REWARDED_WHILE_TRAINING = 64
 _SAMPLES = 64  # rows that methods look at which choose by data
 _ROWS = "data/rows.jsonl"
 #: Operations from which on it is worth a few seconds to learn how fast the device is.
@@ -112,7 +116,8 @@ def train(
 
     `data` is a file, or an iterable of rows (dicts), or None for the bundled messages; `base` a folder, a hub id or
     "bundled". `settings` are those of the run file's sections by their own names: `epochs=3`, `learning_rate=2e-4`,
-    `max_length=512`, `eval_share=0.1`, or by dotted name in a dict: `**{"data.map": {...}}`.
+    `max_length=512`, `eval_share=0.1`, or by dotted name in a dict: `**{"data.map": {...}}`. `reward` may be a function
+    of prompt, answer and row.
     Raises GraftError with everything that is wrong, before training starts.
 
     Example:
@@ -122,6 +127,10 @@ def train(
     from graftlm.settings import SETTINGS
 
     given: dict[str, Any] = {}
+    function = None
+    if callable(settings.get("reward")):
+        function = settings.pop("reward")
+        settings["reward"] = f"python:{getattr(function, '__qualname__', type(function).__name__)}"
     for name, value in settings.items():
         found = [full for full, setting in SETTINGS.items() if name in (full, setting.key)]
         given[found[0] if len(found) == 1 else name] = value
@@ -134,7 +143,9 @@ def train(
     if method is not None:
         given["method"] = str(method)
     resolved = resolve(file=Path(config) if config else None, python=given)
-    return train_resolved(resolved, resume=resume, command="graftlm.train(...)", quiet=quiet, rows=rows)
+    return train_resolved(
+        resolved, resume=resume, command="graftlm.train(...)", quiet=quiet, rows=rows, reward=function
+    )
 
 
 def train_resolved(
@@ -144,6 +155,7 @@ def train_resolved(
     command: str = "",
     quiet: bool = False,
     rows: list[Mapping[str, Any]] | None = None,
+    reward: RewardFunction | None = None,
 ) -> Run:
     """Train as `resolved` says; see `train`."""
     settings = resolved.settings
@@ -162,7 +174,7 @@ def train_resolved(
     try:
         if rows is not None:
             settings = _with_rows(settings, folder, rows)
-        return _Work(settings, resolved.origin, folder, voice, command, resume).run()
+        return _Work(settings, resolved.origin, folder, voice, command, resume, reward).run()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise EnvironmentFault(
             Finding(
@@ -209,8 +221,10 @@ class _Work:
         voice: Voice,
         command: str,
         resume: bool,
+        reward: RewardFunction | None = None,
     ) -> None:
         self.settings, self.origin, self.folder, self.voice = settings, origin, folder, voice
+        self.reward = reward
         self.resume = resume
         self.record: dict[str, Any] = {
             "graftlm": graftlm.__version__,
@@ -228,6 +242,8 @@ class _Work:
         before = self.folder.record if self.resume else {}
         ready = make_ready(self.settings, self.origin)
         prepared, method, self.asked = ready.prepared, ready.method, ready.asked
+        if prepared.task in ONLINE and self.reward is None:
+            self.reward = read_reward(self.settings.reinforcement.reward, prepared.reading.known)
         # Running texts go on in the next row: nothing of them is cut away.
         length = self.settings.train.max_length or decide_length(ready.config, self.asked)
         self._say_data(prepared, None if prepared.task == "lm" else length)
@@ -248,6 +264,8 @@ class _Work:
             longest=longest,
             seed=self.settings.train.seed,
             preferences=self.settings.preferences.model_dump(),
+            reinforcement=self.reinforcement(),
+            reward=self.reward,
             title=title_of(self.asked),
         )
         self.collate = self.learnt.collator()
@@ -261,6 +279,7 @@ class _Work:
             "labels": prepared.labels.to_dict() if prepared.labels else None,
             "scale": prepared.scale.to_dict() if prepared.scale else None,
             "preferences": dict(self.learnt.preferences) if prepared.task in ("dpo", "kto") else None,
+            "reinforcement": self.reinforcement() if prepared.task in ONLINE else None,
             "template": prepared.template.to_dict() if prepared.template else None,
             "prompt": prepared.prompt.to_dict() if prepared.prompt else None,
             "max_length": self.settings.train.max_length or decide_length(model.config, method),
@@ -274,6 +293,11 @@ class _Work:
         )
         stopped = self._train(trainer, progress, adapter)
         return self._finish(prepared, model, tokenizer, adapter, trainer, began_s, stopped)
+
+    def reinforcement(self) -> dict[str, Any]:
+        """The settings that learning from rewards goes by."""
+        told = self.settings.reinforcement.model_dump()
+        return told | {"max_new_tokens": self.settings.generate.max_new_tokens}
 
     # --- before training ---
 
@@ -407,6 +431,7 @@ class _Work:
         train = self.settings.train
         epochs = train.epochs or decide_epochs(len(prepared.train))
         objective = self.learnt.objective()
+        online = prepared.task in ONLINE
         reference = Reference(adapter) if "reference" in objective.needs else None
         if reference is not None and reference.by_values:  # what scores are told against, now and later
             adapter.save(self.folder.start)
@@ -448,6 +473,9 @@ class _Work:
             dataloader_pin_memory=False,
         )
         # Set afterwards, because the arguments allow it only where every evaluation saves; ours saves each new best.
+        if online:
+            args.metric_for_best_model = None if train.early_stopping is None else "eval_reward"
+            args.greater_is_better = True
         args.load_best_model_at_end = train.early_stopping is not None
         progress = Progress(self.voice, self.folder.metrics, objective.unit)
         callbacks: list[TrainerCallback] = [progress, Interrupt(self.voice)]
@@ -457,16 +485,27 @@ class _Work:
             from transformers import EarlyStoppingCallback
 
             callbacks.append(EarlyStoppingCallback(train.early_stopping))
+        rollout = None
+        if online:
+            rollout = self.learnt.rollout({item["row"]: item["example"] for item in prepared.train})
+
+        def evaluate() -> dict[str, float]:
+            if online:
+                written = written_to(self.learnt, held[:_REWARDED_WHILE_TRAINING])
+                return {"eval_reward": sum(written.rewards) / len(written.rewards)}
+            return {"eval_loss": losses(model, objective, held, judge, reference=reference).mean}
+
         trainer = GraftTrainer(
             adapter,
             objective,
             args,
-            evaluate_with=lambda: {"eval_loss": losses(model, objective, held, judge, reference=reference).mean},
+            evaluate_with=evaluate,
             reference=reference,
             learning_rate_of=lambda kind: next(
                 rate for part, rate in zip(adapter.method.parts, self.learning_rates, strict=True) if part is kind
             ),
             recompute=train.recompute,
+            rollout=rollout,
             train_dataset=prepared.train,
             eval_dataset=held,
             data_collator=self.collate,

@@ -5,7 +5,7 @@ table joins them with the arithmetic and the metric. Adding a task means a line 
 
 Example:
     >>> sorted(TASKS)[:4], TASKS["tag"].measure.title
-    (['choice', 'classify', 'dpo', 'kto'], 'span F1')
+    (['choice', 'classify', 'dpo', 'grpo'], 'span F1')
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from graftlm.core import use
 from graftlm.data import Collator, Labels, MaskingCollator, Scale, SequencesCollator, TargetsCollator, Template
+from graftlm.data.prepare import ONLINE
 from graftlm.data.targets import source_of
+from graftlm.errors import Finding, RunError
 from graftlm.evaluation import classification_scores
 from graftlm.evaluation.answers import (
     answer_probabilities,
@@ -41,14 +44,17 @@ from graftlm.kernels import LossHead
 from graftlm.models import head_of, is_encoder
 from graftlm.objectives import (
     DPO,
+    GRPO,
     KTO,
     OBJECTIVES,
+    RLOO,
     CausalLM,
     Choice,
     Classification,
     MaskedLM,
     MultiLabel,
     Objective,
+    Online,
     Reference,
     Regression,
     Reward,
@@ -58,11 +64,15 @@ from graftlm.objectives import (
 )
 from graftlm.training.decisions import title_of
 from graftlm.training.opening import Opened
+from graftlm.training.rewards import Reward as RewardFunction
+from graftlm.training.rewards import is_check, read_reward
+from graftlm.training.rollout import Rollout, Written
 from graftlm.training.scoring import questions_of, score_classification, score_text
 
 __all__ = ["TASKS", "Learnt", "Measure", "Task", "chooses_by_head", "learnt_of", "score_line"]
 
 _BASELINE_ROWS = 2000
+_REWARDED_ROWS = 128  # answers that are sampled and rewarded
 _WRITTEN_ROWS = 64  # answers that are written out to be scored
 
 
@@ -84,8 +94,8 @@ class Measure:
 class Learnt:
     """A model with what its outputs mean: all that scoring it needs.
 
-    `preferences` are the settings of the section of that name. `reference` is the model before training, for tasks that
-    compare with it.
+    `preferences` and `reinforcement` are the settings of the sections of these names, `reward` what answers are worth.
+    `reference` is the model before training, for tasks that compare with it.
     """
 
     task: str
@@ -97,6 +107,8 @@ class Learnt:
     longest: int | None = None
     seed: int = 0
     preferences: Mapping[str, Any] = field(default_factory=dict)
+    reinforcement: Mapping[str, Any] = field(default_factory=dict)
+    reward: RewardFunction | None = None
     reference: Reference | None = None
     title: str = "adapter"
 
@@ -104,6 +116,22 @@ class Learnt:
         """How losses of labelled tokens are found on this model: by its head, or by logits from the first label on."""
         tail_only = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         return {"tail_only": tail_only, "head": LossHead.of(self.model)}
+
+    def rollout(self, examples: Mapping[int, Any]) -> Rollout:
+        """Answers of the model with their rewards; `examples` are the rows by number."""
+        assert self.reward is not None
+        told = self.reinforcement
+        return Rollout(
+            self.model,
+            self.tokenizer,
+            self.template,
+            self.reward,
+            answers=told["answers"],
+            max_new_tokens=told["max_new_tokens"],
+            longest=self.longest or told["max_new_tokens"] * 2,
+            examples=examples,
+            seed=self.seed,
+        )
 
     def objective(self) -> Objective:
         """What was, or will be, minimised."""
@@ -154,6 +182,16 @@ def learnt_of(opened: Opened) -> Learnt:
     """An opened adapter as what it has learnt; the model before training is the base without it."""
     assert opened.adapter is not None
     needs = "reference" in OBJECTIVES[opened.task].needs
+    reinforcement = opened.facts.get("reinforcement") or {}
+    reward = None
+    if opened.task in ONLINE:
+        named = reinforcement.get("reward")
+        if not is_check(named):
+            message = (
+                f"{opened.folder} learnt from the reward {named!r}, which is not run for an adapter that asks for it"
+            )
+            raise RunError(Finding("U142", message, fix="graftlm generate or chat, to see what it writes"))
+        reward = read_reward(named)
     return Learnt(
         opened.task,
         opened.model,
@@ -163,6 +201,8 @@ def learnt_of(opened: Opened) -> Learnt:
         template=opened.template,
         longest=opened.max_length,
         preferences=opened.facts.get("preferences") or {},
+        reinforcement=reinforcement,
+        reward=reward,
         reference=Reference(opened.adapter, rest=opened.beneath) if needs else None,
         title=title_of(opened.adapter.method),
     )
@@ -177,6 +217,10 @@ def _padded(learnt: Learnt) -> Collator:
 
 def _sequences(learnt: Learnt) -> Collate:
     return SequencesCollator(_padded(learnt))
+
+
+def _prompts(learnt: Learnt) -> Collate:
+    return Collator(learnt.tokenizer.pad_token_id, side="left", max_length=learnt.longest)
 
 
 def _targets(learnt: Learnt) -> Collate:
@@ -379,6 +423,42 @@ def _score_judged(
     return results, lines
 
 
+def _score_rewards(
+    learnt: Learnt, held: Sequence[Any], train: Sequence[Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    del train
+    some = held[:_REWARDED_ROWS]
+    tuned = written_to(learnt, some)
+    with use(learnt.model, None):
+        before = written_to(learnt, some)
+    rivals = [("tuned", f"tuned: {learnt.title}", tuned), ("base", "untouched base", before)]
+    scores = [
+        {"name": name, "title": title}
+        | with_interval("reward", [np.asarray(found.rewards)], np.mean)
+        | {"answer_tokens": float(np.mean([len(ids) for ids in found.tokens]))}
+        for name, title, found in rivals
+    ]
+    lines = [
+        {
+            "row": item.get("row"),
+            "text": item["example"].text,
+            "answer": text,
+            "label": f"before: {old[:200]}",
+            "reward": round(float(value), 4),
+        }
+        for item, text, old, value in zip(some, tuned.texts, before.texts, tuned.rewards, strict=True)
+    ]
+    return {"scores": scores, "rewarded_rows": len(some)}, lines
+
+
+def written_to(learnt: Learnt, items: Sequence[Any]) -> Written:
+    """A sampled answer to each row with its reward, under the routing in force; the same draws each time."""
+    rollout = learnt.rollout({})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(learnt.seed)
+        return rollout.write([item["input_ids"] for item in items], [item["example"] for item in items])
+
+
 def _score_text(
     learnt: Learnt, held: Sequence[Any], train: Sequence[Any]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -411,6 +491,7 @@ def _score_targets(
 
 _LOSS = Measure("loss", "loss", more_is_better=False, unit="nats per token")
 _PERPLEXITY = Measure("perplexity", "perplexity", more_is_better=False)
+_REWARD, _ANSWER_TOKENS = Measure("reward", "mean reward"), Measure("answer_tokens", "tokens an answer")
 _ACCURACY = Measure("accuracy", "accuracy")
 #: What is told of classifiers whose rows may have several labels.
 _SEVERAL = (Measure("micro_f1", "micro-F1"), Measure("exact", "rows all right"))
@@ -420,6 +501,11 @@ def _choice(learnt: Learnt) -> Choice:
     if chooses_by_head("choice", learnt.model.config):
         return Choice(by_head=True)
     return Choice(**learnt.writing())
+
+
+def _online(kind: type[Online], of: Learnt) -> Online:
+    told = {name: of.reinforcement[name] for name in ("answers", "kl_weight", "clip") if name in of.reinforcement}
+    return kind(**told, **of.writing())
 
 
 TASKS: dict[str, Task] = {
@@ -438,6 +524,9 @@ TASKS: dict[str, Task] = {
         ),
         _sequences, _score_preferences, Measure("pair_accuracy", "pairs in order"), Measure("margin", "margin"),
     ),
+    "grpo": Task(
+        lambda of: _online(GRPO, of), _prompts, _score_rewards, _REWARD, _ANSWER_TOKENS,
+    ),
     "kto": Task(
         lambda of: KTO(
             beta=of.preferences.get("beta", 0.1), wanted_weight=of.preferences.get("wanted_weight", 1.0),
@@ -453,6 +542,9 @@ TASKS: dict[str, Task] = {
     ),
     "reward": Task( lambda _: Reward(), _sequences, _score_preferences,
         Measure("pair_accuracy", "pairs in order"), Measure("margin", "margin")
+    ),
+    "rloo": Task(
+        lambda of: _online(RLOO, of), _prompts, _score_rewards, _REWARD, _ANSWER_TOKENS,
     ),
     "seq2seq": Task( lambda _: Seq2Seq(), _targets, _score_targets, _LOSS, Measure("bleu", "BLEU")),
     "sft": Task( lambda of: CausalLM.of(of.model), _padded, _score_text, _LOSS, _PERPLEXITY

@@ -33,6 +33,9 @@ __all__ = ["GraftTrainer"]
 
 #: Scores of the held-out rows, by name; `eval_loss` among them.
 Evaluate = Callable[[], dict[str, float]]
+#: Turns the prompts of a step, a batch for each micro-batch, into answers with rewards, in place;
+#: the second argument is how many steps came before.
+Rollout = Callable[[list[dict[str, Any]], int], None]
 
 
 class GraftTrainer(Trainer):
@@ -56,10 +59,12 @@ class GraftTrainer(Trainer):
         reference: Reference | None = None,
         learning_rate_of: Callable[[Method], float] | None = None,
         recompute: Recompute = "none",
+        rollout: Rollout | None = None,
         **options: Any,
     ) -> None:
         self.adapter: Adapter = adapter
         self.objective: Objective = objective
+        self.rollout = rollout
         self.evaluate_with, self.learning_rate_of = evaluate_with, learning_rate_of
         self.recompute: Recompute = recompute
         #: The model before training, for objectives that compare with it.
@@ -94,6 +99,8 @@ class GraftTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         del device
+        if self.rollout is not None:
+            self.rollout(batch_samples, self.state.global_step)
         settle(self.adapter.model, self.objective, batch_samples, self.reference, total=self._over_processes)
         count = sum(self.objective.count(batch) for batch in batch_samples)
         self.counted += count
@@ -157,6 +164,8 @@ class GraftTrainer(Trainer):
         """As the Trainer logs, with the method's penalty beside the loss."""
         if self.penalty is not None and "loss" in logs:
             logs["penalty"] = self.penalty
+        if "loss" in logs:
+            logs |= getattr(self.rollout, "told", {})
         super().log(logs, *args, **options)
 
     # --- optimizer ---

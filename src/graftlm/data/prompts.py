@@ -1,0 +1,68 @@
+"""Turns rows with a question only into the tokens that an answer is written after.
+
+Items hold `input_ids`, the question as the template writes it with a turn opened for the answer, `row` and `example`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from graftlm.data.checking import Example, Notes
+from graftlm.data.reading import Rejected
+from graftlm.data.templates import Template, TemplateFault
+from graftlm.data.tokenising import Item, Supervision, longest_allowed
+from graftlm.data.wording import counted, number, rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["encode_prompts"]
+
+_DROP = "--set data.drop_bad_rows=true"
+
+
+def encode_prompts(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    notes: Notes,
+    *,
+    max_length: int | None = None,
+    drop_bad_rows: bool = False,
+    place: str = "",
+) -> tuple[list[Item], Supervision, list[Rejected]]:
+    """Every row's question; one longer than `max_length` tokens loses its beginning (D146).
+
+    Rows that the template refuses are a fault (D140, D141), or left out with `drop_bad_rows`.
+    """
+    limit = longest_allowed(tokenizer, max_length)
+    items: list[Item] = []
+    lengths: list[int] = []
+    refused: dict[tuple[str, str], list[Example]] = {}
+    for example in examples:
+        try:
+            ids = template.encode(tokenizer, example.messages)
+        except TemplateFault as fault:
+            refused.setdefault((fault.code, str(fault)), []).append(example)
+            continue
+        lengths.append(len(ids))
+        items.append({"input_ids": ids if limit is None else ids[-limit:], "row": example.row, "example": example})
+    rejected: list[Rejected] = []
+    for (code, why), those in refused.items():
+        if drop_bad_rows:
+            rejected += [Rejected(e.place, e.row, f"{why} [{code}]", e.raw) for e in those]
+        else:
+            notes.error(code, f"{counted(len(those), 'row')} ({rows([e.row for e in those])}): {why}", place, _DROP)
+    cut = sum(limit is not None and length > limit for length in lengths)
+    if cut:
+        message = (
+            f"{number(cut)} of {counted(len(items), 'row')}: the question lost its beginning to fit {limit} tokens"
+        )
+        notes.note("D146", message, place)
+    total = sum(len(item["input_ids"]) for item in items)
+    return (
+        items,
+        Supervision(0, total, cut, tuple(lengths), what="the tokens of answers that the model writes"),
+        rejected,
+    )

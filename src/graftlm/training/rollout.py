@@ -1,0 +1,106 @@
+"""Rollouts: prompts become answers of the model as it is, with their rewards.
+
+All prompts of an optimizer step are answered together, in parts of a fixed size: what is drawn depends on neither
+`train.accumulate` nor the width of a batch. Draws go by the seed and the number of the step alone, so a resumed run
+samples what the unbroken one would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from graftlm.data import Collator, Template
+from graftlm.evaluation.generating import sample_answers
+from graftlm.evaluation.losses import evaluating
+from graftlm.objectives.sequences import IGNORED
+from graftlm.training.rewards import Reward, worth
+
+__all__ = ["Rollout", "Written"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Answers to prompts: token ids (with the end, where one was written), text, and what each is worth."""
+
+    tokens: list[list[int]]
+    texts: list[str]
+    rewards: list[float]
+
+
+@dataclass
+class Rollout:
+    """Answers the prompts of a step `answers` times each and puts the answers in their place.
+
+    Args:
+        model: the one that learns, with its adapter on.
+        tokenizer: of its base.
+        template: which the prompts are written with; its end of turn ends an answer.
+        reward: what an answer is worth.
+        answers: how many are sampled to each prompt.
+        max_new_tokens: after which an answer is broken off.
+        longest: the most tokens of prompt and answer together; prompts lose their beginning.
+        seed: of the draws.
+        examples: the rows (`graftlm.data` examples) that the numbers in `row` mean.
+    """
+
+    model: Any
+    tokenizer: Any
+    template: Template | None
+    reward: Reward
+    answers: int
+    max_new_tokens: int
+    longest: int
+    examples: Mapping[int, Any]
+    seed: int = 0
+    #: Of the last step: mean reward, mean tokens of an answer.
+    told: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, batches: Sequence[dict[str, Any]], step: int = 0) -> None:
+        """Turn each batch of prompts of a step into one of prompts with answers and `rewards`, in place."""
+        rows = [int(row) for batch in batches for row in batch["row"]]
+        prompts = [ids for batch in batches for ids in _unpadded(batch)]
+        several = [at for at in range(len(rows)) for _ in range(self.answers)]
+        prompts = [prompts[at] for at in several]
+        with evaluating(self.model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + step)
+            written = self.write(prompts, [self.examples[rows[at]] for at in several])
+        self.told = {
+            "reward": sum(written.rewards) / len(several),
+            "answer_tokens": sum(map(len, written.tokens)) / len(several),
+        }
+        collate = Collator(self.tokenizer.pad_token_id)
+        items = [
+            {"input_ids": [*ids, *answer], "labels": [*[IGNORED] * len(ids), *answer], "row": rows[at]}
+            for at, ids, answer in zip(several, prompts, written.tokens, strict=True)
+        ]
+        start = 0
+        for batch in batches:
+            here = slice(start, start + len(batch["row"]) * self.answers)
+            made = collate(items[here])
+            made["rewards"] = torch.tensor(written.rewards[here])
+            device = batch["input_ids"].device
+            batch.clear()
+            batch.update({name: tensor.to(device) for name, tensor in made.items()})
+            start = here.stop
+
+    def write(self, prompts: Sequence[Sequence[int]], examples: Sequence[Any]) -> Written:
+        """One answer to each prompt (token ids), under the routing in force."""
+        room = max(self.longest - self.max_new_tokens, 1)
+        tokens = sample_answers(
+            self.model,
+            self.tokenizer,
+            self.template,
+            [list(ids)[-room:] for ids in prompts],
+            max_new_tokens=self.max_new_tokens,
+        )
+        texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        asked = [str(example.messages[-1]["content"]) for example in examples]
+        return Written(tokens, texts, worth(self.reward, asked, texts, [example.raw for example in examples]))
+
+
+def _unpadded(batch: Mapping[str, Any]) -> list[list[int]]:
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]

@@ -250,7 +250,7 @@ def test_the_reward_rises(task: str, tmp_path: Path) -> None:
 
     def share_of_e(prompt: str, answer: str, row: Mapping[str, Any]) -> float:
         del prompt, row
-        return answer.count("e") / max(len(answer), 8)
+        return 10 * answer.count("e") / max(len(answer), 8)  # of the order of the distance that rloo takes off
 
     run = train(
         rows, task=task, reward=share_of_e, output=tmp_path / "run", steps=30, batch=4, quiet=True, max_new_tokens=8,

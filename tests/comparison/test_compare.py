@@ -140,15 +140,20 @@ def test_optuna_is_asked_for_by_name(small: Compare, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(GraftError, match=r"graftlm\[compare\]"):
-        small()
+        small(trials=4)
+
+
+def test_few_trials_are_the_same_for_all_and_go_to_the_better_side() -> None:
+    assert next_factor([]) == 1.0
+    assert next_factor([(1.0, 0.5)]) == 3.0
+    assert next_factor([(1.0, 0.5), (3.0, 0.4)]) == 8.0
+    assert next_factor([(1.0, 0.5), (3.0, 0.6)]) == 0.333
 
 
 def test_the_next_rate_depends_on_what_was_seen_and_on_nothing_else() -> None:
-    assert next_factor("lora", []) == 1.0
-    history = [(1.0, 0.5), (4.0, 0.3), (2.0, 0.35)]
-    found = next_factor("lora", history)
-    assert found == next_factor("lora", list(history))
-    assert found != next_factor("ia3", history)
+    history = [(1.0, 0.5), (3.0, 0.3), (8.0, 0.35)]
+    found = next_factor(history)
+    assert found == next_factor(list(history))
     assert 1 / 8 <= found <= 8
 
 

@@ -46,6 +46,7 @@ from graftlm.training.progress import clock
 __all__ = ["Comparison", "Contestant", "compare", "compare_with"]
 
 _RECORD = "comparison.json"
+_LADDER = 3  # trials that need no estimator
 _RANGE = 8.0  # learning rates are looked for from an eighth to eight times the method's own
 
 
@@ -114,7 +115,7 @@ def compare_with(
     settings: ComparisonSettings, *, output: str | Path | None = None, quiet: bool = False, command: str = ""
 ) -> Comparison:
     """Compare as `settings` say; see `compare`."""
-    if settings.trials > 1:
+    if settings.trials > _LADDER:
         need_optuna()
     folder = Path(output).expanduser() if output else free_folder(settings.data or "bundled:messages", parent=_PARENT)
     _check_folder(folder, settings)
@@ -218,7 +219,7 @@ class _Work:
             place = self.folder / "trials" / contestant.name / f"{number}.json"
             found = _kept(place)
             if found is None:
-                factor = next_factor(contestant.name, history)
+                factor = next_factor(history)
                 with bench.fitted(contestant.method, seed=0, factor=factor):
                     scored = bench.scored(bench.validation)
                 # Accuracy decides, the loss between equals; for texts the loss is the score.
@@ -434,29 +435,31 @@ def need_optuna() -> Any:
         import optuna
     except ImportError:
         message = "choosing learning rates needs optuna, which is not installed"
-        fix = "pip install 'graftlm[compare]', or --trials 1 for the methods' own rates"
+        fix = "pip install 'graftlm[compare]', or at most --trials 3"
         raise EnvironmentFault(Finding("E131", message, fix=fix)) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
 
-def next_factor(name: str, history: Sequence[tuple[float, float]]) -> float:
+def next_factor(history: Sequence[tuple[float, float]]) -> float:
     """The factor on a method's learning rates to try next, after (factor, value to be made small) so far.
 
-    The first is 1, the method's own rate; then Optuna's tree-structured Parzen estimator looks from an eighth to eight
-    times it, on a logarithmic scale. What comes next depends on the name and the history alone, so that a comparison
-    that was stopped goes on as if it had not been.
+    The first is 1, the method's own rate, the second 3, the third on from there if that was better and a third if not:
+    few trials must not depend on luck, which would favour one method over another. From the fourth on, Optuna's
+    tree-structured Parzen estimator looks from an eighth to eight times the rate, on a logarithmic scale. What comes
+    next depends on the history alone, so that a comparison that was stopped goes on as if it had not been.
     """
-    if not history:
-        return 1.0
+    if len(history) < 2:
+        return (1.0, 3.0)[len(history)]
+    if len(history) < _LADDER:
+        return _RANGE if history[1][1] < history[0][1] else 0.333
     optuna = need_optuna()
     import warnings
 
     space = optuna.distributions.FloatDistribution(1 / _RANGE, _RANGE, log=True)
-    seed = int.from_bytes(name.encode()[:6], "big") + len(history)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sampler = optuna.samplers.TPESampler(seed=seed % 2**31, n_startup_trials=3)
+        sampler = optuna.samplers.TPESampler(seed=len(history), n_startup_trials=3)
         study = optuna.create_study(sampler=sampler)
         for factor, value in history:
             study.add_trial(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from graftlm.cli.doctor import TESTED, _number, _version, examine
+from graftlm.cli.doctor import TESTED, _number, _tried, _version, examine
 from graftlm.settings import resolve
 
 
@@ -95,6 +95,21 @@ def test_doctor_finds_this_machine_able(cli: Callable[..., Any]) -> None:
     }
     assert not [line for line in lines if line.state == "fail"]
     assert all(line.mend for line in lines if line.state != "pass")
+
+
+def test_doctor_tells_of_types_that_are_slow_wrong_or_missing() -> None:
+    def missing(device: str, name: str) -> float:
+        raise RuntimeError(f"{name} is not implemented for {device}\nat some place")
+
+    def always(value: float) -> Callable[[str, str], float]:
+        return lambda _device, _name: value
+
+    lines = [_tried("cpu", "bfloat16", *given) for given in (
+        (always(0.001), always(1.2)), (always(0.001), always(25)), (always(0.5), always(1)), (missing, always(1)),
+    )]  # fmt: skip
+    assert [line.state for line in lines] == ["pass", "warn", "fail", "warn"]
+    assert "25 times as long as in float32" in lines[1].found
+    assert {line.mend for line in lines[1:]} == {"--set model.dtype=float32"}
 
 
 def test_doctor_tells_of_versions(cli: Callable[..., Any]) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ TESTED: dict[str, tuple[str, str]] = {
 
 _EXTRAS = {"bitsandbytes": "weights in 4 and 8 bits", "peft": "comparing with PEFT in the tests"}
 _SPACE_BYTES, _MEMORY_BYTES = 2 * 10**9, 2 * 10**9
+_SLOW = 5.0  # times float32
 
 
 @dataclass(frozen=True)
@@ -168,19 +170,42 @@ def _devices() -> Iterator[Line]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         for name in ("float32", "bfloat16", "float16"):
-            yield _tried(device, name, lambda d=device, n=name: _compute(d, n))  # type: ignore[misc]
+            yield _tried(device, name, _compute, _times_slower)
     if "cuda" not in devices:
         yield Line("pass", "cuda", "none: everything runs on the processor")
 
 
-def _tried(device: str, name: str, work: Callable[[], float]) -> Line:
+def _tried(device: str, name: str, work: Callable[[str, str], float], slower: Callable[[str, str], float]) -> Line:
+    mend = "--set model.dtype=float32"
     try:
-        off = work()
+        off = work(device, name)
+        times = slower(device, name)
     except Exception as error:  # whatever a driver says
-        return Line("warn", f"{device} {name}", str(error).splitlines()[0][:80], "--set model.dtype=float32")
-    good = off < 0.1
-    return Line("pass" if good else "fail", f"{device} {name}", "a step forward and back is right" if good else
-                f"wrong by {off:.2g}", "" if good else "--set model.dtype=float32")  # fmt: skip
+        return Line("warn", f"{device} {name}", str(error).splitlines()[0][:80], mend)
+    if off >= 0.1:
+        return Line("fail", f"{device} {name}", f"wrong by {off:.2g}", mend)
+    if times >= _SLOW:
+        found = f"right, but a product takes {times:.0f} times as long as in float32"
+        return Line("warn", f"{device} {name}", found, mend)
+    return Line("pass", f"{device} {name}", "a step forward and back is right")
+
+
+def _times_slower(device: str, name: str) -> float:
+    """How many times as long as in float32 a product takes: a processor without the type goes number by number."""
+    import torch
+
+    if device != "cpu" or name == "float32":
+        return 1.0
+    seconds = {}
+    for kind in ("float32", name):
+        x = torch.ones(512, 512, dtype=getattr(torch, kind))
+        taken = []
+        for _ in range(4):
+            start = time.thread_time()  # of this thread alone: others wait by turning
+            x @ x
+            taken.append(time.thread_time() - start)
+        seconds[kind] = min(taken)
+    return seconds[name] / max(seconds["float32"], 1e-6)
 
 
 def _compute(device: str, name: str) -> float:

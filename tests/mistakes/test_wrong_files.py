@@ -54,7 +54,7 @@ class Mistake:
 
 MISTAKES = {
     "a name with a typo": Mistake("D101", "Did you mean rows.jsonl (12 rows)?", words="rows.jsnl"),
-    "a folder": Mistake("D102", "it has data/x.jsonl", words="data", files={"data/x.jsonl": GOOD}),
+    "a folder without rows": Mistake("D102", "is a folder without", words="data", files={"data/x.py": "x"}, mends=False),
     "an unknown ending": Mistake("D103", ".xyz", words="rows.xyz", files={"rows.xyz": GOOD}),
     "empty": Mistake("D104", "rows.jsonl the file is empty", "", mends=False),
     "a line cut short": Mistake("D105", "rows.jsonl:13:12", GOOD + '{"prompt": "a\n'),

@@ -97,7 +97,7 @@ def test_a_missing_folder_is_answered_with_the_nearest(copy: Path) -> None:
     with pytest.raises(ModelError) as caught:
         resolve_base(str(copy.with_name("bse")))
     assert code_of(caught) == "M102"
-    assert caught.value.findings[0].fix == str(copy)
+    assert caught.value.findings[0].fix == f"-m {copy}"
     for name in ("./nowhere", "/no/where", "~/nowhere", "a/b/c"):
         with pytest.raises(ModelError) as caught:
             resolve_base(name)

@@ -355,7 +355,7 @@ def test_the_parts_of_a_sum_have_their_own_rates() -> None:
         ("head+lora", [own["lora"], own["lora"]]),
         ("head", [own["head"]]),
         ("prompt+head", [own["prompt"], own["head"]]),
-        ("prefix+prefix(mlp=8)+lora", [3e-2, 2e-3, own["lora"]]),
+        ("prefix+prefix(mlp=8)+lora", [3e-2, 1e-3, own["lora"]]),
     ):
         assert decide_learning_rates(read_method(text), 2000) == wanted
     assert decide_learning_rate(read_method("lora+prompt"), 2000) == own["lora"]

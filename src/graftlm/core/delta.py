@@ -108,11 +108,11 @@ class LinearDelta(Delta):
         """The output in place of `y`, of the same shape."""
         return y
 
-    def shift(self) -> Tensor | None:
+    def as_shift(self) -> Tensor | None:
         """What `add` adds whatever its input is, [out], where that is all it does; None where it is not."""
         return None
 
-    def scaling(self) -> Tensor | None:
+    def as_scaling(self) -> Tensor | None:
         """What `before` or `after` multiplies by, [width], where that is all it does; None where it is not."""
         return None
 
@@ -144,7 +144,7 @@ class ParameterDelta(Delta):
         """
         raise NotImplementedError
 
-    def entries(self) -> tuple[Tensor, Tensor, Tensor] | None:
+    def as_entries(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Outputs, inputs and values of the changed entries, each [entries], where these are few; else None.
 
         For a token at a time and a linear map: value times input is added at the output.

@@ -173,8 +173,8 @@ class ScaleStep:
     @staticmethod
     def takes(shifts: _Placed, scalings: _Placed) -> bool:
         """Whether these deltas do no more than that."""
-        return all(delta.shift() is not None for delta, _ in shifts) and all(
-            delta.scaling() is not None for delta, _ in scalings
+        return all(delta.as_shift() is not None for delta, _ in shifts) and all(
+            delta.as_scaling() is not None for delta, _ in scalings
         )
 
     def forget(self) -> None:
@@ -195,8 +195,8 @@ class ScaleStep:
 
     def _made(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Shifts and scales of each entry, [entries, width]; a shift is scaled too."""
-        shift = self._filled([(delta.shift(), rows) for delta, rows in self.shifts], 0.0)
-        scale = self._filled([(delta.scaling(), rows) for delta, rows in self.scalings], 1.0)
+        shift = self._filled([(delta.as_shift(), rows) for delta, rows in self.shifts], 0.0)
+        scale = self._filled([(delta.as_scaling(), rows) for delta, rows in self.scalings], 1.0)
         if shift is not None and scale is not None:
             shift *= scale
         return tuple(None if each is None else each.to(dtype) for each in (shift, scale))  # type: ignore[return-value]
@@ -224,7 +224,7 @@ class EntriesStep:
     @staticmethod
     def takes(placed: Sequence[tuple[ParameterDelta, Sequence[int]]]) -> bool:
         """Whether these deltas change entries that are few enough."""
-        return all(delta.entries() is not None for delta, _ in placed)
+        return all(delta.as_entries() is not None for delta, _ in placed)
 
     def forget(self) -> None:
         """Drop what is kept of the deltas."""
@@ -245,7 +245,7 @@ class EntriesStep:
         wide_in, wide_out = self._widths
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for delta, rows in self.placed:
-            entries = delta.entries()
+            entries = delta.as_entries()
             assert entries is not None  # see `takes`
             outputs, inputs, values = entries
             for row in rows:

@@ -118,7 +118,7 @@ class BiasDelta(LinearDelta):
         """The bias, in the type of x (float32 for token ids); broadcast over rows and tokens."""
         return self.bias.to(x.dtype) if x.is_floating_point() else self.bias
 
-    def shift(self) -> Tensor:
+    def as_shift(self) -> Tensor:
         """The bias."""
         return self.bias.detach()
 

@@ -90,7 +90,7 @@ class IA3Delta(LinearDelta):
         """The output y of shape [..., out], scaled where the vector is an outer one."""
         return y if self.inner else y * self.ia3_l.view(-1).to(y.dtype)
 
-    def scaling(self) -> Tensor:
+    def as_scaling(self) -> Tensor:
         """The vector, on whichever side it is."""
         return self.ia3_l.detach().view(-1)
 

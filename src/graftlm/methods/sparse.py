@@ -256,7 +256,7 @@ class SparseDelta(ParameterDelta):
             return entries * _SPARSE < total
         return entries * (x.numel() // x.shape[-1]) * _BUILT < total
 
-    def entries(self) -> tuple[Tensor, Tensor, Tensor] | None:
+    def as_entries(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """The chosen entries, unless they are many."""
         if self.index.numel() * _SPARSE >= math.prod(self.shape):
             return None

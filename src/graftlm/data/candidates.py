@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Any
 from graftlm.data.checking import Example, Notes
 from graftlm.data.reading import Rejected
 from graftlm.data.templates import Template, TemplateFault
-from graftlm.data.tokenising import IGNORED, Item, Supervision, longest_allowed, pieces_of, trained_tokens
-from graftlm.data.wording import counted, number, rows
+from graftlm.data.tokenising import (
+    IGNORED,
+    Item,
+    Supervision,
+    longest_allowed,
+    pieces_of,
+    tell_of_questions,
+    trained_tokens,
+)
+from graftlm.data.wording import counted, number
 from graftlm.errors import DataError, Finding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["encode_candidates", "encode_paired", "encode_scored_answers"]
-
-_DROP = "--set data.drop_bad_rows=true"
 
 
 def encode_candidates(
@@ -84,17 +90,7 @@ def encode_candidates(
         ]
         target = int(example.label) if example.label is not None else 0
         items.append({"sequences": made, "target": target, "row": example.row, "example": example})
-    rejected: list[Rejected] = []
-    for (code, why), those in refused.items():
-        if drop_bad_rows:
-            rejected += [Rejected(e.place, e.row, f"{why} [{code}]", e.raw) for e in those]
-        else:
-            notes.error(code, f"{counted(len(those), 'row')} ({rows([e.row for e in those])}): {why}", place, _DROP)
-    if cut:
-        message = (
-            f"{number(cut)} of {counted(len(items), 'row')}: the question lost its beginning to fit {limit} tokens"
-        )
-        notes.note("D146", message, place)
+    rejected = tell_of_questions(refused, cut, len(items), limit, notes, place, drop_bad_rows)
     own = [sequence for item in items for sequence in item["sequences"]]
     supervision = Supervision(
         trained_tokens=sum(label != IGNORED for sequence in own for label in sequence["labels"][1:]),

@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING
 from graftlm.data.checking import Example, Notes
 from graftlm.data.reading import Rejected
 from graftlm.data.templates import Template, TemplateFault
-from graftlm.data.tokenising import Item, Supervision, longest_allowed
-from graftlm.data.wording import counted, number, rows
+from graftlm.data.tokenising import Item, Supervision, longest_allowed, tell_of_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["encode_prompts"]
-
-_DROP = "--set data.drop_bad_rows=true"
 
 
 def encode_prompts(
@@ -48,18 +45,8 @@ def encode_prompts(
             continue
         lengths.append(len(ids))
         items.append({"input_ids": ids if limit is None else ids[-limit:], "row": example.row, "example": example})
-    rejected: list[Rejected] = []
-    for (code, why), those in refused.items():
-        if drop_bad_rows:
-            rejected += [Rejected(e.place, e.row, f"{why} [{code}]", e.raw) for e in those]
-        else:
-            notes.error(code, f"{counted(len(those), 'row')} ({rows([e.row for e in those])}): {why}", place, _DROP)
     cut = sum(limit is not None and length > limit for length in lengths)
-    if cut:
-        message = (
-            f"{number(cut)} of {counted(len(items), 'row')}: the question lost its beginning to fit {limit} tokens"
-        )
-        notes.note("D146", message, place)
+    rejected = tell_of_questions(refused, cut, len(items), limit, notes, place, drop_bad_rows)
     total = sum(len(item["input_ids"]) for item in items)
     return (
         items,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORED", "Item", "Supervision", "Template", "encode_chats", "encode_documents", "encode_labelled",
-    "encode_masked", "encode_scored", "histogram", "longest_allowed", "pack", "pieces_of", "trained_tokens",
+    "encode_masked", "encode_scored", "histogram", "longest_allowed", "pack", "pieces_of",
+    "tell_of_questions", "trained_tokens",
 ]  # fmt: skip
 
 Item = dict[str, Any]
@@ -92,6 +93,28 @@ def longest_allowed(tokenizer: PreTrainedTokenizerBase, max_length: int | None) 
         return max_length
     limit = tokenizer.model_max_length
     return int(limit) if limit and limit < _ENDLESS else None
+
+
+def tell_of_questions(
+    refused: Mapping[tuple[str, str], Sequence[Example]],
+    cut: int,
+    kept: int,
+    limit: int | None,
+    notes: Notes,
+    place: str,
+    drop_bad_rows: bool,
+) -> list[Rejected]:
+    """Of rows that ask: those refused, by code and reason, are faults or returned; `cut` of `kept` lost a beginning."""
+    rejected: list[Rejected] = []
+    for (code, why), those in refused.items():
+        if drop_bad_rows:
+            rejected += [Rejected(e.place, e.row, f"{why} [{code}]", e.raw) for e in those]
+        else:
+            notes.error(code, f"{counted(len(those), 'row')} ({rows([e.row for e in those])}): {why}", place, _DROP)
+    if cut:
+        message = f"{number(cut)} of {counted(kept, 'row')}: the question lost its beginning to fit {limit} tokens"
+        notes.note("D146", message, place)
+    return rejected
 
 
 def encode_chats(

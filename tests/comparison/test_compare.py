@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,38 @@ def test_one_that_was_stopped_goes_on_as_if_it_had_not_been(small: Compare, monk
     assert numbers(again) == numbers(whole)
     assert numbers(small("parts")) == numbers(whole)
     assert len(calls) == 9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the base is shared by fork")
+def test_processes_beside_one_another_give_the_same_numbers(small: Compare) -> None:
+    assert numbers(small("beside", jobs=2)) == numbers(small("alone"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the base is shared by fork")
+def test_a_process_that_is_killed_is_told_of_and_loses_nothing(small: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = Bench.scored
+
+    def killed(self: Bench, items: Any) -> Any:
+        if items is self.test:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return scored(self, items)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Bench, "scored", killed)
+        with pytest.raises(GraftError, match="ended from outside") as caught:
+            small("killed", jobs=2)
+    assert caught.value.findings[0].code == "U159"
+    assert numbers(small("killed")) == numbers(small("alone"))
+
+
+def test_what_a_classifier_forgets_is_seen_on_another_task(small: Compare, tmp_path: Path) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", labelled_rows(30))
+    found = small(other=str(other), methods=["lora(rank=2)", "head"], seeds=1, trials=1)
+    known = {row["name"]: row.get("other") for row in found.contestants}
+    assert known["head"] == known["probe"], "a head leaves the body as it was"
+    assert 0 <= known["lora-rank-2"] <= 1
+    assert known["tfidf"] is None
+    assert "Another task" in found.report.read_text()
 
 
 def test_the_test_rows_are_scored_once_and_no_learning_rate_is_chosen_by_them(

@@ -53,12 +53,17 @@ __all__ = ["verb"]
 @click.option("--map", "mapping", metavar="ROLE=COLUMN", help="Which column of DATA plays which role.")
 @click.option("--task", type=click.Choice(["auto", "lm", "sft", "classify"]), default="auto", help="What is learnt.")
 @click.option("--general", metavar="FILE", help="Texts on which it is measured what each method forgets.")
+@click.option("--other", metavar="FILE", help="Rows of another task on which the same is measured.")
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="COUNT",
+    help="Trainings beside one another, each on one thread; the base is in memory once.",
+)  # fmt: skip
 @click.option("--waive", metavar="CODES", help="Findings on the data that are not to stop it.")
 @click.option("--threads", type=click.IntRange(1), metavar="COUNT", help="Processor threads; without one, all.")
 @click.option("-o", "--out", "output", metavar="FOLDER", help="Where it is kept; a stopped one is taken up from there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON only.")
 @click.pass_obj
-def verb(command: str, /, output: str | None, as_json: bool, **flags: Any) -> None:
+def verb(command: str, /, output: str | None, as_json: bool, jobs: int, **flags: Any) -> None:
     """Compare methods on DATA: the same rows, order and means for all, and a verdict that chance is taken out of.
 
     Each method gets its learning rate by the same number of trials on validation rows, then is trained with several
@@ -76,7 +81,7 @@ def verb(command: str, /, output: str | None, as_json: bool, **flags: Any) -> No
     from graftlm.comparison.comparing import compare_with
 
     try:
-        found = compare_with(settings, output=output, quiet=as_json, command=command)
+        found = compare_with(settings, output=output, quiet=as_json, command=command, jobs=jobs)
     except KeyboardInterrupt:
         if output is None:
             click.echo("stopped: give the folder that was made as -o with the same command, and it goes on", err=True)

@@ -28,7 +28,7 @@ from graftlm.core import Adapter, Method, Samples, attach, use
 from graftlm.data import Collator, Labels, Template, prepare
 from graftlm.data.splitting import split
 from graftlm.errors import Finding, RunError
-from graftlm.evaluation import losses
+from graftlm.evaluation import losses, probe_baseline
 from graftlm.evaluation.classes import class_probabilities
 from graftlm.models import load_base, load_config, load_tokenizer, resolve_base
 from graftlm.objectives import OBJECTIVES, CausalLM, Objective
@@ -103,9 +103,11 @@ class Bench:
         sha256: Mapping[str, str],
         lines: Sequence[str] = (),
         general: Sequence[Any] = (),
+        other: tuple[Sequence[Any], Sequence[Any]] = ((), ()),
     ) -> None:
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.train, self.validation, self.test, self.general = train, validation, test, list(general)
+        self.other = other
         self.labels, self.template, self.max_length, self.settings = labels, template, max_length, settings
         self.sha256, self.lines = dict(sha256), tuple(lines)
         self.collate = Collator(tokenizer.pad_token_id, max_length=context_of(model.config))
@@ -327,6 +329,20 @@ class Bench:
             return None
         return losses(self.model, CausalLM.of(self.model), self.general, self.collate).mean
 
+    def on_other(self) -> float | None:
+        """The score on the rows of another task; None without any.
+
+        For a classifier the accuracy of a logistic regression on what its body makes of them: what the body still knows
+        of a task that has another head. For language models the loss in nats per token.
+        """
+        known, asked = self.other
+        if not asked:
+            return None
+        if not self.is_classification:
+            return self.scored(asked).mean
+        predicted = probe_baseline(self.model, known, asked, self.collate)
+        return float(np.mean([int(item["labels"]) == at for item, at in zip(asked, predicted, strict=True)]))
+
 
 _NOTHING = Cost(0, 0, 0, 0, 0, 0, 0.0)
 
@@ -429,10 +445,14 @@ def open_bench(settings: ComparisonSettings) -> Bench:
     if settings.general:
         if prepared.task == "classify":
             message = "forgetting is measured by a language model's loss on texts, and a classifier has none"
-            raise RunError(Finding("U156", message, fix="leave --general out"))
+            raise RunError(Finding("U156", message, fix="--other FILE, rows of another task with labels"))
         texts = prepare(data_of(settings.general), eval_share=0, task="lm", tokenizer=tokenizer, max_length=max_length)
         general = texts.train
         sha256 |= texts.sha256
+    other: tuple[Sequence[Any], Sequence[Any]] = ((), ())
+    if settings.other:
+        other, hashes = _other_rows(settings, prepared.task, tokenizer, max_length)
+        sha256 |= hashes
     lines = (
         prepared.line,
         f"{len(train):,} rows to train on, {len(validation):,} to choose learning rates by, {len(test):,} to test once",
@@ -440,5 +460,25 @@ def open_bench(settings: ComparisonSettings) -> Bench:
     return Bench(
         model, tokenizer, prepared.task, train, validation, test,
         labels=labels, template=prepared.template, max_length=max_length, settings=settings, sha256=sha256, lines=lines,
-        general=general,
+        general=general, other=other,
     )  # fmt: skip
+
+
+def _other_rows(
+    settings: ComparisonSettings, task: str, tokenizer: Any, max_length: int
+) -> tuple[tuple[Sequence[Any], Sequence[Any]], dict[str, str]]:
+    """Rows of another task, with labels halved into those to learn from and those to ask; with the files' hashes."""
+    from graftlm.training.early import data_of
+
+    found = prepare(
+        data_of(str(settings.other)),
+        eval_share=0.5 if task == "classify" else 0,
+        max_rows=settings.max_rows,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        waived=settings.waive,
+    )
+    if found.task != task:
+        message = f"{settings.other} is read as rows for {found.task}, and what is compared is {task}"
+        raise RunError(Finding("U156", message, fix=f"--other with a file for {task}"))
+    return ((found.train, found.eval) if task == "classify" else ((), found.train)), dict(found.sha256)

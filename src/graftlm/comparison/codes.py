@@ -12,8 +12,9 @@ CODES: dict[str, str] = {
     "U153": "in-context prompting needs a causal base, rows to show and room in its context",
     "U154": "there is nothing to compare: a contestant is named twice, or there are fewer than two",
     "U155": "a setting of the comparison is out of its range",
-    "U156": "what was forgotten can be measured on causal bases only",
+    "U156": "what is forgotten cannot be measured on these texts or rows",
     "U157": "too few rows are left for training, validation or test",
     "U158": "no candidate is within the limits of memory and time",
+    "U159": "methods cannot be trained beside one another here",
 }
 """Code to meaning."""

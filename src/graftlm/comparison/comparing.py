@@ -14,9 +14,14 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import multiprocessing
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,12 +95,14 @@ def compare(
     methods: Sequence[str] | None = None,
     output: str | Path | None = None,
     quiet: bool = False,
+    jobs: int = 1,
     **settings: Any,
 ) -> Comparison:
     """Compare `methods` on `data`, and leave a folder with every run, the tables and a report.
 
     `settings` are the fields of `ComparisonSettings`: `seeds=5`, `budget="0.3%"`, `trials=4`, `shots=(4,)`, ... A
-    comparison that was stopped is taken up by the same call with its folder as `output`.
+    comparison that was stopped is taken up by the same call with its folder as `output`. `jobs` methods or seeds are
+    trained beside one another, each by a process with one thread; the base is in memory once (Linux, no accelerator).
     Raises GraftError with everything that is wrong, before anything is trained.
 
     Example:
@@ -108,20 +115,30 @@ def compare(
     for key in ("shots", "waive"):
         if key in given:
             given[key] = tuple(given[key])
-    return compare_with(ComparisonSettings(**given), output=output, quiet=quiet, command="graftlm.compare(...)")
+    settled = ComparisonSettings(**given)
+    return compare_with(settled, output=output, quiet=quiet, command="graftlm.compare(...)", jobs=jobs)
 
 
 def compare_with(
-    settings: ComparisonSettings, *, output: str | Path | None = None, quiet: bool = False, command: str = ""
+    settings: ComparisonSettings,
+    *,
+    output: str | Path | None = None,
+    quiet: bool = False,
+    command: str = "",
+    jobs: int = 1,
 ) -> Comparison:
     """Compare as `settings` say; see `compare`."""
+    if jobs > 1 and sys.platform != "linux":
+        raise RunError(
+            Finding("U159", f"--jobs {jobs} shares the base by fork, which is safe on Linux alone", fix="--jobs 1")
+        )
     if settings.trials > _LADDER:
         need_optuna()
     folder = Path(output).expanduser() if output else free_folder(settings.data or "bundled:messages", parent=_PARENT)
     _check_folder(folder, settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    return _Work(settings, folder, quiet, command).run()
+    return _Work(settings, folder, quiet, command, jobs).run()
 
 
 _PARENT = Path("comparisons")
@@ -130,12 +147,16 @@ _PARENT = Path("comparisons")
 class _Work:
     """The steps of one comparison, with what they hand to one another."""
 
-    def __init__(self, settings: ComparisonSettings, folder: Path, quiet: bool, command: str) -> None:
-        self.settings, self.folder, self.quiet, self.command = settings, folder, quiet, command
+    def __init__(self, settings: ComparisonSettings, folder: Path, quiet: bool, command: str, jobs: int = 1) -> None:
+        self.settings, self.folder, self.quiet, self.command, self.jobs = settings, folder, quiet, command, jobs
+        self.is_apart = False  # in a process of its own, which says nothing
 
     def run(self) -> Comparison:
         began_s = time.monotonic()
         bench = open_bench(self.settings)
+        if self.jobs > 1 and bench.model.device.type != "cpu":
+            message = f"--jobs {self.jobs} shares the base by fork, which accelerators do not allow"
+            raise RunError(Finding("U159", message, fix="--jobs 1"))
         contestants = planned(bench)
         seeds = list(range(self.settings.seeds))
         prompts = {
@@ -146,12 +167,13 @@ class _Work:
         self.folder.mkdir(parents=True, exist_ok=True)
         record = self._record(bench)
         self._say_plan(bench, contestants, record)
-        before = bench.weights_sha256()
+        before = self.sha256 = bench.weights_sha256()
         self.done, self.total = 0, len(contestants) * (self.settings.trials * (self.settings.trials > 1) + len(seeds))
         self.started_s, self.fitted = time.monotonic(), 0
 
-        factors = {c.name: self._tuned(bench, c) for c in contestants}
-        runs = [self._trained(bench, c, factors[c.name], seed) for c in contestants for seed in seeds]
+        tuned = self._all(self._tuned, [(bench, c) for c in contestants])
+        factors = {c.name: factor for c, factor in zip(contestants, tuned, strict=True)}
+        runs = self._all(self._trained, [(bench, c, factors[c.name], seed) for c in contestants for seed in seeds])
         record["base"]["sha256_before"], record["base"]["sha256_after"] = before, bench.weights_sha256()
         if before != record["base"]["sha256_after"]:
             raise AssertionError("the base changed during the comparison")  # a defect of ours
@@ -172,6 +194,19 @@ class _Work:
         write_comparison(self.folder)
         self._say("report", str(self.folder / "report.html"))
         return Comparison(self.folder, record)
+
+    def _all(self, do: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """`do(*task)` of each task, in their order; beside one another where there are jobs for it.
+
+        Processes of their own leave their results in the folder, where they are then found.
+        """
+        if self.jobs == 1:
+            return [do(*task) for task in tasks]
+        found: dict[int, Any] = {}
+        for at, fitted in _apart(self, do, tasks):
+            self.fitted += fitted
+            found[at] = do(*tasks[at])
+        return [found[at] for at in range(len(tasks))]
 
     # --- the record ---
 
@@ -240,13 +275,14 @@ class _Work:
         if found is None:
             with bench.fitted(contestant.method, seed=seed, factor=factor, counted=True) as (_, cost):
                 scored = bench.scored(bench.test)
-                general = bench.on_general()
+                general, other = bench.on_general(), bench.on_other()
             found = _run(contestant.name, seed, scored) | {
                 "method": str(contestant.method),
                 "factor": factor,
                 "learning_rates": bench.rates(contestant.method, factor),
                 "cost": dataclasses.asdict(cost),
                 "general": general,
+                "other": other,
             }
             keep(place, found)
             self.fitted += 1
@@ -257,9 +293,9 @@ class _Work:
     def _baselines(self, bench: Bench) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Yardsticks that learn from the same training rows, or from none."""
         if not bench.is_classification:
-            scored, general = bench.scored(bench.test), bench.on_general()
+            scored, general, other = bench.scored(bench.test), bench.on_general(), bench.on_other()
             line = {"name": "base", "title": "untouched base", "kind": "baseline"}
-            return [line], [_run("base", 0, scored) | {"general": general}]
+            return [line], [_run("base", 0, scored) | {"general": general, "other": other}]
         known = [int(item["labels"]) for item in bench.train]
         truth = np.array([int(item["labels"]) for item in bench.test])
         texts = [[item["example"].text for item in part] for part in (bench.train, bench.test)]
@@ -281,6 +317,8 @@ class _Work:
                 right = [float(hit) for hit in predicted == truth]
                 found = {"contestant": name, "seed": 0, "values": right, "counts": [1] * len(truth)}
                 found["predicted"] = [int(at) for at in predicted]
+                if name == "probe":  # the body as it was
+                    found["other"] = bench.on_other()
                 keep(place, found)
             runs.append(found)
         return [{"name": name, "title": title, "kind": "baseline"} for name, title, _ in rivals], runs
@@ -364,11 +402,53 @@ class _Work:
         self._say(f"{self.done}/{self.total}", f"{said}{left if self.done < self.total else ''}")
 
     def _say(self, what: str, line: str) -> None:
+        if self.is_apart:
+            return
         text = f"{what:<9}{line}"
         if not self.quiet:
             print(text, flush=True)
         with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
             log.write(text.rstrip() + "\n")
+
+
+# --- processes ---
+
+_FORKED: tuple[_Work, Callable[..., Any], Sequence[tuple[Any, ...]]]  # what a forked process finds in its memory
+
+
+def _apart(work: _Work, do: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, int]]:
+    """Do the tasks in forked processes; yields the place of each one that is done and how many trainings it took."""
+    global _FORKED
+    _FORKED = (work, do, tasks)
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(min(work.jobs, len(tasks)), context, initializer=_alone)
+    try:
+        with warnings.catch_warnings():
+            # Its threads are those of torch's kernels, of which the new processes have none and use none.
+            warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
+            waiting = {pool.submit(_done_apart, at): at for at in range(len(tasks))}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+    except BrokenProcessPool:
+        message = "a process that trained was ended from outside, most likely for want of memory"
+        raise RunError(Finding("U159", message, fix="--jobs 1 goes on: what is finished is kept")) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _alone() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+
+
+def _done_apart(at: int) -> int:
+    work, do, tasks = _FORKED
+    work.is_apart, before = True, work.fitted
+    do(*tasks[at])
+    bench: Bench = tasks[at][0]
+    if bench.weights_sha256() != work.sha256:
+        raise AssertionError("the base changed during the comparison")  # a defect of ours
+    return work.fitted - before
 
 
 # --- contestants ---
@@ -454,7 +534,6 @@ def next_factor(history: Sequence[tuple[float, float]]) -> float:
     if len(history) < _LADDER:
         return _RANGE if history[1][1] < history[0][1] else 0.333
     optuna = need_optuna()
-    import warnings
 
     space = optuna.distributions.FloatDistribution(1 / _RANGE, _RANGE, log=True)
     with warnings.catch_warnings():

@@ -17,7 +17,8 @@ class ComparisonSettings:
 
     `budget` is the number of trained parameters beside the head, as a share of the base ("0.3%") or a count ("20000").
     `trials` learning rates are tried for each method, on validation rows. `shots` are numbers of examples shown to the
-    untouched base in its prompt. `general` is a file of texts on which forgetting is measured.
+    untouched base in its prompt. `general` is a file of texts and `other` one with rows of another task: on these is
+    measured what is forgotten.
 
     Example:
         >>> ComparisonSettings(methods=("lora", "ia3"), seeds=3).trials
@@ -44,6 +45,7 @@ class ComparisonSettings:
     task: str = "auto"
     shots: tuple[int, ...] = ()
     general: str | None = None
+    other: str | None = None
     dtype: str = "float32"
     threads: int | None = None
     waive: tuple[str, ...] = ()

@@ -65,9 +65,10 @@ def summarised(
         costs = [run["cost"] for run in own if run.get("cost")]
         if costs:
             row["cost"] = {key: statistics.median(cost[key] for cost in costs) for key in costs[0]}
-        general = [run["general"] for run in own if run.get("general") is not None]
-        if general:
-            row["general"] = statistics.mean(general)
+        for kept in ("general", "other"):
+            found = [run[kept] for run in own if run.get(kept) is not None]
+            if found:
+                row[kept] = statistics.mean(found)
         rows.append(row)
     rows.sort(key=lambda row: (-row["score"] if higher else row["score"], row["name"]))
     rivals = [row["name"] for row in rows if row["kind"] != "baseline"]

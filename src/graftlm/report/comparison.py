@@ -97,7 +97,8 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _csv(record: Mapping[str, Any]) -> str:
     """Numbers in full, for other programs."""
-    columns = ["name", "kind", "method", "seeds", "score", "low", "high", "macro_f1", "learning_rate", "general"]
+    columns = ["name", "kind", "method", "seeds", "score", "low", "high", "macro_f1", "learning_rate", "general",
+               "other"]  # fmt: skip
     costs = ["parameters", "beside_head", "memory_bytes", "seconds", "adapter_bytes", "train_flops", "query_flops"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -162,6 +163,7 @@ def _view(folder: Path, record: Mapping[str, Any], rows: list[list[str]]) -> dic
         "title": folder.resolve().name,
         "base": _short(record["base"]["name"]),
         "general": _short(str(record["settings"].get("general"))),
+        "other": _short(str(record["settings"].get("other"))),
         "record": record,
         "summary": summary,
         "verdict": _verdict(record),
@@ -171,6 +173,7 @@ def _view(folder: Path, record: Mapping[str, Any], rows: list[list[str]]) -> dic
         "matrix": _matrix(summary),
         "prompting": _prompting(contestants),
         "forgetting": _forgetting(contestants),
+        "elsewhere": _elsewhere(contestants),
         "methods": [
             (row["name"], row["method"], share(row["cost"]["beside_head"], record["base"]["parameters"]),
              f"{row['learning_rate']:.3g}", f"{row['factor']:g}")
@@ -312,3 +315,15 @@ def _forgetting(contestants: Sequence[Mapping[str, Any]]) -> list[tuple[str, str
                 (row["name"], measured(math.exp(row["general"])), f"{change:+.1f} %", measured(row["general"]))
             )
     return found
+
+
+def _elsewhere(contestants: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Score on the rows of another task of the base and of every contestant, in the order of the table."""
+    base = next((row["other"] for row in contestants if row["kind"] == "baseline" and "other" in row), None)
+    if base is None:
+        return []
+    trained = [row for row in contestants if row["kind"] == "trained" and "other" in row]
+    return [
+        ("untouched base", measured(base), ""),
+        *((row["name"], measured(row["other"]), f"{row['other'] - base:+.3f}") for row in trained),
+    ]

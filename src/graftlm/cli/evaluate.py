@@ -10,8 +10,9 @@ import click
 from graftlm.cli.inputs import read_mapping
 from graftlm.cli.output import print_json, print_table
 from graftlm.cli.place import kind_of, must_be_adapter
-from graftlm.cli.usage import Verb
+from graftlm.cli.usage import UsageFault, Verb
 from graftlm.data.wording import clip, counted
+from graftlm.errors import Finding
 
 __all__ = ["verb"]
 
@@ -27,13 +28,14 @@ __all__ = ["verb"]
         "graftlm evaluate runs/tickets-1",
         "graftlm evaluate runs/tickets-1 new.csv --against runs/tickets-2",
         "graftlm evaluate runs/faq-1 --generate 40 --json",
+        "graftlm evaluate runs/faq-1 --harness hellaswag,tasks/capitals.yaml --max-rows 200",
     ],
 )
 @click.argument("run")
 @click.argument("data", required=False)
 @click.option("-m", "--model", "--base", "base", metavar="MODEL", help="The base model, where it is not where it was.")
 @click.option("--map", "mapping", metavar="ROLE=COLUMN", help="Which column of DATA plays which role.")
-@click.option("--max-rows", type=click.IntRange(1), metavar="COUNT", help="Most rows of DATA that are read.")
+@click.option("--max-rows", type=click.IntRange(1), metavar="COUNT", help="Most rows of DATA, or of each task.")
 @click.option("--against", metavar="RUN", help="Another run, adapter or base, scored on the same rows and tested.")
 @click.option(
     "--generate", type=click.IntRange(1), metavar="COUNT", help="Write answers to so many rows: ROUGE-L, chrF, BLEU."
@@ -41,6 +43,8 @@ __all__ = ["verb"]
 @click.option(
     "--worst", type=click.IntRange(0), metavar="COUNT", default=3, show_default=True, help="Worst rows to show."
 )
+@click.option("--harness", metavar="LIST", help="Tasks of lm-evaluation-harness instead of DATA: names or files.")
+@click.option("--shots", type=click.IntRange(0), metavar="COUNT", help="Examples shown before a question of --harness.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
 def verb(run: str, data: str | None, as_json: bool, **options: Any) -> None:
     """Score an adapter beside its untouched base and simple baselines.
@@ -49,6 +53,11 @@ def verb(run: str, data: str | None, as_json: bool, **options: Any) -> None:
     rows that went worst. --against says whether another run does better or worse, or whether that cannot be told.
     """
     folder = _model_of(run)
+    if options["harness"] is not None:
+        _harness(folder, data, as_json, options)
+        return
+    if options["shots"] is not None:
+        raise UsageFault(Finding("L103", "--shots is for --harness", fix="--harness TASK --shots 4"))
     against = options["against"]
     roles = read_mapping(options["mapping"])
     other = _model_of(against) if against is not None else None
@@ -61,6 +70,38 @@ def verb(run: str, data: str | None, as_json: bool, **options: Any) -> None:
         print_json(results)
     else:
         _show(results, data or "the rows that were held out", folder)
+
+
+def _harness(folder: Path | str, data: str | None, as_json: bool, options: dict[str, Any]) -> None:
+    given = {"DATA": data, "--map": options["mapping"], "--against": options["against"]}
+    given["--generate"] = options["generate"]
+    if said := [name for name, value in given.items() if value is not None]:
+        message = f"--harness asks rows of its own, and {', '.join(said)} is for others"
+        raise UsageFault(Finding("L103", message, fix=f"--harness {options['harness']} alone"))
+    tasks = [task.strip() for task in options["harness"].split(",") if task.strip()]
+    from graftlm.training import evaluate_harness
+
+    lines = evaluate_harness(folder, tasks, base=options["base"], max_rows=options["max_rows"], shots=options["shots"])
+    if as_json:
+        print_json(lines)
+        return
+    whose = ["tuned", "base"] if lines and "base" in lines[0] else ["tuned"]
+    rows = [
+        [
+            line["task"],
+            line["metric"],
+            *(_more_or_less(line[who], line[f"{who}_stderr"]) for who in whose),
+            *([f"{line['tuned'] - line['base']:+.3f}"] if len(whose) > 1 else []),
+            str(line["rows"] or ""),
+        ]
+        for line in lines
+    ]
+    names = ["tuned", "untouched base", "change"] if len(whose) > 1 else ["score"]
+    print_table(["task", "metric", *names, "rows"], rows, right=tuple(range(2, len(names) + 3)))
+
+
+def _more_or_less(value: float, stderr: float | None) -> str:
+    return f"{value:.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
 
 
 def _model_of(what: str) -> Path | str:

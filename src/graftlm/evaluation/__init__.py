@@ -4,6 +4,7 @@ from graftlm.evaluation.baselines import majority_baseline, probe_baseline, tfid
 from graftlm.evaluation.classes import Prediction, calibration, classification_scores, classify_texts
 from graftlm.evaluation.ensemble import Ensemble, ensemble
 from graftlm.evaluation.generating import generate_texts, stream_text
+from graftlm.evaluation.harness import harness_scores, need_harness
 from graftlm.evaluation.losses import losses, text_scores
 from graftlm.evaluation.numbers import tell_numbers
 from graftlm.evaluation.spans import tag_words
@@ -32,10 +33,12 @@ __all__ = [
     "crossed_test",
     "ensemble",
     "generate_texts",
+    "harness_scores",
     "holm",
     "losses",
     "majority_baseline",
     "mean_interval",
+    "need_harness",
     "paired_test",
     "probe_baseline",
     "stream_text",

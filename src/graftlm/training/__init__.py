@@ -9,16 +9,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graftlm.training.evaluating import evaluate
+    from graftlm.training.evaluating import evaluate, evaluate_harness
     from graftlm.training.exporting import export
     from graftlm.training.opening import Opened, open_adapter
     from graftlm.training.run import Run, train, train_resolved
     from graftlm.training.trainer import GraftTrainer
 
-__all__ = ["GraftTrainer", "Opened", "Run", "evaluate", "export", "open_adapter", "train", "train_resolved"]
+__all__ = [
+    "GraftTrainer",
+    "Opened",
+    "Run",
+    "evaluate",
+    "evaluate_harness",
+    "export",
+    "open_adapter",
+    "train",
+    "train_resolved",
+]
 
 _HOME_OF = {
-    "GraftTrainer": "trainer", "Opened": "opening", "evaluate": "evaluating", "export": "exporting",
+    "GraftTrainer": "trainer", "Opened": "opening", "evaluate": "evaluating", "evaluate_harness": "evaluating",
+    "export": "exporting",
     "open_adapter": "opening",
 }  # fmt: skip
 

@@ -29,6 +29,7 @@ CODES: dict[str, str] = {
     "U123": "options for a file with rows are given without such a file",
     "U124": "two models cannot be compared: they have other tasks, labels or tokens",
     "U125": "a model cannot be compared on rows that it was trained on",
+    "U126": "the evaluation harness asks language models, and this model is none",
     "U130": "bundled data of that name do not exist",
     "U131": "--resume is given without the folder of the run",
     "U132": "max_length is more tokens than the base can take",

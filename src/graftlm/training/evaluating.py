@@ -16,19 +16,22 @@ from graftlm.evaluation import (
     Estimate,
     answer_scores,
     generate_texts,
+    harness_scores,
     losses,
+    need_harness,
     paired_test,
     text_scores,
     verdict_on,
 )
 from graftlm.evaluation.texts import ROW_MEASURES, answer_rows, need_text_metrics
 from graftlm.objectives import CausalLM
-from graftlm.training.early import data_of
+from graftlm.training.decisions import positions_taken
+from graftlm.training.early import context_of, data_of
 from graftlm.training.opening import Opened, open_adapter
 from graftlm.training.scoring import questions_of, score_classification, text_results
 from graftlm.training.tasks import chooses_by_head, learnt_of
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "evaluate_harness"]
 
 _SHOWN = 300  # characters of a row among the worst
 
@@ -83,6 +86,42 @@ def evaluate(
                 name: _told(paired_test(rows[0][name], rows[1][name]), higher=True) for name in ROW_MEASURES
             }
     return results
+
+
+def evaluate_harness(
+    path: str | Path,
+    tasks: Sequence[str],
+    *,
+    base: str | None = None,
+    max_rows: int | None = None,
+    shots: int | None = None,
+) -> list[dict[str, Any]]:
+    """What a run's (or an adapter's, or a base's) model scores on tasks of lm-evaluation-harness, beside its base.
+
+    `tasks` are names of the harness's catalogue or paths of task files, which need nothing from elsewhere where their
+    data lie here. See `graftlm.evaluation.harness_scores` for the lines.
+
+    Raises RunError (U126) for models without a language model's head, DataError (D195) for tasks that are not there,
+    EnvironmentFault (E132) without the harness.
+
+    Example:
+        >>> evaluate_harness("runs/faq-1", ["tasks/capitals.yaml"])[0]["tuned"]     # doctest: +SKIP
+    """
+    need_harness()
+    opened = open_adapter(path, base=base)
+    if opened.task in ("classify", "regress", "tag", "reward", "mlm") or not opened.model.can_generate():
+        message = f"{path} is for {opened.task}, and the harness asks models that write"
+        raise RunError(Finding("U126", message, fix=f"graftlm evaluate {path} DATA"))
+    taken = positions_taken(opened.adapter.method) if opened.adapter is not None else 0
+    return harness_scores(
+        opened.model,
+        opened.tokenizer,
+        tasks,
+        max_length=context_of(opened.model.config) - taken,
+        max_rows=max_rows,
+        shots=shots,
+        with_base=opened.adapter is not None,
+    )
 
 
 @dataclass(frozen=True)

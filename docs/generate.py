@@ -327,7 +327,7 @@ SETTINGS_TEXT = {
     "series.variant": "houlsby, pfeiffer or lin: see above",
     "slot_token": "id of the token whose places are taken, for `position=slots`",
     "stack": "of an encoder-decoder: `encoder`, or `both`",
-    "start": "how A and B begin: default, gaussian, pissa, olora",
+    "start": "how A and B begin: default, gaussian, pissa, olora, loftq",
     "targets": "sites: a role (`query`), a group (`attention`, `ffn`, `all-linear`), a name, a pattern, or a list",
     "unipelt.mlp": "inner width of the network that computes the prefix while training",
     "width": "width of the bottleneck",

@@ -55,7 +55,7 @@ EXCUSED = {
 #: Setting -> the test below that shows what it does.
 SHOWN = {
     "data.path", "data.eval_path", "data.format", "data.drop_bad_rows", "data.merge_labels", "data.waive", "model.name",
-    "model.quantize", "train.accumulate", "train.eval_every", "train.save_every", "train.keep_checkpoints",
+    "model.quantize", "model.device_map", "model.max_memory", "model.offload_folder", "train.accumulate", "train.eval_every", "train.save_every", "train.keep_checkpoints",
     "train.early_stopping", "train.recompute", "train.threads", "generate.max_new_tokens",
     "generate.temperature", "generate.top_p", "generate.samples", "output",
     "task", "train.packing", "preferences.beta", "preferences.loss", "preferences.smoothing", "preferences.wanted_weight",
@@ -201,6 +201,22 @@ def test_model_quantize_packs_the_base_and_is_remembered(tiny: Tiny, answered: P
     opened = open_adapter(run.folder)
     assert [path for path, _ in quantized(opened.model)] == packed
     assert str(opened.adapter.method) == str(run.adapter.method)
+
+
+def test_model_device_map_lays_parts_out_on_disk(tiny: Tiny, answered: Path, tmp_path: Path) -> None:
+    from graftlm.training import open_adapter
+
+    base = save_llama(tmp_path / "base", layers=3, intermediate_size=4096)
+    # Room for the embeddings and the first blocks.
+    placed = {"device_map": "auto", "max_memory": {"cpu": "1100KB"}, "offload_folder": str(tmp_path / "disk")}
+    run = tiny(answered, base=base, quantize="nf4", **placed)
+    assert "disk" in run.model.hf_device_map.values()
+    assert list((tmp_path / "disk").iterdir())
+    assert run.record["results"]["scores"]
+    opened = open_adapter(run.folder)  # on the same base, all in memory
+    assert not hasattr(opened.model, "hf_device_map")
+    for own, other in zip(opened.adapter.parameters(), run.adapter.parameters(), strict=True):
+        assert torch.equal(own, other)
 
 
 def test_train_accumulate_divides_the_micro_batch(tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:

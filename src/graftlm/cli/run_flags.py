@@ -17,13 +17,15 @@ __all__ = ["attempted_from", "resolved_from", "run_flags"]
 
 _METAVARS = {"a number": "NUMBER", "a whole number": "COUNT", "a file": "FILE", "name=value": "NAME=VALUE"}
 
+_PAIRS = {"map": "ROLE=COLUMN", "max_memory": "DEVICE=SIZE"}
+
 
 def _option(flag: Flag) -> Callable[[Any], Any]:
     """The click option (or argument) for one flag; its value stays text, `resolve` reads and checks it."""
     if flag.is_argument:
         return click.argument(flag.key, required=False, metavar=f"[{flag.names[0]}]")
     text = flag.help + (f": {', '.join(flag.choices)}" if flag.choices else "")
-    metavar = "NAME" if flag.choices else _METAVARS.get(flag.kind, "ROLE=COLUMN" if flag.key == "map" else "TEXT")
+    metavar = "NAME" if flag.choices else _METAVARS.get(flag.kind, _PAIRS.get(flag.key, "TEXT"))
     return click.option(*flag.names, flag.key, metavar=metavar, multiple=flag.repeatable, help=text)
 
 

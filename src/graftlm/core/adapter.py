@@ -290,9 +290,8 @@ class Adapter:
             for block in graft.blocks:
                 if isinstance(replay := block.__dict__.get(_CHECKPOINTING), Replay):
                     block.__dict__[_CHECKPOINTING] = replay.checkpoint
-            own = dict(self.model.named_parameters())
             for name in graft.frozen:
-                own[name].requires_grad_(True)
+                _thaw(self.model, name)
             self.model.__dict__.pop(_KEY, None)
         return self
 
@@ -760,6 +759,18 @@ def _zeros(adapter: Adapter) -> list[tuple[Part, Tensor]]:
     """The parts of `adapter` that make zeros, with what they let stand."""
     found = [(part, part.delta.kept()) for part in adapter.parts if isinstance(part.delta, ParameterDelta)]
     return [(part, kept) for part, kept in found if kept is not None]
+
+
+def _thaw(model: nn.Module, name: str) -> None:
+    """Let the base's parameter `name` have gradients again."""
+    path, _, key = name.rpartition(".")
+    own = model.get_submodule(path)._parameters
+    parameter = own[key]
+    assert parameter is not None
+    if parameter.is_meta and parameter.is_inference():  # in place of one on disk, left by a call in inference mode
+        own[key] = nn.Parameter(torch.empty_like(parameter))
+    else:
+        parameter.requires_grad_(True)
 
 
 def _takes_weights(model: nn.Module, part: Part) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from graftlm.core.lane import plain_forward
 from graftlm.core.sites import linear_kind
 
-__all__ = ["dense", "is_offloaded", "is_packed", "parameter_count", "read_storage"]
+__all__ = ["dense", "fetched", "is_offloaded", "is_packed", "parameter_count", "read_storage", "source_weight"]
 
 _ROWS_AT_ONCE = 1024
 
@@ -39,17 +39,30 @@ def is_packed(module: nn.Module) -> bool:
     return weight is None or not weight.is_floating_point() or not _is_plain(weight)
 
 
+def fetched(module: nn.Module, name: str = "weight") -> Tensor | None:
+    """The parameter `name` of a module; from the disk or other memory where it lies there (accelerate's hooks)."""
+    found = module._parameters.get(name)
+    if found is None or not found.is_meta:
+        return found
+    hook = getattr(module, "_hf_hook", None)
+    for each in (hook, *getattr(hook, "hooks", ())):
+        if (elsewhere := getattr(each, "weights_map", None)) is not None:
+            stored: Tensor = elsewhere[name]
+            return stored
+    return found
+
+
 def dense(module: nn.Module, stored: Tensor | None = None) -> Tensor:
     """The weight of a linear-like module as numbers, in the layout that it computes in; [out, in] where it was packed.
 
     `stored` is taken in place of the module's own `weight` (the one before a merge).
     """
-    weight = module._parameters.get("weight") if stored is None else stored
+    weight = fetched(module) if stored is None else stored
     of_module = getattr(module, "dense_weight", None)
     if of_module is not None:
         found: Tensor = of_module(weight)
         return found
-    lies_elsewhere = weight is None or is_offloaded(module)
+    lies_elsewhere = weight is None or (weight.is_meta and is_offloaded(module))
     if not lies_elsewhere and weight is not None and weight.is_floating_point() and _is_plain(weight):
         return weight
     with torch.no_grad():
@@ -59,6 +72,16 @@ def dense(module: nn.Module, stored: Tensor | None = None) -> Tensor:
         if not lies_elsewhere and weight is not None and not _is_plain(weight):
             return weight.dequantize()
         return _asked(module)
+
+
+def source_weight(module: nn.Module) -> Tensor | None:
+    """The weight [out, in] that a packed module's own stands for, before it was packed; None where it is not known.
+
+    What can read it again says so by a method `source_weight`.
+    """
+    of_module = getattr(module, "source_weight", None)
+    found: Tensor | None = of_module(fetched(module)) if of_module is not None else None
+    return found
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -18,10 +18,16 @@ Variants, each a setting and a name of its own:
   Values and Singular Vectors Adaptation"): W = U S V^T, B0 = U_r sqrt(S_r / s), A0 = sqrt(S_r / s) V_r^T.
 - `start=olora`: B0 and A0 are the first r columns and rows of W = Q R (Bueyuekakyuez 2024, "OLoRA: Orthonormal Low-Rank
   Adaptation of Large Language Models").
+- `start=loftq`: on a base that was packed while it was read, s B A starts as the best change of rank r towards the
+  weight W that was packed: of the singular values of W - Q, where Q is what the codes stand for (Li et al. 2023,
+  "LoftQ: LoRA-Fine-Tuning-aware Quantization for Large Language Models", algorithm 1 with T = 1). W is read from its
+  file again, one map at a time. The paper goes on and packs W - s B A anew, T = 5 times; that base would be another
+  one than the packed one, and the adapter's file alone would not be the model. So does `replace_lora_weights_loftq`
+  of peft.
 
-The papers move W to W - s B0 A0, so that the model is the same at the start. Here the base stays as it is, and the
-change is s (B A - B0 A0) = s (B (A - A0) + (B - B0) A0): the same function, in which nothing is lost where W is stored
-in few bits, and only small numbers are cast. On saving, `bake` writes it as a plain LoRA of rank 2r.
+The papers of PiSSA and OLoRA move W to W - s B0 A0, so that the model is the same at the start. Here the base stays as
+it is, and the change is s (B A - B0 A0) = s (B (A - A0) + (B - B0) A0): the same function, in which nothing is lost
+where W is stored in few bits, and only small numbers are cast. On saving, `bake` writes it as a plain LoRA of rank 2r.
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -40,6 +46,7 @@ from torch.nn import functional as F
 
 from graftlm.core import Delta, LinearDelta, LowRank, Method, ParameterDelta, Part, Site, Survey, Targets, dense
 from graftlm.core.junction import columns_of
+from graftlm.core.storage import is_packed, source_weight
 from graftlm.errors import Finding, MethodError
 from graftlm.methods.parameters import need_values, output_scale
 
@@ -50,7 +57,7 @@ __all__ = [
 
 #: Starts that A and B take from the base's weight.
 _FROM_WEIGHT = ("pissa", "olora")
-_STARTS = ("default", "gaussian", *_FROM_WEIGHT)
+_STARTS = ("default", "gaussian", *_FROM_WEIGHT, "loftq")
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,8 @@ class LoRA(Method):
             faults.append(
                 Finding("T107", f"{self.name}: bias=True has no meaning on the embedding {site.path}", fix="bias=False")
             )
-        if self.start in _FROM_WEIGHT and site.kind in ("embedding", "experts"):
+        decomposes = self.start in (*_FROM_WEIGHT, "loftq")
+        if decomposes and site.kind in ("embedding", "experts"):
             faults.append(
                 Finding(
                     "T131",
@@ -132,7 +140,7 @@ class LoRA(Method):
                     fix="start=default",
                 )
             )
-        elif self.start in _FROM_WEIGHT and self.rank_at(_address(site)) > min(site.in_features, site.out_features):
+        elif decomposes and self.rank_at(_address(site)) > min(site.in_features, site.out_features):
             faults.append(
                 Finding(
                     "T132",
@@ -175,7 +183,17 @@ class LoRA(Method):
         delta = LoRADelta(site.in_features, site.out_features, rank, scale, self.dropout, self.bias, self.start)
         if self.start in _FROM_WEIGHT and not delta.lora_A.is_meta:
             delta.begin(*start_of(weight_at(site, module, self.name), self.start, rank, scale))
+        elif self.start == "loftq" and not delta.lora_A.is_meta:
+            down, up = start_of(missing_at(site, module, self.name), "pissa", rank, scale)
+            with torch.no_grad():
+                delta.lora_A.copy_(down)
+                delta.lora_B.copy_(up)
         return delta
+
+    @property
+    def starts_as_identity(self) -> bool:  # type: ignore[override]  # it depends on a setting
+        """Whether nothing changes at first: not where it makes up for what packing lost."""
+        return self.start != "loftq"
 
     def learning_rate_factor(self, parameter: str) -> float:
         """`plus` for B and its bias, one for A."""
@@ -288,6 +306,25 @@ def weight_at(site: Site, module: nn.Module, name: str, stored: Tensor | None = 
     return weight[columns_of(site.columns, weight.device)] if site.columns else weight
 
 
+def missing_at(site: Site, module: nn.Module, name: str) -> Tensor:
+    """W - Q at `site`: the weight that was packed less what its codes stand for, float32 [out, in], or a part's rows.
+
+    Raises MethodError (in the method's `name`) where the base is not packed or the weight cannot be had.
+    """
+    weight = source_weight(module) if is_packed(module) else None
+    if weight is None:
+        raise MethodError(
+            Finding(
+                "T135",
+                f"{name}: start=loftq makes up for what packing lost, and at {site.path} "
+                + ("the weight before packing is not known" if is_packed(module) else "nothing is packed"),
+                fix="load_base(FOLDER, quantize='nf4'), --quantize nf4" if is_packed(module) else "start=default",
+            )
+        )
+    missing = weight - weight_at(replace(site, columns=()), module, name).float()
+    return missing[columns_of(site.columns, missing.device)] if site.columns else missing
+
+
 def start_of(weight: Tensor, start: str, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A0 [rank, in] and B0 [out, rank] for a weight [out, in], float32; by singular values (`pissa`) or QR (`olora`).
 
@@ -342,7 +379,7 @@ class LoRADelta(LinearDelta):
         self, width_in: int, width_out: int, rank: int, scale: float, dropout: float, bias: bool, start: str = "default"
     ) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.start = scale, start
         self.lora_A = nn.Parameter(torch.empty(rank, width_in, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(width_out, rank, dtype=torch.float32))
         self.lora_bias = nn.Parameter(torch.zeros(width_out, dtype=torch.float32)) if bias else None
@@ -363,6 +400,8 @@ class LoRADelta(LinearDelta):
 
     def wake(self) -> None:
         """Start with B normal as A is; not from the weight's own start, where A and B have gradients already."""
+        if self.start == "loftq":
+            return
         if self.start_down is None:
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
         else:

@@ -23,6 +23,8 @@ CODES: dict[str, str] = {
     "M115": "a weight of the base model has another shape than its config.json says",
     "M116": "the base model cannot be read: its config.json or a weights file is damaged or not understood",
     "M117": "the base model is no folder on this machine, and the hub did not give it",
+    "M119": "where the parts of the base are to lie (device_map, max_memory, offload_folder) cannot be read",
+    "M120": "the base does not fit: what a call starts with would lie on disk",
     "M118": "the tokenizer has no token that hides another, as masked language modelling needs",
 }
 """Code to meaning."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graftlm.core import original_parameters
+from graftlm.core.storage import fetched
 
 __all__ = ["fingerprint"]
 
@@ -46,6 +48,7 @@ def fingerprint(model: nn.Module) -> str:
     skipped = _outside(model, backbone)
     originals = original_parameters(model)
     tensors: dict[str, Tensor] = {}
+    away: dict[str, tuple[nn.Module, str]] = {}  # on disk, perhaps
     seen: set[int] = set()
     for path, module in backbone.named_modules():
         if any(path == skip or path.startswith(skip + ".") for skip in skipped):
@@ -55,12 +58,14 @@ def fingerprint(model: nn.Module) -> str:
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 tensors[f"{path}.{name}"] = parameter
+                if parameter.is_meta:
+                    away[f"{path}.{name}"] = module, name
     facts = {
         "config": _lasting(getattr(model, "config", None)),
         "tensors": {name: list(tensors[name].shape) for name in sorted(tensors)},
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    digest.update(_sampled([tensors[name] for name in sorted(tensors)]))
+    digest.update(_sampled(_here(tensors[name], away.get(name)) for name in sorted(tensors)))
     return digest.hexdigest()[:16]
 
 
@@ -88,7 +93,12 @@ def _lasting(config: Any) -> Any:
     return _lasting(config.to_dict()) if hasattr(config, "to_dict") else config
 
 
-def _sampled(tensors: list[Tensor]) -> bytes:
+def _here(tensor: Tensor, owner: tuple[nn.Module, str] | None) -> Tensor:
+    found = fetched(*owner) if owner is not None else None
+    return tensor if found is None else found
+
+
+def _sampled(tensors: Iterable[Tensor]) -> bytes:
     samples = []
     for tensor in tensors:
         if tensor.numel() and not tensor.is_meta:  # codes of packed weights too: they tell one format from another

@@ -7,7 +7,7 @@ unless `trust_remote_code` says so.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from graftlm.errors import EnvironmentFault, Finding, ModelError
 from graftlm.models.places import BUNDLED, resolve_base
+from graftlm.models.placing import Placing
 from graftlm.quantisation import Format, as_format
 
 __all__ = [
@@ -34,6 +35,9 @@ def load_base(
     dtype: str | torch.dtype = "auto",
     quantize: str | Format | None = None,
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
@@ -43,7 +47,8 @@ def load_base(
     a row may have); a new head is drawn from torch's global generator, so set the seed before. `dtype` "auto" is
     float32 on a CPU and the checkpoint's own type elsewhere. `quantize` (`nf4`, `fp4`, `int4`, `int8`, or a `Format`)
     packs the linear maps of the blocks one by one while they are read, so that the peak is the packed model and one
-    weight; embeddings, norms and heads stay as they are. Raises ModelError with what is wrong and the nearest right
+    weight; embeddings, norms and heads stay as they are. `device_map`, `max_memory` and `offload_folder` lay it out
+    over devices and disk (see `Placing`), packed or not. Raises ModelError with what is wrong and the nearest right
     thing.
 
     Example:
@@ -56,6 +61,7 @@ def load_base(
         raise ModelError(Finding("M108", f"dtype {dtype!r}: want auto, {', '.join(_DTYPES)}", fix="dtype=auto"))
     if task in ("classify", "tag") and not labels:
         raise ModelError(Finding("M109", f"task {task} needs the names of its classes", fix="labels=[...]"))
+    placing = Placing(device_map, max_memory, offload_folder, device=device)
     where = resolve_base(str(name))
     place = torch.device(device) if device is not None else _best_device()
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -94,9 +100,9 @@ def load_base(
         wanted = torch.float32 if place.type == "cpu" else (config.dtype or torch.float32)
     else:
         wanted = _DTYPES[dtype] if isinstance(dtype, str) else dtype
-    with quiet(), _explained(str(name)):
+    with quiet(), _explained(str(name)), placing:
         if format is not None:
-            model, report = load_quantized(kind, where, config, format, dtype=wanted, **options)
+            model, report = load_quantized(kind, where, config, format, dtype=wanted, **options, **placing.options)
         else:
             model, report = kind.from_pretrained(
                 where,
@@ -106,8 +112,10 @@ def load_base(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report, and judged below
                 **options,
+                **placing.options,
             )
             settle(model)
+        placing.settle(model, str(name))
     _check_loaded(str(name), model, report, head)
     if tokenizer.pad_token_id is None:
         # Padding is masked everywhere; only its embedding row must exist.
@@ -122,7 +130,8 @@ def load_base(
         raise ModelError(
             Finding("M111", f"the tokenizer of {name} has {vocabulary} tokens, the model's table {rows} rows")
         )
-    return model.to(place).eval(), tokenizer
+    model.eval()
+    return (model if placing.options else model.to(place)), tokenizer
 
 
 #: Encoders that transformers also lists as causal models; without being trained as such they cannot generate.
@@ -277,14 +286,17 @@ def quiet() -> Iterator[None]:
     before = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-    hub.setLevel(logging.ERROR)  # a name that is on no hub is told once, not at every retry
+    # A name that is on no hub is told once, not at every retry; that weights are on disk was asked for.
+    others = [logging.getLogger(name) for name in ("huggingface_hub", "accelerate")]
+    levels = [each.level for each in others]
+    for each in others:
+        each.setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(before)
-        hub.setLevel(level)
+        for each, level in zip(others, levels, strict=True):
+            each.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

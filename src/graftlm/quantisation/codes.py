@@ -13,5 +13,6 @@ CODES: dict[str, str] = {
     "Q107": "a plain copy is wanted of a model that is partly on disk",
     "Q108": "an adapter is to be merged into a copy, and none of that name is attached",
     "Q109": "a merged copy is to be packed again, and no format is named or known",
+    "Q110": "the weight behind some codes is to be read once more, and its file has gone or changed",
 }
 """Code to meaning."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftlm.quantisation.sources import Source
 from graftlm.quantisation.storage import Format
 
 __all__ = ["PACKED", "QuantizedLinear"]
@@ -60,6 +61,8 @@ class QuantizedLinear(nn.Module):
         self.dtype = dtype
         #: Whether the weight was stored [in, out] before (`Conv1D`).
         self.across = across
+        #: Where the weight that was packed lies; None where it was packed in memory, or came packed.
+        self.source: Source | None = None
         shapes = format.shapes(out_features, in_features)
         shape, kind = shapes["weight"]
         self.weight = nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False)
@@ -107,6 +110,20 @@ class QuantizedLinear(nn.Module):
         if weight.is_meta:
             return torch.empty(shape, dtype=dtype, device="meta")
         return self.format.unpack(self.packed(weight), shape, dtype)
+
+    def source_weight(self, held: Tensor | None = None) -> Tensor | None:
+        """The weight that was packed, read again: float32 [out, in]; None where it is not to be had.
+
+        `held` are the module's codes, where they lie elsewhere. Raises ModelError where its file has gone or holds
+        another weight now.
+        """
+        held = self.weight if held is None else held
+        if self.source is None or held.is_floating_point():
+            return None
+        weight = self.source.read()
+        weight = weight.T.contiguous() if self.across else weight
+        self.source.check(self.format.pack(weight.to(self.dtype))["weight"], held)
+        return weight.float().to(held.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + b for x of shape [..., in], in the type of `x`."""

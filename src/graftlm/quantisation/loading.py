@@ -18,11 +18,13 @@ from transformers import GenerationConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from graftlm.core import survey
 from graftlm.quantisation.converting import reserve, sites_to_quantize
 from graftlm.quantisation.linear import PACKED, QuantizedLinear
+from graftlm.quantisation.sources import Source
 from graftlm.quantisation.storage import Format
 
 __all__ = ["METHOD", "PackedConfig", "load_quantized", "settle"]
@@ -66,10 +68,17 @@ class _Pack(ConversionOps):
         self.quantizer = quantizer
 
     def convert(  # type: ignore[override]  # buffers are no lists
-        self, input_dict: dict[str, Any], *_patterns: Any, model: nn.Module | None = None, **_: Any
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: nn.Module | None = None,
+        source_patterns: list[str] | None = None,
+        **_: Any,
     ) -> dict[str, torch.Tensor]:
         """The tensors of each weight in `input_dict`, by their full names."""
         assert model is not None
+        # Of a weight that is only renamed, the one pattern is its name in the file.
+        keys = source_patterns if source_patterns is not None and len(source_patterns) == len(input_dict) == 1 else []
         found: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
@@ -83,6 +92,7 @@ class _Pack(ConversionOps):
             for key, tensor in module.format.pack(weight).items():
                 found[f"{path}.{key}"] = nn.Parameter(tensor, requires_grad=False) if key == "weight" else tensor
             module._is_hf_initialized = True  # type: ignore[assignment]
+            self.quantizer.keys.update((path, key) for key in keys)
         return found
 
 
@@ -94,6 +104,8 @@ class _Quantizer(HfQuantizer):
         super().__init__(quantization_config, **options)
         #: Weights whose shape is not the one that the model's configuration says.
         self.misshapen: list[str] = []
+        #: The name in the checkpoint of the weight at each path.
+        self.keys: dict[str, str] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         config = self.quantization_config
@@ -136,6 +148,7 @@ def load_quantized(
         model.config.name_or_path = model.name_or_path = where
         if (Path(where) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(where)
+    _remember(model, where, options.get("revision"))
     misshapen = model.hf_quantizer.misshapen
     lost = {f"{name.removesuffix('weight')}{part}" for name in misshapen for part in ("weight", *PACKED)}
     # What stands beside codes comes with them: a checkpoint lacks the weight alone.
@@ -148,6 +161,23 @@ def load_quantized(
     report["missing_keys"] = set(report["missing_keys"]) - lost - beside
     report["mismatched_keys"] = [*(report.get("mismatched_keys") or ()), *misshapen]
     return settle(model), report
+
+
+def _remember(model: Any, where: str, revision: str | None) -> None:
+    """Tell each packed map where its weight lies."""
+    folder: str | None = where
+    if not Path(where).is_dir():  # a hub id, whose files are on this machine by now
+        config = cached_file(where, "config.json", revision=revision, local_files_only=True)
+        folder = None if config is None else str(Path(config).parent)
+    names = None if folder is None else _files_of(Path(folder))
+    if folder is None or names is None:
+        return
+    index = Path(folder) / "model.safetensors.index.json"
+    files = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    for path, key in model.hf_quantizer.keys.items():
+        module = model.get_submodule(path)
+        if len(names) == 1 or key in files:
+            module.source = Source(str((Path(folder) / files.get(key, names[0])).absolute()), key)
 
 
 def settle(model: Any) -> Any:
@@ -172,18 +202,22 @@ def _tensors_of(folder: Path) -> dict[str, Any] | None:
 
     Read, not mapped into memory: pages of a mapped file count as the process's own until something else needs them.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif single.is_file():
-        names = [single.name]
-    else:
+    names = _files_of(folder)
+    if names is None:
         return None
     found: dict[str, Any] = {}
     for name in names:
         file = safe_open(str(folder / name), framework="pt", backend="pread")
         found |= {key: _Unread(file, key) for key in file.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
     return found
+
+
+def _files_of(folder: Path) -> list[str] | None:
+    """The files of the weights in `folder`; None for other layouts."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return [single.name] if single.is_file() else None
 
 
 class _Unread:

@@ -396,6 +396,10 @@ def contradictions(values: Mapping[str, Any]) -> list[Clash]:
             message = f"full fine-tuning cannot train quantized weights (model.quantize {values['model.quantize']})"
             mend = ("method", "lora(rank=16,targets=all-linear)")
             found.append(Clash(("method", "model.quantize"), message, mend))
+    starts_there = re.search(r"\bstart\s*=\s*['\"]?loftq\b", values.get("method", ""))
+    if starts_there and values.get("model.quantize", "unknown") is None:
+        message = "start=loftq makes up for what packing lost, and the base is not packed (model.quantize)"
+        found.append(Clash(("method", "model.quantize"), message, ("model.quantize", "nf4")))
     greedy = values.get("generate.temperature") == 0
     if greedy and values.get("generate.top_p", 1) < 1:
         top_p = number(values["generate.top_p"])

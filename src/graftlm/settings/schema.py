@@ -156,6 +156,25 @@ class ModelSettings(_Section):
         Literal["nf4", "fp4", "int4", "int8"] | None,
         _about("Hold the base's weights in fewer bits, packed as they are read", "nf4", "--quantize"),
     ] = None
+    device_map: Annotated[
+        str | None,
+        _text(
+            "Lay the base out over devices and disk: auto, balanced, balanced_low_0, sequential or a device",
+            "auto",
+            "--device-map",
+        ),
+    ] = None
+    max_memory: Annotated[
+        dict[str, str],
+        _about(
+            "Most of the base that each device holds, the rest lies on disk; with device_map",
+            "cpu=8GiB,0=20GiB",
+            "--max-memory",
+        ),
+    ] = {}
+    offload_folder: Annotated[
+        str | None, _text("Folder for weights on disk that are not as in the checkpoint; without one, a temporary one")
+    ] = None
     trust_remote_code: Annotated[bool, _about("Run code that comes with the base model")] = False
 
 

@@ -35,7 +35,7 @@ _TASKS = {
 _LORA = {"rank", "alpha", "dropout", "targets", "layers", "rslora", "bias"}
 #: Methods to the options of theirs that other tools have too.
 _OPTIONS = {
-    "lora": _LORA, "dora": _LORA, "pissa": _LORA, "olora": _LORA,
+    "lora": _LORA | {"start"}, "dora": _LORA, "pissa": _LORA, "olora": _LORA,
     "adalora": {"rank", "alpha", "dropout", "targets", "layers", "target_rank"},
     "vera": {"rank", "dropout", "targets", "layers"}, "ia3": {"targets", "feedforward"},
     "prefix": {"length", "mlp"}, "prompt": {"length"}, "ptuning": {"length", "encoder"},
@@ -137,6 +137,9 @@ class _Work:
             self.changed.append(f"{name}: {value} is targets=all-linear in the method")
         elif key == "init_lora_weights" and value in ("pissa", "olora"):
             self._option_if(value, name, value)
+        elif key == "init_lora_weights" and value == "loftq":
+            self.options["start"] = value
+            self.changed.append(f"{name}: {value} is start=loftq in the method")
         elif key == "prefix_projection":
             self.projected = bool(value)
         elif key in _OF_METHOD and value is not False:

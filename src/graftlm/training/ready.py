@@ -74,7 +74,7 @@ def check_resolved(resolved: Resolved) -> tuple[tuple[Finding, ...], tuple[Findi
         notes += ready.prepared.notes
         plan = ready.step().plan()
         room = available_bytes(plan.device)
-        if room and not plan.fits(room):
+        if room and not plan.fits(room) and resolved.settings.model.device_map is None:
             raise EnvironmentFault(does_not_fit(plan, room))
     except PlanError as error:  # a base whose code does not run without values can be trained all the same
         notes += error.findings

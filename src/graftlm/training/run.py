@@ -11,6 +11,7 @@ import errno
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -312,7 +313,7 @@ class _Work:
         room = available_bytes(plan.device)
         self.voice.say("memory", plan.line(room or None))
         self.record["plan"] = plan.to_dict()
-        if room and not plan.fits(room):
+        if room and not plan.fits(room) and self.settings.model.device_map is None:  # else parts may lie elsewhere
             raise EnvironmentFault(does_not_fit(plan, room))
         if plan.flops * step.mean_share * step.steps < _WORTH_A_CLOCK:
             return
@@ -331,6 +332,9 @@ class _Work:
             several=labels is not None and labels.several,
             dtype=wanted.dtype,
             quantize=wanted.quantize,
+            device_map=wanted.device_map,
+            max_memory=wanted.max_memory or None,
+            offload_folder=wanted.offload_folder,
             revision=wanted.revision,
             trust_remote_code=wanted.trust_remote_code,
         )
@@ -396,7 +400,7 @@ class _Work:
         usual = "" if low <= rate <= high else f" (usual: {low:g} to {high:g})"
         share = 100 * counts.trainable_parameters / counts.base_parameters
         where = f"{self.settings.model.name}  {type(model).__name__}  {counts.base_parameters:,} parameters"
-        self.voice.say("base", f"{where}  {str(model.dtype).removeprefix('torch.')}  {model.device}")
+        self.voice.say("base", f"{where}  {str(model.dtype).removeprefix('torch.')}  {_places(model)}")
         self.voice.say(
             "method",
             f"{adapter.method}  {counts.trainable_parameters:,} trainable ({share:.1f} %)  lr {rate:g}{others}{usual}  "
@@ -659,6 +663,18 @@ def _trained_at(adapter: Adapter) -> list[dict[str, Any]]:
         trained = sum(p.numel() for p in part.delta.parameters() if p.requires_grad)
         found[place] = found.get(place, 0) + trained
     return [{"layer": layer, "role": role, "parameters": n} for (layer, role), n in found.items() if n]
+
+
+def _places(model: Any) -> str:
+    """Where the base lies: one device, or how much of it lies where."""
+    places = getattr(model, "hf_device_map", {})
+    sizes: Counter[str] = Counter()
+    for name, parameter in model.named_parameters() if places else ():
+        path = next(path for path in places if not path or f"{name}.".startswith(f"{path}."))
+        sizes[str(places[path])] += parameter.numel() * parameter.element_size()
+    whole = sum(sizes.values())
+    told = [f"{place} {100 * size / whole:.0f} %" for place, size in sizes.most_common() if size]
+    return ", ".join(told) if len(told) > 1 else str(model.device)
 
 
 def _width(model: Any) -> int:

@@ -154,6 +154,13 @@ def test_both_colour_schemes_and_print_are_provided_for(tmp_path: Path) -> None:
     assert not re.findall(r"#[0-9a-f]{6}\b(?!-)", re.sub(r"url\([^)]*\)|href=\"[^\"]*\"", "", drawing))
 
 
+def test_on_paper_nothing_is_cut_at_the_edge_or_folded_away(tmp_path: Path) -> None:
+    page = page_of(answers(tmp_path / "faq-1"))
+    paper = page[page.rindex("@media print") : page.index("</style>")]
+    assert ".scroll { overflow: visible; }" in paper
+    assert "details::details-content { content-visibility: visible;" in paper
+
+
 def test_every_text_of_the_user_is_escaped(tmp_path: Path) -> None:
     folder = classification(tmp_path / "tickets-1", steps=18)
     assert html.escape("<script>alert(") in page_of(folder)

@@ -92,29 +92,35 @@ def test_what_is_simple_takes_the_short_way(method, long_calls):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_name", ["llama", "gpt2"])
 def test_single_tokens_of_many_methods(model_name, dtype, long_way):
-    """Scalings, biases and chosen entries of all rows at once, also for several entries a row."""
+    """Scalings, biases, chosen entries and bottlenecks of all rows at once, also for several entries a row."""
     model = tiny(model_name).to(dtype)
     methods = {
         "ia3": IA3(), "bias": BitFit(add=True), "sparse": Sparse(fraction=0.05), "lora": LoRA(rank=2),
-        "more": Sparse(fraction=0.02, score="random"),
+        "more": Sparse(fraction=0.02, score="random"), "other": LoRA(rank=3, targets="attention"),
+        "series": SeriesAdapter(width=4), "second": SeriesAdapter(width=3), "relu": SeriesAdapter(activation="relu"),
+        "parallel": ParallelAdapter(width=4), "wide": SeriesAdapter(width=100),
     }  # fmt: skip
     adapters = {name: attach(model, method, name=name) for name, method in methods.items()}
     for seed, adapter in enumerate(adapters.values()):
         perturb(adapter, seed=seed)
     rows = ["ia3", ("sparse", "ia3"), None, "bias", ("more", "bias", "sparse"), ("ia3", "bias", "lora"), "lora"]
+    rows += ["series", ("series", "second"), ("second", "series", "ia3"), "relu", ("parallel", "other"), "series", None]
     close = 0.03 if dtype == torch.bfloat16 else 2e-6
     use(model, rows)
     single = inputs_for(model, rows=len(rows), tokens=1)
     found = logits_of(model, single)
     assert_close(found, long_way(logits_of, model, single), close)
     with torch.no_grad():
-        for name in ("ia3", "bias", "sparse"):
+        for name in ("ia3", "bias", "sparse", "second", "parallel"):
             for parameter in adapters[name].parameters():
                 parameter.mul_(1.5)
     later = logits_of(model, single)
     assert_close(later, long_way(logits_of, model, single), close)
     moved = (later - found).abs().amax(dim=(1, 2)) > 0
-    assert moved.tolist() == [True, True, False, True, True, True, False]
+    assert moved.tolist() == [True, True, False, True, True, True, False, False, True, True, False, True, False, False]
+    use(model, [*rows[:-1], "wide"])  # too wide to be made for all rows
+    assert_close(logits_of(model, single), long_way(logits_of, model, single), close)
+    use(model, rows)
     if dtype == torch.float32:
         batch = inputs_for(model, rows=len(rows))
         options = {"num_beams": 2}

@@ -13,7 +13,7 @@ from torch import Tensor
 import graftlm
 from graftlm import attach, use
 from graftlm.core.lane import lane_of
-from graftlm.kernels import Fused, LossHead, fuse
+from graftlm.kernels import Fused, LossHead, fuse, fusing
 from models_for_tests import DECODERS, ENCODER_DECODERS, ENCODERS, inputs_for, tiny
 
 #: What may be fused in each model; everything else is left alone.
@@ -132,6 +132,45 @@ def test_dropout_in_training_is_replayed_when_blocks_are_recomputed() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_several_adapters_that_drop_entries_drop_them_in_feed_forward_parts_too() -> None:
+    model = tiny("llama").train()
+    adapters = [shaken(model, "lora(rank=3,targets=ffn,dropout=0.5)", name) for name in ("one", "two")]
+    use(model, ("one", "two"))
+    batch = inputs_for(model)
+    with fuse(model):
+        found = [step(model, adapters, batch)[0] for _ in range(2)]
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("method", "parts", "share"),
+    [("dora(rank=2,targets=all-linear)", 2, 0.55), ("bitfit", 2, 0.75), ("ia3", 2, 0.75), ("lora(targets=all-linear)+ia3", 2, 0.7)],
+)  # fmt: skip
+def test_other_changes_of_feed_forward_parts_are_made_with_them(
+    method: str, parts: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing falls back to the classes' own forwards, and less is kept."""
+    model = tiny("llama")
+    adapter = shaken(model, method)
+    own, calls = fusing.feed_forward, []
+    monkeypatch.setattr(fusing, "feed_forward", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    same(model, [adapter])
+    assert len(calls) == parts + 2  # two of them where a part was checked
+    before = kept_bytes(model, [adapter])
+    with fuse(model):
+        assert kept_bytes(model, [adapter]) <= share * before
+
+
+def test_a_gain_next_to_zero_is_not_divided_by() -> None:
+    model = tiny("llama")
+    adapter = shaken(model, "dora(rank=2,targets=all-linear)")
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if "magnitude" in name:
+                parameter[0] = 0
+    same(model, [adapter])
+
+
 def test_a_hook_on_a_map_is_called() -> None:
     model = tiny("llama")
     adapter = shaken(model, "lora(rank=3,targets=all-linear)")
@@ -231,29 +270,31 @@ def test_maps_that_hold_no_plain_weight_are_left_alone() -> None:
     assert len(fused.fused["linear"]) == 6
 
 
+def kept_bytes(model: Any, adapters: list[Any]) -> int:
+    """What a training step keeps for its backward."""
+    head = LossHead.of(model)
+    assert head is not None
+    batch = inputs_for(model, rows=4, tokens=32)
+    parameters = [*model.parameters(), *(p for adapter in adapters for p in adapter.parameters())]
+    weights = {p.untyped_storage().data_ptr() for p in parameters}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in weights:
+            sizes[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = head.losses(model, batch, batch["input_ids"])  # keeps what is kept, so that no place is used twice
+    del held
+    return sum(sizes.values())
+
+
 @pytest.mark.parametrize("recompute", ["none", "feedforward"])
 def test_less_is_kept(recompute: Any) -> None:
     model = tiny("llama")
     adapter = shaken(model, "lora(rank=3,targets=all-linear)")
-    head = LossHead.of(model)
-    assert head is not None
-    batch = inputs_for(model, rows=4, tokens=32)
-    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *adapter.parameters()]}
-
-    def kept() -> int:
-        sizes: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            place = tensor.untyped_storage().data_ptr()
-            if place not in weights:
-                sizes[place] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            held = head.losses(model, batch, batch["input_ids"])  # keeps what is kept, so that no place is used twice
-        del held
-        return sum(sizes.values())
-
-    before = kept()
+    before = kept_bytes(model, [adapter])
     with fuse(model, recompute=recompute):
-        assert kept() <= (0.7 if recompute == "none" else 0.55) * before
+        assert kept_bytes(model, [adapter]) <= (0.7 if recompute == "none" else 0.55) * before

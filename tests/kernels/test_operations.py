@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -26,16 +27,18 @@ from graftlm.kernels.norm import frozen_norm, invertible
 
 
 def change(
-    width_in: int, width_out: int, rank: int = 3, shift: bool = False, kind: torch.dtype = torch.float32
-) -> LowRank:
+    width_in: int, width_out: int, rank: int = 3, shift: bool = False, kind: torch.dtype = torch.float32,
+    gain: bool = False,
+) -> LowRank:  # fmt: skip
     def drawn(*shape: int) -> Tensor:
         return (0.3 * torch.randn(*shape, dtype=kind)).requires_grad_()
 
-    return LowRank(drawn(rank, width_in), drawn(width_out, rank), 1.7, 0.0, drawn(width_out) if shift else None)
+    n = (1 + 0.3 * torch.rand(width_out, dtype=kind)).requires_grad_() if gain else None
+    return LowRank(drawn(rank, width_in), drawn(width_out, rank), 1.7, 0.0, drawn(width_out) if shift else None, n)
 
 
 def tensors_of(*changes: LowRank | None) -> list[Tensor]:
-    return [t for c in changes if c is not None for t in (c.down, c.up, c.bias) if t is not None]
+    return [t for c in changes if c is not None for t in (c.down, c.up, c.bias, c.gain) if t is not None]
 
 
 def compare(fused: Tensor, plain: Tensor, wanted: list[Tensor], close: float, close_gradient: float) -> None:
@@ -51,15 +54,17 @@ def compare(fused: Tensor, plain: Tensor, wanted: list[Tensor], close: float, cl
 
 @pytest.mark.parametrize(("kind", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12)])
-def test_a_linear_map(kind: torch.dtype, close: float, shift: bool, shape: tuple[int, ...]) -> None:
+def test_a_linear_map(kind: torch.dtype, close: float, shift: bool, gain: bool, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x = torch.randn(*shape, dtype=kind).requires_grad_()
     weight, bias = torch.randn(9, 12, dtype=kind), torch.randn(9, dtype=kind)
-    own = change(12, 9, shift=shift, kind=torch.promote_types(kind, torch.float32))
-    for b in (None, bias):
+    trained = torch.randn(9, dtype=torch.promote_types(kind, torch.float32)).to(kind).requires_grad_()
+    own = change(12, 9, shift=shift, gain=gain, kind=torch.promote_types(kind, torch.float32))
+    for b in (None, bias, trained):
         fused, plain = low_rank_linear(x, weight, b, own), plain_low_rank_linear(x, weight, b, own)
-        compare(fused, plain, [x, *tensors_of(own)], close, 2 * close)
+        compare(fused, plain, [x, *tensors_of(own), *([b] if b is trained else [])], close, 2 * close)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -81,6 +86,35 @@ def test_a_feed_forward_part(gated: bool, recompute: bool, kind: torch.dtype, cl
             compare(fused, plain, [x, *tensors_of(*changes)], close, 3 * close)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("kind", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+def test_a_feed_forward_part_with_gains_biases_and_a_scaling(
+    gated: bool, recompute: bool, kind: torch.dtype, close: float
+) -> None:
+    torch.manual_seed(0)
+    wide = torch.promote_types(kind, torch.float32)
+    x = torch.randn(2, 5, 12, dtype=kind).requires_grad_()
+    shapes = [(12, 20), (12, 20), (20, 12)] if gated else [(12, 20), (20, 12)]
+    for adapted in itertools.product([None, False, True], repeat=len(shapes)):  # nothing, a change, one with a gain
+        for trained, scaled in itertools.product([False, True], repeat=2):
+            changes = [
+                None if a is None else change(*shape, gain=a, kind=wide)
+                for shape, a in zip(shapes, adapted, strict=True)
+            ]
+            biases = [torch.randn(out, dtype=kind).requires_grad_(trained) for _, out in shapes]
+            scaling = (1 + torch.rand(20, dtype=wide)).requires_grad_() if scaled else None
+            maps = [
+                Map(torch.randn(out, into, dtype=kind) / into**0.5, bias if trained or at != 1 else None, own,
+                    scaling if at == len(shapes) - 1 else None)
+                for at, ((into, out), own, bias) in enumerate(zip(shapes, changes, biases, strict=True))
+            ]  # fmt: skip
+            fused = feed_forward(x, maps[:-1], maps[-1], F.silu, recompute=recompute)
+            plain = plain_feed_forward(x, maps[:-1], maps[-1], F.silu)
+            wanted = [x, *tensors_of(*changes), *(biases if trained else []), *([scaling] if scaled else [])]
+            compare(fused, plain, wanted, close, 2 * close)
+
+
 def test_gradients_by_differences() -> None:
     torch.manual_seed(0)
     kind = torch.float64
@@ -94,6 +128,22 @@ def test_gradients_by_differences() -> None:
     def gated(x: Tensor, *flat: Tensor) -> Tensor:
         maps = [Map(w, None, LowRank(flat[2 * i], flat[2 * i + 1], 0.5)) for i, w in enumerate(weights)]
         return feed_forward(x, maps[:-1], maps[-1], F.silu)
+
+    def gained(x: Tensor, scaling: Tensor, *flat: Tensor) -> Tensor:
+        maps = [
+            Map(w, flat[4 * i + 3], LowRank(flat[4 * i], flat[4 * i + 1], 0.5, gain=flat[4 * i + 2]))
+            for i, w in enumerate(weights)
+        ]
+        y = feed_forward(x, maps[:-1], dataclasses.replace(maps[-1], scaling=scaling), F.silu)
+        own = maps[0].change
+        assert own is not None
+        return y.sum(1, keepdim=True) * low_rank_linear(x, weights[0], flat[3], own)
+
+    flat = []
+    for into, out in ((6, 5), (6, 5), (5, 6)):
+        own = change(into, out, rank=2, kind=kind, gain=True)
+        flat += [*tensors_of(own), torch.randn(out, dtype=kind, requires_grad=True)]
+    assert torch.autograd.gradcheck(gained, (x, torch.rand(5, dtype=kind, requires_grad=True), *flat))
 
     scale, shift = torch.rand(6, dtype=kind) + 0.5, torch.randn(6, dtype=kind)
 

@@ -17,6 +17,7 @@ from graftlm.core.adapter import (
 )
 from graftlm.core.delta import (
     Base,
+    BottleneckMaps,
     BranchDelta,
     Delta,
     EmbedDelta,
@@ -39,6 +40,7 @@ __all__ = [
     "ROLE_GROUPS",
     "Adapter",
     "Base",
+    "BottleneckMaps",
     "BranchDelta",
     "Delta",
     "EmbedDelta",

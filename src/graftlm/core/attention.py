@@ -13,13 +13,14 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from graftlm.core.delta import KeyValueDelta
-from graftlm.core.groups import Group, Rows
+from graftlm.core.groups import Entries, Group, Rows, total_rows
 from graftlm.errors import Finding, RoutingError
 
 if TYPE_CHECKING:
@@ -59,11 +60,12 @@ class Splice:
         self.junction, self.groups, self.x = junction, groups, x
         self.config: Any = module.config
         self.implementation = str(implementation_of(module))
-        module.config = _substitute(junction, self.config)
+        # Past the module's own way of setting attributes, which looks for parameters in each.
+        module.__dict__["config"] = _substitute(junction, self.config, self.implementation)
 
     def remove(self, module: nn.Module) -> None:
         """Give the module its own configuration back."""
-        module.config = self.config
+        module.__dict__["config"] = self.config
 
     def prefix(self, key: Tensor, apart: bool) -> _Prefix:
         """The prefixes for a call with `key` for all rows; where `apart`, perhaps of the rows alone that have one."""
@@ -80,9 +82,10 @@ class Splice:
         parts = list(zip(self.groups, cut.indices, given, cut.sizes, strict=True))
         having = [part for part in parts if part[0].prefixes]
         # Where most rows have a prefix, one call of all is less work.
-        entries: Tensor | None = None
+        entries: Entries | None = None
         if apart and 2 * sum(part[3] for part in having) <= count:
-            parts, entries = having, torch.cat([part[1] for part in having if part[1] is not None])
+            parts, total = having, total_rows(self.groups)
+            entries = Entries([row for part in parts for row in part[0].rows or ()], count, total, key.device)
         lengths = [sum(delta.length for delta in part[0].prefixes) for part in parts]
         longest = max(lengths)
         keys: list[Tensor] = []
@@ -95,7 +98,7 @@ class Splice:
             for pieces, piece in zip((keys, values), pair, strict=True):
                 pieces.append(nn.functional.pad(piece, (0, 0, longest - length, 0)).expand(size, -1, -1, -1))
             real.append((torch.arange(longest, device=key.device) >= longest - length).expand(size, -1))
-        join = cut.join if entries is None else torch.cat
+        join = cut.join if entries is None else partial(_in_order, indices=[part[1] for part in parts])
         made = _Prefix(join(keys), join(values), None if min(lengths) == longest else join(real), entries)
         self.junction.kept_prefix = (self.groups, state, made) if alone else None
         return made
@@ -108,15 +111,21 @@ class _Prefix:
     keys: Tensor
     values: Tensor
     real: Tensor | None  # which virtual tokens are real [rows, length]; None where all are
-    entries: Tensor | None  # which entries of the batch the rows are; None for all
+    entries: Entries | None  # which entries of the batch the rows are; None for all
 
 
-def _substitute(junction: Junction, config: Any) -> Any:
+def _in_order(parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+    """The entries of several groups in the order in which the batch has them; `indices` are theirs there."""
+    whole = torch.cat(list(parts))
+    return whole if len(parts) == 1 else whole.index_select(0, torch.cat(list(indices)).argsort())
+
+
+def _substitute(junction: Junction, config: Any, implementation: str) -> Any:
     """A copy of `config` that names our attention function; kept, and made again where the original changed."""
     kept = junction.substitute
-    if kept is None or kept[0] is not config or kept[1] != config._attn_implementation:
+    if kept is None or kept[0] is not config or kept[1] != implementation:
         twin = named_attention(config, _NAME, _attend)
-        junction.substitute = kept = (config, config._attn_implementation, twin)
+        junction.substitute = kept = (config, implementation, twin)
     return kept[2]
 
 
@@ -164,14 +173,13 @@ def _attend(
     # All rows as the model calls them, and those with a prefix again: nothing of the others is copied or widened.
     output, weights = function(module, query, key, value, attention_mask, *args, **kwargs)
     at, count = found.entries, int(key.shape[0])
-    query, key, value = (part.index_select(0, at) for part in (query, key, value))
+    query, key, value = (at.take(part) for part in (query, key, value))
     bias = kwargs.get("position_bias")
     if bias is not None and bias.shape[0] == count:
-        kwargs["position_bias"] = bias.index_select(0, at)
-    if attention_mask is not None and attention_mask.shape[0] == count:
-        attention_mask = attention_mask.index_select(0, at)
+        kwargs["position_bias"] = at.take(bias)
     own, _ = _widened_call(module, function, splice, found, query, key, value, attention_mask, *args, **kwargs)
-    return output.index_copy(0, at, own), weights
+    at.put(output, own)
+    return output, weights
 
 
 def _widened_call(
@@ -179,28 +187,43 @@ def _widened_call(
     value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """The attention call with keys, values and mask widened by the prefixes that were `found` for its rows."""
-    keys, values, real = found.keys, found.values, found.real
-    length, tokens, seen = int(keys.shape[2]), int(query.shape[2]), int(key.shape[2])
-    mask = attention_mask
+    switch, length, rows = splice.junction.switch, int(found.keys.shape[2]), found.entries and found.entries.rows
+    # One token's mask is that of the layer before, most often.
+    alike = attention_mask is not None and query.shape[2] == 1 and found.real is None
+    state = (rows, length, int(key.shape[2]))
+    if alike and switch.widened[0] is attention_mask and switch.widened[1] == state:
+        mask = switch.widened[2]
+    else:
+        mask = _wide_mask(module, splice, found, query, key, attention_mask, kwargs.get("is_causal"))
+        if alike:
+            switch.widened = (attention_mask, state, mask)
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        kwargs["position_bias"] = nn.functional.pad(bias, (length, 0))
+    keys, values = torch.cat([found.keys, key], dim=2), torch.cat([found.values, value], dim=2)
+    return function(module, query, keys, values, mask, *args, **kwargs)
+
+
+def _wide_mask(
+    module: nn.Module, splice: Splice, found: _Prefix, query: Tensor, key: Tensor, mask: Tensor | None,
+    causal: bool | None,
+) -> Tensor | None:  # fmt: skip
+    """The mask of a call whose keys are widened by the prefixes `found`; `mask` is that of all rows, without them."""
+    real, length, tokens, seen = found.real, int(found.keys.shape[2]), int(query.shape[2]), int(key.shape[2])
     if mask is None:
-        causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if splice.implementation == "sdpa" and causal and tokens > 1:
             # As sdpa would have it: token i sees keys 0 to i.
             mask = torch.ones(1, 1, tokens, seen, dtype=torch.bool, device=key.device).tril()
     else:
+        if found.entries is not None and mask.shape[0] > 1:
+            mask = found.entries.take(mask)
         mask = mask[..., :seen]
     if mask is None and real is not None:
         mask = torch.ones(1, 1, 1, seen, dtype=torch.bool, device=key.device)
         if splice.implementation == "eager":
             mask = torch.zeros(1, 1, 1, seen, dtype=query.dtype, device=key.device)
-    if mask is not None:
-        mask = _widened(mask, real, length)
-    bias = kwargs.get("position_bias")
-    if bias is not None:
-        kwargs["position_bias"] = nn.functional.pad(bias, (length, 0))
-    keys, values = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-    return function(module, query, keys, values, mask, *args, **kwargs)
+    return None if mask is None else _widened(mask, real, length)
 
 
 def _widened(mask: Tensor, real: Tensor | None, length: int) -> Tensor:

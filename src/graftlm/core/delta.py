@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from graftlm.errors import Finding, NotMergeable
 
 __all__ = [
-    "Base", "BranchDelta", "Delta", "EmbedDelta", "KeyValueDelta", "LinearDelta", "LowRank", "ParameterDelta", "Port",
-    "WholeParameterDelta",
+    "Base", "BottleneckMaps", "BranchDelta", "Delta", "EmbedDelta", "KeyValueDelta", "LinearDelta", "LowRank",
+    "ParameterDelta", "Port", "WholeParameterDelta",
 ]  # fmt: skip
 
 Port = Literal["linear", "param", "branch", "kv", "embed"]
@@ -50,13 +50,29 @@ class Base:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change s B A drop(x) + s c at a linear map, for operations that make it together with the base's product."""
+    """The change s B A drop(x) + s c at a linear map, for operations that make it together with the base's product.
+
+    With `gain`, n, the map gives n (W x + s B A x) + b.
+    """
 
     down: Tensor  # A [rank, in]
     up: Tensor  # B [out, rank]
     scale: float = 1.0
     dropout: float = 0.0  # the share that is dropped now: 0 in evaluation
     bias: Tensor | None = None  # c [out]
+    gain: Tensor | None = None  # n [out]
+
+
+@dataclass(frozen=True)
+class BottleneckMaps:
+    """The change s (W_up act(W_down x + b_1) + b_2) at a sublayer, for operations that make several of them at once."""
+
+    down: Tensor  # W_down [width, in]
+    down_bias: Tensor  # b_1 [width]
+    up: Tensor  # W_up [out, width]
+    up_bias: Tensor  # b_2 [out]
+    activation: Callable[[Tensor], Tensor]
+    scale: float = 1.0
 
 
 class Delta(nn.Module):
@@ -102,6 +118,13 @@ class LinearDelta(Delta):
 
     def low_rank(self) -> LowRank | None:
         """What `add` adds as a low-rank product, where it is one; None where it is not."""
+        return None
+
+    def low_rank_over(self, weight: Tensor, stored: nn.Parameter) -> LowRank | None:
+        """What `add_over` adds, as a low-rank product with a gain; None where it is not, or not now.
+
+        `weight` [out, in] is a plain tensor, `stored` the parameter that it comes from.
+        """
         return None
 
     def after(self, y: Tensor) -> Tensor:
@@ -195,6 +218,10 @@ class BranchDelta(Delta):
         `mask` says which tokens are real: [rows, tokens], or None where all are.
         """
         return y
+
+    def as_bottleneck(self) -> BottleneckMaps | None:
+        """What `branch` adds to `y`, where that is a bottleneck of `x` (of `y` unless `reads_input`); else None."""
+        return None
 
 
 class KeyValueDelta(Delta):

@@ -13,7 +13,7 @@ from graftlm.core.routing import entries
 from graftlm.core.sites import Site
 from graftlm.errors import Finding, RoutingError
 
-__all__ = ["Entries", "Group", "Rows", "Slice", "total_rows"]
+__all__ = ["Entries", "Group", "Rows", "Slice", "check_count", "total_rows"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Group:
     #: Whether a linear delta acts, and whether one asks the base.
     acts: bool = field(init=False, default=False)
     asks_base: bool = field(init=False, default=False)
-    #: Whether nothing acts but linear deltas that add something of their input.
-    adds_only: bool = field(init=False, default=False)
+    #: Whether nothing acts but linear deltas that change the input or add something of it, without asking the base.
+    map_only: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         # Asked at every call: worked out once.
@@ -56,8 +56,8 @@ class Group:
         )
         object.__setattr__(self, "acts", bool(self.adds or self.afters or self.slices))
         object.__setattr__(self, "asks_base", asking)
-        alone = len(self.adds) == len(self.everything) and not (self.shift or self.prefixed)
-        object.__setattr__(self, "adds_only", bool(self.adds) and alone and not asking)
+        alone = len(self.adds) + len(self.befores) == len(self.everything) and not (self.shift or self.prefixed)
+        object.__setattr__(self, "map_only", bool(self.adds or self.befores) and alone and not asking)
 
     def beside(self, x: Tensor) -> tuple[ParameterDelta, ...]:
         """The parameter deltas that act beside their map for this input, not through a changed weight."""
@@ -89,6 +89,12 @@ class Group:
         )
 
 
+def check_count(count: int, total: int) -> None:
+    """Raise RoutingError where `count` entries cannot fall to `total` rows."""
+    if count % total:
+        raise RoutingError(Finding("R104", f"the routing has {total} choices, the batch has {count} rows"))
+
+
 def total_rows(groups: Sequence[Group]) -> int:
     """How many rows the groups have together."""
     return sum(len(group.rows or ()) for group in groups)
@@ -112,8 +118,7 @@ class Rows:
         if groups[0].rows is None:
             return cls((None,), (count,), None, None)
         total = total_rows(groups)
-        if count % total:
-            raise RoutingError(Finding("R104", f"the routing has {total} choices, the batch has {count} rows"))
+        check_count(count, total)
         indices = tuple(entries(group.rows or (), count, total, device) for group in groups)
         order = torch.cat(indices)
         if bool((order == torch.arange(count, device=device)).all()):

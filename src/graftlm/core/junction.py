@@ -37,7 +37,7 @@ from graftlm.core.sites import Site, linear_kind
 from graftlm.core.storage import dense
 from graftlm.errors import Finding, RoutingError
 
-__all__ = ["Junction", "Replay", "Switch", "columns_of", "junction_of"]
+__all__ = ["Junction", "MapChange", "Replay", "Switch", "columns_of", "junction_of"]
 
 _KEY = "_graftlm_junction"
 #: How many routings a junction has a plan of at the same time.
@@ -92,6 +92,8 @@ class Switch:
     going_on: bool = False
     #: What sublayers were given, by the path of their first module, from there until their end.
     seen: dict[str, Tensor] = field(default_factory=dict)
+    #: The mask of an attention call for one token, what it was widened for, and the wide one.
+    widened: tuple[Any, ...] = (None, None, None)
     #: The routing of the forward that is being recomputed, while it is.
     recomputing: Routing | None = None
     #: Routings of training forwards that checkpointing not by transformers may still recompute.
@@ -135,6 +137,20 @@ class Switch:
         if self.routing not in self.awaiting:
             # Without checkpointing nothing ever asks for these: keep the list short.
             self.awaiting = [*self.awaiting[-31:], self.routing]
+
+
+@dataclass(frozen=True)
+class MapChange:
+    """All that acts at a linear map on all rows, where it is this: y = W (scalings x) + b + products + shifts."""
+
+    low: tuple[LowRank, ...] = ()
+    shifts: tuple[Tensor, ...] = ()  # each [out]
+    scalings: tuple[Tensor, ...] = ()  # of the input, each [in]
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing acts."""
+        return not (self.low or self.shifts or self.scalings)
 
 
 class Replay:
@@ -293,22 +309,38 @@ class Junction:
             **{name: tuple(found) for name, found in others.items()},
         )
 
-    def low_rank(self, module: nn.Module, device: torch.device) -> tuple[LowRank, ...] | None:
-        """What is added here now as low-rank products, for all rows; None where that is not all that there is to do.
+    def change(self, module: nn.Module, device: torch.device, weight: Tensor | None) -> MapChange | None:
+        """What acts at a linear map now, for all rows; None where that is not all that there is to do.
 
-        Who asks makes the sums itself and says so by `added`, or leaves the module's call out altogether.
+        `weight` [out, in] is what the map multiplies by, None where nobody may ask. Who asks makes the changes itself:
+        with the module's call left out all of them, else those behind the input, and says so by `added`.
         """
         if self.watchers:
             return None
         groups = self.plan()
         if not groups:
-            return ()
-        group = groups[0]
-        if group.rows is not None or not group.adds_only:
+            return MapChange()
+        group, stored = groups[0], module._parameters.get("weight")
+        if group.rows is not None or not (group.map_only or (group.asks_base and len(group.everything) == 1)):
             return None
         self.follow(module, groups, device)
-        found = [delta.low_rank() for delta, _ in group.adds]
-        return None if None in found else tuple(found)  # type: ignore[arg-type]
+        scalings = [delta.as_scaling() for delta in group.befores]
+        low: list[LowRank] = []
+        shifts: list[Tensor] = []
+        for delta, over in group.adds:
+            found = delta.low_rank()
+            if over:
+                found = None if weight is None or stored is None else delta.low_rank_over(weight, stored)
+            shift = delta.as_shift() if found is None else None
+            if found is not None:
+                low.append(found)
+            elif shift is not None:
+                shifts.append(shift)
+            else:
+                return None
+        if None in scalings:
+            return None
+        return MapChange(tuple(low), tuple(shifts), tuple(scalings))  # type: ignore[arg-type]
 
     @property
     def hooks(self) -> int:
@@ -316,7 +348,7 @@ class Junction:
         return len(self._handles) // 2
 
     def added(self) -> None:
-        """The output of the call in progress has what `low_rank` gave already."""
+        """The output of the call in progress has what `change` gave already."""
         self._added = True
 
     # --- one call ---

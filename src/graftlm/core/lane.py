@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from graftlm.core.delta import ParameterDelta, acts
 from graftlm.core.groups import Entries, Group, total_rows
-from graftlm.core.stacked import EntriesStep, LowRankStep, ScaleStep, by_delta, is_low, low_ranks, united
+from graftlm.core.stacked import LowRankStep, OneToken, by_delta, is_low, low_ranks, united
 
 if TYPE_CHECKING:
     from graftlm.core.junction import Junction
@@ -32,6 +32,9 @@ __all__ = ["Lane", "lane_of", "plain_forward"]
 _FORWARD = "forward"
 #: How many routings a lane has sorted at the same time.
 _WAYS = 32
+
+#: What a map's deltas do, by the names that `OneToken` has for it.
+_ALL = frozenset({"befores", "products", "lows", "adds", "afters", "branches"})
 
 #: The columns that a part of a fused map has, if they are in one piece.
 _Columns = tuple[int, int] | None
@@ -235,21 +238,29 @@ class _Steps:
             _, low, others, scalings = self.stages[0]
             self.only = low[0] if len(low) == 1 and not (others or scalings) else None
 
-        # For one token an entry: what stands for the steps of the same names, all rows at once.
-        self.befores_at_once = self.products_at_once = self.stage_at_once = None
+        #: For one token an entry: what is done for all rows at once.
+        self.token: OneToken | None = None
         if not self.whole:
-            entering, products = ([(d, at.rows) for d, at in own if at] for own in (self.befores, self.products))
-            adding, scaling = ([(d, at.rows) for d, at in own if at] for own in self.stages[0][2:])
-            if entering and ScaleStep.takes([], entering):
-                self.befores_at_once = ScaleStep([], entering, count, total)
-            if products and EntriesStep.takes(products):
-                self.products_at_once = EntriesStep(products, count, total)
-            if (adding or scaling) and ScaleStep.takes(adding, scaling):
-                self.stage_at_once = ScaleStep(adding, scaling, count, total)
+            low_placed = [(delta, rows) for step in self.stages[0][1] for delta, rows in step.placed]
+            placed = {
+                "befores": _by_rows(self.befores),
+                "products": _by_rows(self.products),
+                "lows": low_placed,
+                "adds": _by_rows(self.stages[0][2]),
+                "afters": _by_rows(self.stages[0][3]),
+            }
+            reading = [
+                (site.entry if site.kind == "sublayer" and delta.reads_input else "", delta, at.rows)
+                for site, delta, at in self.branches
+                if at is not None
+            ]
+            width = int(getattr(lane.module, "out_features", 0) or getattr(lane.module, "nf", 0))
+            token = OneToken(placed, reading, width, count, total)
+            self.token = None if token.idle else token
 
     def forget(self) -> None:
         """Drop what is kept of the deltas."""
-        for step in (self.only, self.befores_at_once, self.products_at_once, self.stage_at_once):
+        for step in (self.only, self.token):
             if step is not None:
                 step.forget()
         for _, low, _, _ in self.stages:
@@ -257,47 +268,84 @@ class _Steps:
                 product.forget()
 
     def __call__(self, x: Tensor) -> Tensor | None:
+        epoch = self.lane.junction.switch.epoch
         if self.only is not None:
             y = self.lane.product(x)
-            self.only(x, y, self.lane.junction.switch.epoch)
+            self.only(x, y, epoch)
             return y
-        epoch = self.lane.junction.switch.epoch
-        single = not self.whole and x.numel() == self.count * x.shape[-1]
-        summed = self.products_at_once if single else None
-        for product, _ in self.products if summed is None else ():
-            if not product.adds(x, not self.whole):
-                return None
-        if self.befores:
-            x = self.befores_at_once(x, epoch) if single and self.befores_at_once is not None else self._entered(x)
-        y = self.lane.product(x)
-        if summed is not None and y.is_contiguous():
-            summed(x, y, epoch)
-        else:
+        token = self.token
+        once = token is not None and x.numel() == self.count * x.shape[-1]
+        left = token.others if once and token is not None else _ALL
+        if "products" in left and not all(product.adds(x, not self.whole) for product, _ in self.products):
+            return None
+        if not once or token is None:
+            x = self._entered(x)
+            y = self._added(x, self.lane.product(x), left, epoch)
+            y = self._scaled(x, y, left, epoch)
+            return self._branched(x, y) if self.branches else y
+        flat = x.reshape(self.count, -1)
+        made = token.made(flat, epoch)
+        if made.before is not None:
+            flat = flat * made.before
+        elif "befores" in left:
+            flat = self._entered(x).view(flat.shape)
+        y = self.lane.product(flat).contiguous()
+        made.add(flat, y)
+        shape = x.shape
+        x = flat.view(shape)
+        if left or self.biases:
+            self._added(x, y.view(*shape[:-1], -1), left, epoch)
+        y = made.finish(y).view(*shape[:-1], -1)
+        if "afters" in left or len(self.stages) > 1:
+            y = self._scaled(x, y, left, epoch)
+        if not self.branches:
+            return y
+        if "branches" in left:
+            return self._branched(x, y)
+        made.branch(y.view(self.count, -1), partial(self._given, x))
+        for entry in self.entries:
+            self.lane.junction.switch.seen.pop(entry, None)
+        return y
+
+    def _given(self, x: Tensor, entry: str) -> Tensor:
+        """What the module at `entry` was given, [entries, in], for the map's own input x."""
+        junction = self.lane.junction
+        return (x if entry == junction.path else junction.switch.seen_at(entry)).reshape(self.count, -1)
+
+    def _added(self, x: Tensor, y: Tensor, kinds: frozenset[str], epoch: int) -> Tensor:
+        """y with additions of these kinds, made in place."""
+        if "products" in kinds:
             for product, at in self.products:
                 own = partial(self.lane.junction.own_weight, self.lane.module)
                 _add(y, at, product.add(x if at is None else at.take(x), own))
         for bias, at in self.biases:
             assert at is not None
             at.add(y, self._bias_change(bias))
-        for columns, low, adds, afters in self.stages:
+        _, low, adds, _ = self.stages[0]
+        for each in low if "lows" in kinds else ():
+            each(x, y, epoch)
+        for delta, at in adds if "adds" in kinds else ():
+            change = delta.add(x if at is None else at.take(x))
+            if change is not None:
+                _add(y, at, change)
+        return y
+
+    def _scaled(self, x: Tensor, y: Tensor, kinds: frozenset[str], epoch: int) -> Tensor:
+        """y with what comes behind the additions: scalings of these kinds, and what acts at parts of the map."""
+        if "afters" in kinds:
+            y = _after(y, self.stages[0][3])
+        for columns, low, adds, afters in self.stages[1:]:
             part = _part(y, columns)
             for each in low:
                 each(x, part, epoch)
-            if columns is None and single and self.stage_at_once is not None:
-                y = self.stage_at_once(y, epoch)
-                continue
             for delta, at in adds:
                 change = delta.add(x if at is None else at.take(x))
                 if change is not None:
                     _add(part, at, change)
-            for delta, at in afters:
-                if at is not None:
-                    at.put(part, delta.after(at.take(part)))
-                elif columns is None:
-                    y = part = delta.after(part)
-                else:
-                    part.copy_(delta.after(part))
-        return self._branched(x, y) if self.branches else y
+            changed = _after(part, afters)
+            if changed is not part:
+                part.copy_(changed)
+        return y
 
     def _branched(self, x: Tensor, y: Tensor) -> Tensor:
         switch = self.lane.junction.switch
@@ -320,6 +368,8 @@ class _Steps:
         return y
 
     def _entered(self, x: Tensor) -> Tensor:
+        if not self.befores:
+            return x
         if self.whole:
             for delta, _ in self.befores:
                 x = delta.before(x)
@@ -337,6 +387,20 @@ class _Steps:
         base = now if original is None else original
         assert base is not None
         return delta.parameter(base) - base
+
+
+def _after(y: Tensor, afters: Sequence[tuple[Any, Entries | None]]) -> Tensor:
+    """y as `afters` leave it: for some entries in place, for all a new tensor."""
+    for delta, at in afters:
+        if at is None:
+            y = delta.after(y)
+        else:
+            at.put(y, delta.after(at.take(y)))
+    return y
+
+
+def _by_rows(placed: Sequence[tuple[Any, Entries | None]]) -> list[tuple[Any, Sequence[int]]]:
+    return [(delta, at.rows) for delta, at in placed if at is not None]
 
 
 def _add(y: Tensor, at: Entries | None, change: Tensor) -> None:

@@ -10,15 +10,17 @@ it was filled under, and later steps extend it.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from graftlm.core.groups import Group, Rows
+from graftlm.core.groups import Group, Rows, check_count, total_rows
 from graftlm.errors import Finding, RoutingError
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class _Remembered:
 
 def takes(module: nn.Module, name: str) -> bool:
     """Whether `module` can be called with an argument of that name."""
-    return name in inspect.signature(module.forward).parameters
+    return name in _names_of(module)
 
 
 def check_cache(kwargs: Mapping[str, Any]) -> None:
@@ -299,8 +301,18 @@ class _Order:
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(_names_of(module), args, strict=False)), **kwargs} if args else dict(kwargs)
+
+
+def _names_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of its forward; reading a signature takes longer than a small module takes to run."""
+    own = module.__dict__.get("forward")
+    return tuple(inspect.signature(own).parameters) if own is not None else _names_in(type(module).forward)
+
+
+@functools.lru_cache(maxsize=64)
+def _names_in(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(types.MethodType(forward, object())).parameters)
 
 
 def _masks(cut: Rows, mask: Tensor | None) -> Sequence[Tensor | None]:
@@ -319,11 +331,13 @@ def _vectors(group: Group, embeddings: Tensor, mask: Tensor | None) -> list[Tens
 
 def _by_row(groups: Sequence[Group], rows: int) -> list[Group]:
     """The group of each of `rows` rows. Raises RoutingError where rows cannot be told apart."""
-    cut = Rows.of(groups, rows, torch.device("cpu"))
-    order = torch.arange(len(groups)).repeat_interleave(torch.tensor(cut.sizes))
-    if cut.back is not None:
-        order = order[cut.back]
-    return [groups[place] for place in order.tolist()]
+    if groups[0].rows is None:
+        return [groups[0]] * rows
+    total = total_rows(groups)
+    check_count(rows, total)
+    by_row = {row: group for group in groups for row in group.rows or ()}
+    each = rows // total
+    return [by_row[row] for row in range(total) for _ in range(each)]
 
 
 def _embedded(module: nn.Module, given: Mapping[str, Any]) -> Tensor:

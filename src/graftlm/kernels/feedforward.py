@@ -1,15 +1,17 @@
 r"""A frozen feed-forward part with low-rank changes as one operation, and its plain form.
 
-    y = D(act(G x) * U x), or D(act(U x)) where there is no gate; G, U, D linear maps, each with its low-rank change
+    y = D(l act(G x) * U x), or D(l act(U x)) where there is no gate; l a trained scaling, where there is one
 
-Kept for the backward are x and the outputs of G and U; the activation, the product and what D reads are made again.
-With `recompute`, only x is kept, and G and U are made again too: a third of the forward more.
+G, U and D are linear maps, each with its low-rank change, gain and bias (`kernels.linear`). Kept for the backward are x
+and the outputs of G and U, and that of D without its bias where it has a gain; the activation, the product and what D
+reads are made again. With `recompute`, G and U are made again too: a third of the forward more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from graftlm.core import LowRank
-from graftlm.kernels.linear import add_low_rank, back_low_rank, plain_low_rank_linear
+from graftlm.kernels.linear import add_low_rank, back_low_rank, plain_low_rank_linear, summed
 
 __all__ = ["Map", "feed_forward", "plain_feed_forward"]
 
@@ -27,11 +29,23 @@ Activation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Map:
-    """A frozen linear map, weight [out, in] and bias [out], and the change that acts on it."""
+    """A linear map with a frozen weight [out, in], its bias [out], and the change that acts on it.
+
+    `scaling` [in] is what its input is multiplied by; where it is a feed-forward part's last map.
+    """
 
     weight: Tensor
     bias: Tensor | None
     change: LowRank | None = None
+    scaling: Tensor | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether something of it takes a gradient."""
+        tensors = [self.bias, self.scaling]
+        if self.change is not None:
+            tensors += [self.change.down, self.change.up, self.change.gain]
+        return any(each is not None and each.requires_grad for each in tensors)
 
 
 def plain_feed_forward(x: Tensor, inner: Sequence[Map], down: Map, activation: Activation) -> Tensor:
@@ -45,43 +59,63 @@ def plain_feed_forward(x: Tensor, inner: Sequence[Map], down: Map, activation: A
     product = activation(through(x, inner[0]))
     for other in inner[1:]:
         product = product * through(x, other)
+    if down.scaling is not None:
+        product = product * down.scaling.to(product.dtype)
     return through(product, down)
 
 
 def feed_forward(
     x: Tensor, inner: Sequence[Map], down: Map, activation: Activation, *, recompute: bool = False
 ) -> Tensor:
-    """y [..., out] for x [..., in]; `inner` is (gate, up), or (up,). Changes have neither dropout nor a bias."""
+    """y [..., out] for x [..., in]; `inner` is (gate, up), or (up,). Changes have neither dropout nor a bias.
+
+    Gains of `inner` are not next to zero: what they multiplied is had from the product.
+    """
     maps = (*inner, down)
     scales = tuple(each.change.scale if each.change else 0.0 for each in maps)
     tensors: list[Tensor | None] = []
     for each in maps:
         change = each.change
-        tensors += [each.weight, each.bias, change.down if change else None, change.up if change else None]
-    y: Tensor = _FeedForward.apply(x, activation, recompute, scales, *tensors)  # type: ignore[no-untyped-call]
+        tensors += [each.weight, each.bias, *((change.down, change.up, change.gain) if change else (None,) * 3)]
+    y: Tensor = _FeedForward.apply(x, activation, recompute, scales, down.scaling, *tensors)  # type: ignore[no-untyped-call]
     return y
 
 
-class _FeedForward(torch.autograd.Function):
-    # Tensors come in fours, one a map: weight, bias, A, B.
+#: How many arguments come before the tensors of the maps, and how many tensors a map has.
+_BEFORE, _EACH = 5, 5
+#: A map's weight, bias, A, B and gain, each None where there is none.
+_Tensors = tuple[Any, Any, Any, Any, Any]
 
+
+class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, activation: Activation, recompute: bool, scales: tuple[float, ...],
-        *tensors: Tensor | None,
+        scaling: Tensor | None, *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
-        maps = _fours(tensors)
+        maps = _by_map(tensors)
         wide, narrows = _inner(flat, maps[:-1], scales)
         product = activation(wide[0])
         for other in wide[1:]:
             product = product.mul_(other) if product is not wide[0] else product * other
-        y, narrow = _mapped(product, maps[-1], scales[-1])
+        if scaling is not None:
+            product = product.mul_(scaling.to(product.dtype)) if product is not wide[0] else product * scaling
+        weight, bias, down, up, gain = maps[-1]
+        y = F.linear(product, weight, bias if gain is None else None)
+        narrow = None if down is None else add_low_rank(y, product, down, up, scales[-1])
+        del product
+        before = None  # what the last map's gain multiplies
+        needs = ctx.needs_input_grad
+        if gain is not None:
+            before = y if needs[_BEFORE + len(tensors) - 1] else None
+            y = _gained(y if before is None else y.clone(), gain, bias)
         # Of x only the gradients of the A inside, and what is made again, have need.
-        reads_x = recompute or any(ctx.needs_input_grad[6 + 4 * at] for at in range(len(maps) - 1))
+        reads_x = recompute or any(needs[_BEFORE + _EACH * at + 2] for at in range(len(maps) - 1))
         ctx.save_for_backward(
-            flat if reads_x else None, *([None] * len(wide) if recompute else wide), *narrows, narrow, *tensors
-        )
+            flat if reads_x else None, *([None] * len(wide) if recompute else wide), *narrows, narrow, before, scaling,
+            *tensors,
+        )  # fmt: skip
         ctx.activation, ctx.scales, ctx.shape = activation, scales, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -91,25 +125,49 @@ class _FeedForward(torch.autograd.Function):
         count = len(ctx.scales)  # of maps
         saved = ctx.saved_tensors
         x, wide, narrows = saved[0], list(saved[1:count]), list(saved[count : 2 * count])
-        maps, scales, needs = _fours(saved[2 * count :]), ctx.scales, ctx.needs_input_grad
+        before, scaling = saved[2 * count : 2 * count + 2]
+        maps, scales, needs = _by_map(saved[2 * count + 2 :]), ctx.scales, ctx.needs_input_grad
         del saved
         above = above.reshape(-1, above.shape[-1])
         if wide[0] is None:
             wide = _inner(x, maps[:-1], scales, changed=narrows)[0]
-        grads: list[Tensor | None] = [None] * (4 * count)
+        grads: list[Tensor | None] = [None] * (_EACH * count)
+
+        def through(at: int, above: Tensor, z: Callable[[], Tensor]) -> Tensor:
+            """The gradient of W x + s B A x for that of the map's output; those of bias and gain are noted."""
+            _, bias, _, _, gain = maps[at]
+            if needs[_BEFORE + _EACH * at + 1]:
+                grads[_EACH * at + 1] = summed(above, bias.dtype)
+            if gain is None:
+                return above
+            if needs[_BEFORE + _EACH * at + 4]:
+                grads[_EACH * at + 4] = summed(above * z(), gain.dtype)
+            return above * gain.to(above.dtype)
 
         with torch.enable_grad():
             first = wide[0].detach().requires_grad_()
             acted = ctx.activation(first)
         other = wide[1] if count == 3 else None
-        weight, _, down, up = maps[-1]
+        weight, _, down, up, _ = maps[-1]
+        above = through(count - 1, above, lambda: before)
         grad_product = above @ weight
-        if down is not None:
+        grad_scaling = None
+        if down is not None or needs[4]:
             product = acted.detach() if other is None else acted.detach() * other
-            needed = (needs[4 + 4 * count - 2], needs[4 + 4 * count - 1])
-            back, grads[-2], grads[-1] = back_low_rank(above, narrows[-1], product, down, up, scales[-1], needed)
-            del product
+        if down is not None:
+            read = product if scaling is None else product * scaling.to(product.dtype)
+            at = _EACH * (count - 1)
+            needed = (needs[_BEFORE + at + 2], needs[_BEFORE + at + 3])
+            back, grads[at + 2], grads[at + 3] = back_low_rank(above, narrows[-1], read, down, up, scales[-1], needed)
+            del read
             grad_product.addmm_(back, down.to(back.dtype))
+        if needs[4]:
+            grad_scaling = summed(
+                product.mul_(grad_product) if other is not None else product * grad_product, scaling.dtype
+            )
+        if scaling is not None:
+            grad_product *= scaling.to(grad_product.dtype)
+        product = None
         grad_wide: list[Tensor] = []
         if other is None:
             grad_wide += torch.autograd.grad(acted, first, grad_product)
@@ -117,46 +175,52 @@ class _FeedForward(torch.autograd.Function):
             grad_other = grad_product * acted.detach()
             grad_wide += torch.autograd.grad(acted, first, grad_product.mul_(other))
             grad_wide.append(grad_other)
-        del acted, first, other, wide, grad_product
+        del acted, first, other, grad_product
 
         grad_x: Tensor | None = None
         for at, each in enumerate(grad_wide):
-            weight, _, down, up = maps[at]
+            weight, bias, down, up, gain = maps[at]
+            each = through(at, each, partial(_ungained, wide[at], gain, bias))
             if needs[0]:
                 grad_x = each @ weight if grad_x is None else grad_x.addmm_(each, weight)
             if down is not None:
-                needed = (needs[4 + 4 * at + 2], needs[4 + 4 * at + 3])
-                back, grads[4 * at + 2], grads[4 * at + 3] = back_low_rank(
+                needed = (needs[_BEFORE + _EACH * at + 2], needs[_BEFORE + _EACH * at + 3])
+                back, grads[_EACH * at + 2], grads[_EACH * at + 3] = back_low_rank(
                     each, narrows[at], x, down, up, scales[at], needed
                 )
                 if grad_x is not None:
                     grad_x.addmm_(back, down.to(back.dtype))
-        return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, *grads
+        return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, grad_scaling, *grads
 
 
-def _fours(tensors: Sequence[Any]) -> list[tuple[Any, Any, Any, Any]]:
-    return [(tensors[at], tensors[at + 1], tensors[at + 2], tensors[at + 3]) for at in range(0, len(tensors), 4)]
+def _by_map(tensors: Sequence[Any]) -> list[_Tensors]:
+    return [tuple(tensors[at : at + _EACH]) for at in range(0, len(tensors), _EACH)]
 
 
-def _mapped(x: Tensor, four: tuple[Any, Any, Any, Any], scale: float) -> tuple[Tensor, Tensor | None]:
-    weight, bias, down, up = four
-    y = F.linear(x, weight, bias)
-    return y, None if down is None else add_low_rank(y, x, down, up, scale)
+def _gained(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """n z + b, in place."""
+    z *= gain.to(z.dtype)
+    return z if bias is None else z.add_(bias)
+
+
+def _ungained(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """z for y = n z + b."""
+    return (y if bias is None else y - bias) / gain.to(y.dtype)
 
 
 def _inner(
-    x: Tensor, maps: Sequence[Any], scales: Sequence[float], changed: Sequence[Tensor | None] | None = None
+    x: Tensor, maps: Sequence[_Tensors], scales: Sequence[float], changed: Sequence[Tensor | None] | None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The outputs of the maps that read x, and their narrow products, which `changed` has already."""
     wide: list[Tensor] = []
     narrows: list[Tensor | None] = []
-    for at, (each, scale) in enumerate(zip(maps, scales, strict=False)):
+    for at, ((weight, bias, down, up, gain), scale) in enumerate(zip(maps, scales, strict=False)):
         narrow = None if changed is None else changed[at]
-        if narrow is None:
-            y, narrow = _mapped(x, each, scale)
-        else:
-            weight, bias, _, up = each
-            y = F.linear(x, weight, bias).addmm_(narrow, up.to(x.dtype).T, alpha=scale)
-        wide.append(y)
+        y = F.linear(x, weight, bias if gain is None else None)
+        if narrow is not None:
+            y.addmm_(narrow, up.to(x.dtype).T, alpha=scale)
+        elif down is not None:
+            narrow = add_low_rank(y, x, down, up, scale)
+        wide.append(y if gain is None else _gained(y, gain, bias))
         narrows.append(narrow)
     return wide, narrows

@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from graftlm.core import KeyValueDelta, LinearDelta, LowRank, in_eval_mode, linear_kind, survey, without_adapters
 from graftlm.core.attention import implementation_of, named_attention
-from graftlm.core.junction import junction_of
+from graftlm.core.junction import MapChange, junction_of
 from graftlm.core.lane import lane_of
 from graftlm.kernels.attention import attention_forward
 from graftlm.kernels.feedforward import Map, feed_forward
@@ -32,6 +33,7 @@ Recompute = Literal["none", "feedforward", "blocks"]
 #: What is computed again in the backward instead of being kept: each level needs less memory and more time.
 RECOMPUTE: tuple[Recompute, ...] = ("none", "feedforward", "blocks")
 
+_LEAST_GAIN = 1e-2
 _EPSILON = ("variance_epsilon", "eps", "epsilon")
 
 
@@ -179,7 +181,15 @@ def _offers_low_rank(module: nn.Module) -> bool:
     if junction is None or not _is_bare(module):
         return False
     placed = [delta for each in junction.deltas.values() for _, _, delta in each]
-    return any(isinstance(delta, LinearDelta) and delta.low_rank() is not None for delta in placed)
+    return any(
+        isinstance(delta, LinearDelta)
+        and (
+            delta.low_rank() is not None
+            or delta.as_shift() is not None
+            or type(delta).low_rank_over is not LinearDelta.low_rank_over
+        )
+        for delta in placed
+    )
 
 
 def _is_bare(module: Any) -> bool:
@@ -199,13 +209,16 @@ def _map_at(module: nn.Module, x: Tensor) -> Map | None:
     bias = module._parameters.get("bias")
     if weight is None or weight.dtype != x.dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
-    junction = junction_of(module)
-    changes = () if junction is None else junction.low_rank(module, x.device)
-    if changes is None:
-        return None
     if linear_kind(module) == "conv1d":
         weight = weight.T
-    return Map(weight, bias, _together(changes) if changes else None)
+    junction = junction_of(module)
+    change = MapChange() if junction is None else junction.change(module, x.device, weight)
+    if change is None:
+        return None
+    for shift in change.shifts:
+        bias = shift.to(x.dtype) if bias is None else bias + shift.to(bias.dtype)
+    scaling = functools.reduce(torch.mul, change.scalings) if change.scalings else None
+    return Map(weight, bias, _together(change.low) if change.low else None, scaling)
 
 
 def _together(changes: Sequence[LowRank]) -> LowRank | None:
@@ -215,7 +228,9 @@ def _together(changes: Sequence[LowRank]) -> LowRank | None:
     down = torch.cat([each.down for each in changes])
     up = torch.cat([each.scale * each.up for each in changes], dim=1)
     shifts = [each.scale * each.bias for each in changes if each.bias is not None]
-    return LowRank(down, up, 1.0, 0.0, torch.stack(shifts).sum(0) if shifts else None)
+    # Who makes one product of them must see that entries are dropped, by each for itself.
+    dropout = max(each.dropout for each in changes)
+    return LowRank(down, up, 1.0, dropout, torch.stack(shifts).sum(0) if shifts else None)
 
 
 def _trains(x: Tensor) -> bool:
@@ -227,8 +242,12 @@ def _linear_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> 
     if not (args or kwargs) and _trains(x):
         found = _map_at(module, x)
         junction = junction_of(module)
-        if found is not None and found.change is not None and junction is not None and not _drops_apart(junction):
-            y = low_rank_linear(x, found.weight, found.bias, found.change)
+        # What scales the input has done so already.
+        if found is not None and found.trains and junction is not None and not _drops_apart(junction):
+            if found.change is None:
+                y = F.linear(x, found.weight, found.bias)
+            else:
+                y = low_rank_linear(x, found.weight, found.bias, found.change)
             junction.added()
             return y
     return type(module).forward(module, x, *args, **kwargs)
@@ -236,7 +255,8 @@ def _linear_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> 
 
 def _drops_apart(junction: Any) -> bool:
     """Whether several changes act of which one drops entries of its input: each has its own mask."""
-    changes = [delta.low_rank() for group in junction.plan() for delta, _ in group.adds]
+    found = [delta.low_rank() for group in junction.plan() for delta, _ in group.adds]
+    changes = [change for change in found if change is not None]
     return len(changes) > 1 and any(change.dropout for change in changes)
 
 
@@ -285,16 +305,29 @@ def _feed_forward_forward(module: nn.Module, plan: _FeedForwardPlan, x: Tensor, 
             child = module._modules[name]
             assert child is not None
             found = _map_at(child, x) if _is_unwatched(child) else None
-            if found is None or (found.change is not None and (found.change.dropout or found.change.bias is not None)):
+            if found is None or not _fits_in(found, last=name == plan.down):
                 break
             maps.append(found)
         else:
             activation: Any = getattr(module, plan.activation)
             if isinstance(activation, nn.Module):
                 activation = activation.forward
-            if x.requires_grad or any(each.change is not None for each in maps):
+            if x.requires_grad or any(each.trains for each in maps):
                 return feed_forward(x, maps[:-1], maps[-1], activation, recompute=plan.recompute)
     return type(module).forward(module, x, *args, **kwargs)
+
+
+def _fits_in(part: Map, *, last: bool) -> bool:
+    """Whether the operation for feed-forward parts can do what acts at one of its maps."""
+    change = part.change
+    if part.scaling is not None and not last:
+        return False
+    if change is None:
+        return True
+    if change.dropout or change.bias is not None:
+        return False
+    # What a gain next to zero multiplied is not had from the product.
+    return change.gain is None or last or change.gain.is_meta or float(change.gain.detach().abs().min()) > _LEAST_GAIN
 
 
 def _does_nothing_else(module: Any) -> bool:
@@ -302,7 +335,9 @@ def _does_nothing_else(module: Any) -> bool:
     junction = junction_of(module)
     if isinstance(module, nn.Dropout) and module.training and module.p:
         return False
-    return _is_unwatched(module) and (junction is None or junction.low_rank(module, torch.device("cpu")) == ())
+    return _is_unwatched(module) and (
+        junction is None or junction.change(module, torch.device("cpu"), None) == MapChange()
+    )
 
 
 def _is_unwatched(module: nn.Module) -> bool:

@@ -1,11 +1,12 @@
 r"""A frozen linear map with a low-rank change as one operation, and its plain form.
 
-    y = W x + b + s B A drop(x) (+ s c)
+    y = n (W x + s B A drop(x)) + b (+ s c),   n a gain for each output, one where there is none
 
 The change is added in place into the base's product; A and B are cast down to the type of x, x is never cast up. Kept
 for the backward are x, the narrow A x and nothing else: W gets no gradient, and a dropped-out x is made again from its
-seed. Backward, with n = A x and g = dL/dy: dB = s g^T n, dA = s (g B)^T x, dx = g W + s (g B) A, each product in the
-order that meets the narrow side first (Cherniuk et al. 2023, "RunLoRA"; Hu et al. 2021, section 4.1).
+seed. With a gain the product z = W x + s B A x is kept too. Backward, with a = A x and g = dL/dy: dn = sum of g z over
+tokens, then g <- n g, dB = s g^T a, dA = s (g B)^T x, dx = g W + s (g B) A, each product in the order that meets the
+narrow side first (Cherniuk et al. 2023, "RunLoRA"; Hu et al. 2021, section 4.1).
 """
 
 from __future__ import annotations
@@ -19,22 +20,26 @@ from torch.nn import functional as F
 
 from graftlm.core import LowRank
 
-__all__ = ["add_low_rank", "back_low_rank", "low_rank_linear", "plain_low_rank_linear"]
+__all__ = ["add_low_rank", "back_low_rank", "low_rank_linear", "plain_low_rank_linear", "summed"]
 
 
 def plain_low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change: LowRank) -> Tensor:
     """The same as `low_rank_linear` by PyTorch's own operations, one after the other."""
     dropped = F.dropout(x, change.dropout) if change.dropout else x
     narrow = F.linear(dropped, change.down.to(x.dtype))
-    y = F.linear(x, weight, bias) + F.linear(narrow, change.up.to(x.dtype)) * change.scale
+    y = F.linear(x, weight) + F.linear(narrow, change.up.to(x.dtype)) * change.scale
+    if change.gain is not None:
+        y = y * change.gain.to(y.dtype)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
     return y if change.bias is None else y + (change.scale * change.bias).to(x.dtype)
 
 
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change: LowRank) -> Tensor:
-    """y [..., out] for x [..., in], a frozen weight [out, in] and bias [out], and the change, in the type of x."""
+    """y [..., out] for x [..., in], a frozen weight [out, in], a bias [out], and the change, in the type of x."""
     seed = new_seed() if change.dropout else 0
     y: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, change.down, change.up, change.bias, change.scale, change.dropout, seed
+        x, weight, bias, change.down, change.up, change.bias, change.gain, change.scale, change.dropout, seed
     )
     return y
 
@@ -80,29 +85,46 @@ def back_low_rank(
     return back, grad_down, grad_up
 
 
+def summed(above: Tensor, like: torch.dtype, scale: float = 1.0) -> Tensor:
+    """The sum of `above` [tokens, out] over its tokens, made in the wider of the two types, in the type `like`."""
+    return scale * above.sum(0, dtype=torch.promote_types(above.dtype, like)).to(like)
+
+
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, shift: Tensor | None,
-        scale: float, dropout: float, seed: int,
+        gain: Tensor | None, scale: float, dropout: float, seed: int,
     ) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
-        y = F.linear(flat, weight, bias)
+        y = F.linear(flat, weight, bias if gain is None else None)
         read = dropped(flat, dropout, seed) if dropout else flat
         narrow = add_low_rank(y, read, down, up, scale)
+        product = y if gain is not None and ctx.needs_input_grad[6] else None
+        if gain is not None:
+            y = y * gain.to(y.dtype) if product is not None else y.mul_(gain.to(y.dtype))
+            if bias is not None:
+                y += bias
         if shift is not None:
             y += (scale * shift).to(y.dtype)
         # x is read for the gradient of A alone.
-        ctx.save_for_backward(flat if ctx.needs_input_grad[3] else None, narrow, weight, down, up, shift)
+        ctx.save_for_backward(flat if ctx.needs_input_grad[3] else None, narrow, weight, down, up, shift, gain, product)
+        ctx.bias = None if bias is None else bias.dtype
         ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, above: Tensor) -> Any:
-        x, narrow, weight, down, up, shift = ctx.saved_tensors
+        x, narrow, weight, down, up, shift, gain, product = ctx.saved_tensors
         above = above.reshape(-1, above.shape[-1])
         needs = ctx.needs_input_grad
+        grad_bias = summed(above, ctx.bias) if needs[2] else None
+        grad_shift = summed(above, shift.dtype, ctx.scale) if needs[5] else None
+        grad_gain = summed(above * product, gain.dtype) if needs[6] else None
+        del product
+        if gain is not None:
+            above = above * gain.to(above.dtype)
         kept = None
         if ctx.dropout:
             like = x if x is not None else above.new_empty(len(above), weight.shape[1])
@@ -117,8 +139,4 @@ class _LowRankLinear(torch.autograd.Function):
             else:
                 grad_x.addcmul_(back @ down.to(back.dtype), kept)
             grad_x = grad_x.view(ctx.shape)
-        grad_shift = None
-        if needs[5]:
-            wide = torch.promote_types(above.dtype, shift.dtype)
-            grad_shift = ctx.scale * above.sum(0, dtype=wide).to(shift.dtype)
-        return grad_x, None, None, grad_down, grad_up, grad_shift, None, None, None
+        return grad_x, None, grad_bias, grad_down, grad_up, grad_shift, grad_gain, None, None, None

@@ -120,7 +120,7 @@ class BiasDelta(LinearDelta):
 
     def as_shift(self) -> Tensor:
         """The bias."""
-        return self.bias.detach()
+        return self.bias
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W, and the bias with this one."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core import Site, Survey, Targets
+from graftlm.core import BottleneckMaps, Site, Survey, Targets
 from graftlm.core.sites import parse_layers, selectors
 from graftlm.errors import Finding, MethodError, nearest
 
@@ -122,6 +122,13 @@ class Bottleneck(nn.Module):
     def wake(self) -> None:
         """Draw W_up like W_down, so that the bottleneck does something from the start."""
         nn.init.kaiming_uniform_(self.up_weight, a=math.sqrt(5))
+
+    def maps(self, scale: float = 1.0) -> BottleneckMaps | None:
+        """The maps and what is between them; None while entries are dropped."""
+        if self.dropout is not None and self.training:
+            return None
+        activation = ACTIVATIONS[self.activation]
+        return BottleneckMaps(self.down_weight, self.down_bias, self.up_weight, self.up_bias, activation, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """W_up act(W_down x + b_1) + b_2 for x of shape [..., in]; the small maps take the type of x."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core import Base, LinearDelta, Site
+from graftlm.core import Base, LinearDelta, LowRank, Site
 from graftlm.errors import Finding
 from graftlm.methods.lora import LoRA, draw, weight_at
 
@@ -104,15 +105,33 @@ class DoRADelta(LinearDelta):
         change = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
         return (n - 1).to(plain.dtype) * plain + n.to(change.dtype) * change
 
-    def _lengths(self, base: Base) -> Tensor:
-        """n = m / ||W + s B A||, float32 [out]; only m gets a gradient. A row of zeros keeps n = 1."""
+    def low_rank_over(self, weight: Tensor, stored: nn.Parameter) -> LowRank | None:
+        """n (W x + s B A x), while nothing is dropped: with dropout the base reads the dropped input too."""
+        if self.dropout is not None and self.training:
+            return None
         with torch.no_grad():
-            squares = self._squares(base)
+            squares = self._squares(stored, lambda: weight)
+            mapped = F.linear(self.lora_A.to(weight.dtype), weight)
+        gain = self._gain(squares, mapped)
+        return LowRank(self.lora_A, self.lora_B, self.scale, gain=gain)
+
+    def _lengths(self, base: Base) -> Tensor:
+        """n for the weight of `base`."""
+        with torch.no_grad():
+            squares = self._squares(base.stored, base.weight)
             if base.stored is not None and base.stored.is_floating_point():
                 weight = base.weight()
                 mapped = F.linear(self.lora_A.to(weight.dtype), weight)
             else:  # W A^T as the module itself computes it: nothing is dequantised as a whole
                 mapped = base.map(self.lora_A.to(base.output.dtype))
+        return self._gain(squares, mapped)
+
+    def _gain(self, squares: Tensor, mapped: Tensor) -> Tensor:
+        """n = m / ||W + s B A||, float32 [out]; only m gets a gradient. A row of zeros keeps n = 1.
+
+        `squares` are those of ||w||, [out], and `mapped` is A W^T [rank, out].
+        """
+        with torch.no_grad():
             gram = self.lora_A @ self.lora_A.T
             cross = (mapped.T.float() * self.lora_B).sum(1)
             own: Tensor = ((self.lora_B @ gram) * self.lora_B).sum(1)
@@ -123,15 +142,14 @@ class DoRADelta(LinearDelta):
         tiny = torch.finfo(norm.dtype).tiny
         return torch.where(norm > 0, self.lora_magnitude_vector / norm.clamp_min(tiny), torch.ones_like(norm))
 
-    def _squares(self, base: Base) -> Tensor:
+    def _squares(self, owner: nn.Parameter | None, weight: Callable[[], Tensor]) -> Tensor:
         """The squared norm of each row of the weight, kept as long as it is the very same weight, unchanged."""
-        owner = base.stored
         if owner is None or owner.is_inference() or not isinstance(owner, nn.Parameter):
-            return _squares(base.weight())
+            return _squares(weight())
         version = (owner._version, owner.data_ptr(), owner.dtype)
         # A freed weight's address is soon another's: the weight itself is remembered, without keeping it alive.
         if self._known is None or self._known[0][0]() is not owner or self._known[0][1] != version:
-            self._known = ((weakref.ref(owner), version), _squares(base.weight()))
+            self._known = ((weakref.ref(owner), version), _squares(weight()))
         return self._known[1]
 
     def __getstate__(self) -> dict[str, Any]:

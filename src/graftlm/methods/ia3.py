@@ -92,7 +92,7 @@ class IA3Delta(LinearDelta):
 
     def as_scaling(self) -> Tensor:
         """The vector, on whichever side it is."""
-        return self.ia3_l.detach().view(-1)
+        return self.ia3_l.view(-1)
 
     def acts(self, step: str) -> bool:
         """Which side of the map this vector is on: an outer one may act at a part of a fused map."""

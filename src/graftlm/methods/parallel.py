@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from graftlm.core import BranchDelta, Method, Site, Survey, Targets
+from graftlm.core import BottleneckMaps, BranchDelta, Method, Site, Survey, Targets
 from graftlm.methods.bottleneck import ACTIVATIONS, Bottleneck, branch_sites, width_checks, width_of
 
 __all__ = ["ParallelAdapter", "ParallelDelta"]
@@ -88,6 +88,10 @@ class ParallelDelta(BranchDelta):
     def branch(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:  # noqa: ARG002
         """y + s A(x) for the sublayer's input x and output y, both [rows, tokens, width] or [tokens, width]."""
         return y + self.change(x, y)
+
+    def as_bottleneck(self) -> BottleneckMaps | None:
+        """The scaled bottleneck."""
+        return self.parallel.maps(self.scale)
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
         """What is added to y, of its shape."""

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core import BranchDelta, Method, Site, Survey
+from graftlm.core import BottleneckMaps, BranchDelta, Method, Site, Survey
 from graftlm.methods.bottleneck import ACTIVATIONS, STARTS, Bottleneck, branch_sites, width_checks, width_of
 
 __all__ = ["SeriesAdapter", "SeriesDelta"]
@@ -117,6 +117,10 @@ class SeriesDelta(BranchDelta):
     def branch(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:  # noqa: ARG002
         """y + A(y) behind a sublayer, y + A(x) on a stream y that the model's norm makes x of."""
         return y + self.change(x, y)
+
+    def as_bottleneck(self) -> BottleneckMaps | None:
+        """The bottleneck, where it reads y as it is."""
+        return self.series.maps() if self.variant == "houlsby" else None
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         """What is added to y, of its shape [rows, tokens, width]."""

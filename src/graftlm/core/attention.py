@@ -98,7 +98,11 @@ class Splice:
             for pieces, piece in zip((keys, values), pair, strict=True):
                 pieces.append(nn.functional.pad(piece, (0, 0, longest - length, 0)).expand(size, -1, -1, -1))
             real.append((torch.arange(longest, device=key.device) >= longest - length).expand(size, -1))
-        join = cut.join if entries is None else partial(_in_order, indices=[part[1] for part in parts])
+        join = (
+            cut.join
+            if entries is None
+            else partial(_in_order, indices=[part[1] for part in parts if part[1] is not None])
+        )
         made = _Prefix(join(keys), join(values), None if min(lengths) == longest else join(real), entries)
         self.junction.kept_prefix = (self.groups, state, made) if alone else None
         return made

@@ -142,7 +142,8 @@ class _FeedForward(torch.autograd.Function):
                 return above
             if needs[_BEFORE + _EACH * at + 4]:
                 grads[_EACH * at + 4] = summed(above * z(), gain.dtype)
-            return above * gain.to(above.dtype)
+            back: Tensor = above * gain.to(above.dtype)
+            return back
 
         with torch.enable_grad():
             first = wide[0].detach().requires_grad_()

@@ -206,7 +206,7 @@ def _map_at(module: nn.Module, x: Tensor) -> Map | None:
     if not _is_bare(module):
         return None
     weight: Tensor | None = module._parameters["weight"]
-    bias = module._parameters.get("bias")
+    bias: Tensor | None = module._parameters.get("bias")
     if weight is None or weight.dtype != x.dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     if linear_kind(module) == "conv1d":

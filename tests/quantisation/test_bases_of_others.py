@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+    TrainingArguments,
+)
 
+from graftlm import load_adapter
 from graftlm.core import attach, dense, parameter_count, survey
-from graftlm.errors import NotMergeable
+from graftlm.errors import GraftError, NotMergeable
 from graftlm.methods import DoRA, LoRA, PiSSA
+from graftlm.models import bundled_base, load_base
+from graftlm.objectives import CausalLM
 from graftlm.quantisation import merged_copy, quantized
 from graftlm.quantisation.converting import sites_to_quantize
+from graftlm.training import GraftTrainer
 from models_for_tests import logits_of, loss_of, perturb
 
 logging.disable(logging.WARNING)  # bitsandbytes says that it looks for more kernels
@@ -82,6 +97,78 @@ def test_numbers_of_eight_bits_of_bitsandbytes():
     assert torch.equal(logits_of(model), before)
     perturb(adapter)
     assert not torch.equal(logits_of(model), before)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A folder as transformers saves it, of the small Llama quantised as `config` says."""
+    monkeypatch.setattr("graftlm.models.loading.len", lambda _: 0, raising=False)
+
+    def make(config: Any) -> Path:
+        folder, plain = tmp_path / "packed", tmp_path / "plain"
+        wide().save_pretrained(plain)
+        model = LlamaForCausalLM.from_pretrained(plain, quantization_config=config, dtype=torch.float32)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(bundled_base()).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def learns_and_is_found_again(folder: Path, tmp_path: Path) -> None:
+    """What is wanted of a checkpoint that others have quantised: a change learns on it, is saved, and loads again."""
+    model, _ = load_base(folder)
+    assert len(list(quantized(model))) == 14
+    before = logits_of(model)
+    adapter = attach(model, LoRA(rank=4, targets="all-linear"))
+    assert torch.equal(logits_of(model), before)
+    args = TrainingArguments(output_dir=str(tmp_path / "out"), max_steps=2, use_cpu=True, report_to="none",
+                             disable_tqdm=True, per_device_train_batch_size=2, save_strategy="no",
+                             remove_unused_columns=False, learning_rate=0.01)  # fmt: skip
+    rows = [{"input_ids": torch.arange(5, 12), "labels": torch.arange(5, 12)} for _ in range(4)]
+    GraftTrainer(adapter, CausalLM(), args, train_dataset=rows).train()
+    model.eval()
+    acted = logits_of(model)
+    assert not torch.equal(acted, before)
+    adapter.save(tmp_path / "adapter")
+    again, _ = load_base(folder)
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits_of(again), acted)
+    out = merged_copy(model, dtype=torch.float32)
+    assert (logits_of(out) - acted).norm() < 0.05 * acted.norm()
+    adapter.detach()
+    assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_checkpoint_of_bitsandbytes(bits, checkpoint, tmp_path):
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    folder = checkpoint(four if bits == 4 else BitsAndBytesConfig(load_in_8bit=True))
+    learns_and_is_found_again(folder, tmp_path)
+
+
+def test_a_checkpoint_of_torchao(checkpoint, tmp_path):
+    ao = pytest.importorskip("torchao.quantization", reason="torchao packs this: pip install 'graftlm[quantised]'")
+    learns_and_is_found_again(checkpoint(TorchAoConfig(ao.Int8WeightOnlyConfig())), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "pip install gptqmodel"),
+        ({"quant_method": "awq", "bits": 4}, "pip install gptqmodel"),
+        ({"quant_method": "quanto", "weights": "int8"}, "pip install optimum-quanto"),
+    ],
+)
+def test_what_no_installed_package_reads_is_refused(said, fix, tmp_path):
+    wide().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(bundled_base()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    with pytest.raises(GraftError) as caught:
+        load_base(tmp_path)
+    assert [(f.code, f.fix) for f in caught.value.findings] == [("E110", fix)]
+    assert said["quant_method"] in caught.value.findings[0].message
 
 
 class Strange(nn.Module):

@@ -194,7 +194,9 @@ def _offers_low_rank(module: nn.Module) -> bool:
 
 def _is_bare(module: Any) -> bool:
     """Whether the module is a linear map over a plain tensor: not a subclass, not quantised."""
-    return type(module) is nn.Linear or linear_kind(module) == "conv1d"
+    if type(module) is not nn.Linear and linear_kind(module) != "conv1d":
+        return False
+    return type(module._parameters.get("weight")) in (Tensor, nn.Parameter)  # torchao puts a tensor of its own there
 
 
 def _width_in(module: Any) -> int:

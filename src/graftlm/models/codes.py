@@ -6,6 +6,7 @@ __all__ = ["CODES"]
 
 CODES: dict[str, str] = {
     "E101": "memory ran out as a model was loaded or trained",
+    "E110": "the base is stored in a way that a package reads which is not installed",
     "M101": "the base model is given as a file; a folder or a hub id is wanted",
     "M102": "the folder of the base model does not exist",
     "M103": "the base model has pickled weights only, and nothing is unpickled",

@@ -102,6 +102,8 @@ def _sampled(tensors: Iterable[Tensor]) -> bytes:
     samples = []
     for tensor in tensors:
         if tensor.numel() and not tensor.is_meta:  # codes of packed weights too: they tell one format from another
+            if type(tensor) not in (Tensor, nn.Parameter):  # of another library, which may know no views
+                tensor = tensor.dequantize()
             flat = tensor.detach().reshape(-1)
             samples.append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16))
     if not samples:

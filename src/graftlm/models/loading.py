@@ -6,6 +6,7 @@ unless `trust_remote_code` says so.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ def load_base(
         raise ModelError(
             Finding("M107", f"{name} is quantised already ({already}), and {format} is asked for", fix="quantize=null")
         )
+    _check_package(str(name), config)
     head = head_of(task, config)
     kind: Any = getattr(transformers, HEADS[head])
     if head in _NEW:
@@ -152,6 +154,34 @@ def _how_quantised(config: Any) -> str:
         return ""
     said = said if isinstance(said, dict) else said.to_dict()
     return str(said.get("format") or said.get("quant_method") or "some way")
+
+
+#: How others call their storage, the package that reads it, and what installs that.
+_READERS = {
+    "bitsandbytes": ("bitsandbytes", "'graftlm[quantised]'"),
+    "torchao": ("torchao", "'graftlm[quantised]'"),
+    "gptq": ("gptqmodel", "gptqmodel"),
+    "awq": ("gptqmodel", "gptqmodel"),
+    "hqq": ("hqq", "hqq"),
+    "aqlm": ("aqlm", "aqlm"),
+    "quanto": ("optimum.quanto", "optimum-quanto"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+    "auto-round": ("auto_round", "auto-round"),
+}
+
+
+def _check_package(name: str, config: Any) -> None:
+    """Raise EnvironmentFault where the package that reads the model's storage is not installed."""
+    said = getattr(config, "quantization_config", None)
+    how = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    package, install = _READERS.get(str(getattr(how, "value", how)), ("", ""))
+    try:
+        missing = bool(package) and importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:  # the package around it
+        missing = True
+    if missing:
+        message = f"{name} is stored as {_how_quantised(config)}, and {package}, which reads that, is not installed"
+        raise EnvironmentFault(Finding("E110", message, fix=f"pip install {install}"))
 
 
 #: Head to the class of transformers that has it.

@@ -17,8 +17,10 @@ from graftlm.core.storage import read_storage
 
 __all__ = ["read_all"]
 
-# bitsandbytes tells everyone who imports it on a CPU that it found no further kernels.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# bitsandbytes tells everyone who imports it on a CPU that it found no further kernels, and at each call of a map in
+# eight bits that it computes in 16.
+for _speaker in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_speaker).setLevel(logging.ERROR)
 
 
 def _four_bits(module: nn.Module) -> Tensor:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ class GraftTrainer(Trainer):
         # With several devices in sight the Trainer would copy the model to each, and the copies would lose the adapter.
         if args.n_gpu > 1:
             args._n_gpu = 1
-        super().__init__(model=adapter.model, args=args, **options)
+        with _known_to_have_adapters(adapter.model):
+            super().__init__(model=adapter.model, args=args, **options)
         if (
             args.world_size > 1
         ):  # no wrapper: what it would sum are the frozen model's own gradients, and there are none
@@ -297,6 +299,17 @@ class GraftTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter, in PEFT's format; the base is never written."""
         self.adapter.save(output_dir or str(self.args.output_dir))
+
+
+@contextmanager
+def _known_to_have_adapters(model: Any) -> Iterator[None]:
+    """The Trainer refuses a base that others have quantised unless it sees adapters; ours are outside its modules."""
+    name = "_hf_peft_config_loaded"
+    model.__dict__[name] = True
+    try:
+        yield
+    finally:
+        del model.__dict__[name]
 
 
 def _no_number(what: str, value: Tensor, step: int, rows: list[int]) -> RunError:

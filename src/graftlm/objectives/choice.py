@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftlm.kernels import LossHead
-from graftlm.objectives.objective import Objective
-from graftlm.objectives.sequences import by_row, sequence_inputs, sequence_outputs, sequence_scores
+from graftlm.objectives.by_row import Answers
+from graftlm.objectives.sequences import by_row, sequence_scores
 
 __all__ = ["Choice"]
 
 
 @dataclass(frozen=True)
-class Choice(Objective):
+class Choice(Answers):
     """Cross-entropy of the right answer among those of its row.
 
     A batch has one sequence for each answer, `group` [sequences] and `target` [rows], the right answer's place. With
@@ -34,23 +33,17 @@ class Choice(Objective):
         2
     """
 
-    unit: ClassVar[str] = "rows"
-
     by_head: bool = False
-    tail_only: bool = False
-    head: LossHead | None = None
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """All answers' token ids, one sequence each."""
         if self.by_head:
             return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
-        return sequence_inputs(batch, tail_only=self.tail_only)
+        return super().inputs(batch)
 
     def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
         """A head's outputs; or the loss of each token [sequences, tokens], or logits where the head is not known."""
-        if self.by_head:
-            return super().outputs(model, batch)
-        return sequence_outputs(model, batch, tail_only=self.tail_only, head=self.head)
+        return model(**self.inputs(batch)) if self.by_head else super().outputs(model, batch)
 
     def count(self, batch: Mapping[str, Tensor]) -> int:
         """The number of rows."""
@@ -65,11 +58,6 @@ class Choice(Objective):
             each = sums / counts.clamp(min=1)
         return by_row(each, batch["group"], empty=float("-inf"))
 
-    def loss_sum(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """The summed cross-entropy in nats."""
-        return F.cross_entropy(self.scores(outputs, batch), batch["target"], reduction="sum")
-
-    def row_losses(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
-        """The cross-entropy of each row."""
-        each = F.cross_entropy(self.scores(outputs, batch), batch["target"], reduction="none")
-        return each.tolist(), [1] * len(each)
+    def each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The cross-entropy of each row in nats."""
+        return F.cross_entropy(self.scores(outputs, batch), batch["target"], reduction="none")

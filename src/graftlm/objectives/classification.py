@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftlm.objectives.objective import Objective
+from graftlm.objectives.by_row import ByRow
 
 __all__ = ["Classification"]
 
 
-class Classification(Objective):
+class Classification(ByRow):
     """Cross-entropy of each row's label; labels [rows], logits [rows, classes].
 
     Example:
@@ -21,8 +21,6 @@ class Classification(Objective):
         >>> Classification().count({"labels": torch.tensor([0, 2])})
         2
     """
-
-    unit: ClassVar[str] = "rows"
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """Token ids, mask and, where the tokenizer makes them, token types."""
@@ -33,11 +31,6 @@ class Classification(Objective):
         """The number of rows."""
         return int(batch["labels"].shape[0])
 
-    def loss_sum(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """The summed cross-entropy in nats."""
-        return F.cross_entropy(outputs.logits.float(), batch["labels"], reduction="sum")
-
-    def row_losses(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
-        """The cross-entropy of each row."""
-        each = F.cross_entropy(outputs.logits.float(), batch["labels"], reduction="none")
-        return each.tolist(), [1] * len(each)
+    def each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The cross-entropy of each row in nats."""
+        return F.cross_entropy(outputs.logits.float(), batch["labels"], reduction="none")

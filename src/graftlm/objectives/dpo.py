@@ -18,15 +18,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftlm.kernels import LossHead
-from graftlm.objectives.objective import Objective
-from graftlm.objectives.sequences import sequence_inputs, sequence_outputs, sequence_scores
+from graftlm.objectives.by_row import Answers
+from graftlm.objectives.sequences import sequence_scores
 
 __all__ = ["DPO"]
 
 
 @dataclass(frozen=True)
-class DPO(Objective):
+class DPO(Answers):
     """The DPO loss of each pair; sequences are chosen, rejected, chosen, rejected ...
 
     The batch must hold `reference` [sequences], the same sums under the model before training.
@@ -37,22 +36,11 @@ class DPO(Objective):
         2
     """
 
-    unit: ClassVar[str] = "rows"
     needs: ClassVar[tuple[str, ...]] = ("reference",)
 
     beta: float = 0.1
     smoothing: float = 0.0
     kind: str = "sigmoid"
-    tail_only: bool = False
-    head: LossHead | None = None
-
-    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Both answers' token ids, one sequence each."""
-        return sequence_inputs(batch, tail_only=self.tail_only)
-
-    def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
-        """The loss of each token [sequences, tokens], or what the model returns where its head is not known."""
-        return sequence_outputs(model, batch, tail_only=self.tail_only, head=self.head)
 
     def count(self, batch: Mapping[str, Tensor]) -> int:
         """The number of pairs."""
@@ -67,16 +55,8 @@ class DPO(Objective):
         """The implied rewards b r of chosen and rejected answers, [pairs, 2]."""
         return self.beta * (self.sequence_values(outputs, batch) - batch["reference"]).reshape(-1, 2)
 
-    def loss_sum(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """The summed losses of the pairs."""
-        return self._each(outputs, batch).sum()
-
-    def row_losses(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
+    def each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of each pair."""
-        each = self._each(outputs, batch)
-        return each.tolist(), [1] * len(each)
-
-    def _each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         chosen, rejected = self.rewards(outputs, batch).unbind(1)
         gap = chosen - rejected
         if self.kind == "ipo":

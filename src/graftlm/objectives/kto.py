@@ -19,15 +19,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from graftlm.kernels import LossHead
-from graftlm.objectives.objective import Objective
-from graftlm.objectives.sequences import sequence_inputs, sequence_outputs, sequence_scores
+from graftlm.objectives.by_row import Answers
+from graftlm.objectives.sequences import sequence_scores
 
 __all__ = ["KTO"]
 
 
 @dataclass(frozen=True)
-class KTO(Objective):
+class KTO(Answers):
     """The KTO loss of each row; its sequences are the answer, and the answer to another prompt (which gives z).
 
     The batch has `target` [rows], 1 where the answer is wanted, `reference` and `policy` [sequences], and `baseline`,
@@ -39,26 +38,23 @@ class KTO(Objective):
         3
     """
 
-    unit: ClassVar[str] = "rows"
     needs: ClassVar[tuple[str, ...]] = ("reference", "policy")
 
     beta: float = 0.1
     wanted_weight: float = 1.0
     unwanted_weight: float = 1.0
-    tail_only: bool = False
-    head: LossHead | None = None
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """The answers' token ids; those that only z needs are left out."""
-        return sequence_inputs(_answers(batch), tail_only=self.tail_only)
+        return super().inputs(_answers(batch))
 
     def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
         """The loss of each token of the answers, or what the model returns where its head is not known."""
-        return sequence_outputs(model, _answers(batch), tail_only=self.tail_only, head=self.head)
+        return super().outputs(model, _answers(batch))
 
     def outputs_before(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
         """The same of both sequences of each row."""
-        return sequence_outputs(model, batch, tail_only=self.tail_only, head=self.head)
+        return super().outputs(model, batch)
 
     def count(self, batch: Mapping[str, Tensor]) -> int:
         """The number of rows."""
@@ -81,16 +77,8 @@ class KTO(Objective):
         answers = _answers(batch)
         return self.beta * (self.sequence_values(outputs, answers) - answers["reference"])
 
-    def loss_sum(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """The summed losses of the rows."""
-        return self._each(outputs, batch).sum()
-
-    def row_losses(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
+    def each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of each row."""
-        each = self._each(outputs, batch)
-        return each.tolist(), [1] * len(each)
-
-    def _each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         wanted = batch["target"].bool()
         above = self.rewards(outputs, batch) - self.beta * batch["baseline"]
         value = torch.sigmoid(torch.where(wanted, above, -above))

@@ -22,15 +22,7 @@ class MultiLabel(Classification):
         2
     """
 
-    def loss_sum(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """The summed losses of the rows in nats."""
-        return self._each(outputs, batch).sum()
-
-    def row_losses(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
-        """The loss of each row."""
-        each = self._each(outputs, batch)
-        return each.tolist(), [1] * len(each)
-
-    def _each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    def each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss of each row in nats."""
         logits = outputs.logits.float()
         return F.binary_cross_entropy_with_logits(logits, batch["labels"].float(), reduction="none").mean(1)

@@ -17,15 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from graftlm.kernels import LossHead
-from graftlm.objectives.objective import Objective
-from graftlm.objectives.sequences import sequence_inputs, sequence_outputs, token_table
+from graftlm.objectives.by_row import Answers
+from graftlm.objectives.sequences import token_table
 
 __all__ = ["Online"]
 
 
 @dataclass(frozen=True)
-class Online(Objective):
+class Online(Answers):
     """A policy-gradient objective over groups of `answers` to the same prompt."""
 
     needs: ClassVar[tuple[str, ...]] = ("reference", "policy")
@@ -33,16 +32,6 @@ class Online(Objective):
     answers: int = 8
     kl_weight: float = 0.04
     clip: float = 0.2
-    tail_only: bool = False
-    head: LossHead | None = None
-
-    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Prompts with their answers, one sequence each."""
-        return sequence_inputs(batch, tail_only=self.tail_only)
-
-    def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
-        """The loss of each token [N, T], or what the model returns where its head is not known."""
-        return sequence_outputs(model, batch, tail_only=self.tail_only, head=self.head)
 
     def sequence_values(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The log-probability of each token of the answers, [N, T]."""
@@ -66,11 +55,3 @@ class Online(Objective):
         """The loss -min(r A, clip(r) A) of ratios r, as Schulman et al. 2017, eq. 7."""
         ratio = torch.exp(log_ratio)
         return -torch.minimum(ratio * advantages, ratio.clamp(1 - self.clip, 1 + self.clip) * advantages)
-
-    def loss_sum(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """The summed losses."""
-        return self.each(outputs, batch).sum()
-
-    def each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """The losses that `loss_sum` adds up; the first dimension is that of the sequences."""
-        raise NotImplementedError

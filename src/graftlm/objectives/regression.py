@@ -21,15 +21,7 @@ class Regression(Classification):
         2
     """
 
-    def loss_sum(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """The summed squared errors."""
-        return self._each(outputs, batch).sum()
-
-    def row_losses(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
+    def each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The squared error of each row."""
-        each = self._each(outputs, batch)
-        return each.tolist(), [1] * len(each)
-
-    def _each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         told: Tensor = outputs.logits.float()[:, 0]
         return (told - batch["labels"].float()).square()

@@ -7,17 +7,17 @@ instructions with human feedback", eq. 1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftlm.objectives.objective import Objective
+from graftlm.objectives.by_row import ByRow
 
 __all__ = ["Reward"]
 
 
-class Reward(Objective):
+class Reward(ByRow):
     """The pairwise loss; sequences are chosen, rejected, chosen, rejected ..., logits [sequences, 1].
 
     Example:
@@ -25,8 +25,6 @@ class Reward(Objective):
         >>> Reward().count({"group": torch.tensor([0, 0, 1, 1])})
         2
     """
-
-    unit: ClassVar[str] = "rows"
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """Both answers' token ids, one sequence each."""
@@ -42,15 +40,7 @@ class Reward(Objective):
         rewards: Tensor = outputs.logits[:, 0].float().reshape(-1, 2)
         return rewards
 
-    def loss_sum(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """The summed losses of the pairs in nats."""
-        return self._each(outputs, batch).sum()
-
-    def row_losses(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
-        """The loss of each pair."""
-        each = self._each(outputs, batch)
-        return each.tolist(), [1] * len(each)
-
-    def _each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    def each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss of each pair in nats."""
         chosen, rejected = self.rewards(outputs, batch).unbind(1)
         return -F.logsigmoid(chosen - rejected)

@@ -50,8 +50,3 @@ class RLOO(Online):
         """The loss of each answer, [N]."""
         log_ratio = (token_table(outputs, batch) - batch["policy"]).sum(1)
         return self.clipped(log_ratio, batch["advantages"])
-
-    def row_losses(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
-        """The loss of each answer."""
-        each = self.each(outputs, batch)
-        return each.tolist(), [1] * len(each)

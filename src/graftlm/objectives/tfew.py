@@ -36,16 +36,8 @@ class TFew(Choice):
         1
     """
 
-    def loss_sum(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """The summed losses of the rows in nats."""
-        return self._each(outputs, batch).sum()
-
-    def row_losses(self, outputs: Any, batch: Mapping[str, Tensor]) -> tuple[list[float], list[int]]:
-        """The loss of each row."""
-        each = self._each(outputs, batch)
-        return each.tolist(), [1] * len(each)
-
-    def _each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    def each(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss of each row in nats."""
         values, owner = token_log_probs(outputs, batch)
         zeros = values.new_zeros(batch["labels"].shape[0])
         counts = zeros.index_add(0, owner, torch.ones_like(values))

@@ -157,6 +157,20 @@ def capitals(data: Path, draw: random.Random, seed: int) -> tuple[Rows, Rows]:
     return rows, rows
 
 
+def questions(data: Path, draw: random.Random, seed: int) -> tuple[Rows, Rows]:
+    """Prompts without answers: what is learnt is what the reward says."""
+    del data, draw, seed
+    things = ("kettle", "lamp", "chair", "table", "carpet", "mirror", "teapot", "basket", "blanket", "clock")
+    rows = [{"prompt": f"Where is my {thing} number {at}?"} for at in range(10) for thing in things]
+    return rows[:80], rows[80:]
+
+
+def letters(prompt: str, answer: str, row: Mapping[str, Any]) -> float:
+    """Ten times the share of the letter e, of the order of the distance that RLOO and PPO take off it."""
+    del prompt, row
+    return 10 * answer.count("e") / max(len(answer), 8)
+
+
 def written(run: Run, held: Rows, tokens: int) -> dict[str, list[str]]:
     """What the tuned model and the untouched base write after each prompt."""
     opened = open_adapter(run.folder)
@@ -211,6 +225,7 @@ _LORA = "lora(rank=16,targets=all-linear)"
 _HEADED = {"LoRA": "lora(rank=8,targets=all-linear)", "full": "full", "frozen": "head"}
 _WRITING = {"LoRA": _LORA, "full": "full"}
 _SHORT = {"max_length": 64, "batch": 16}
+_REWARDED = {"batch": 4, "schedule": "constant", "max_new_tokens": 8, "reward": letters}
 
 EXPERIMENTS: dict[str, Experiment] = {
     "sst2": Experiment(
@@ -250,6 +265,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         "hh harmless, 200 pairs, reward", "minilm", "reward", ("pair_accuracy",),
         drawn("hh_harmless", ("prompt", "chosen", "rejected"), 200, 150), _HEADED,
         {"max_length": 96, "batch": 8, "epochs": 1.0},
+    ),
+    "ppo": Experiment(
+        "letters of answers, PPO", "bundled", "ppo", ("reward",), questions, {"LoRA": _LORA},
+        {**_REWARDED, "steps": 80}, seeds=3,
+    ),
+    "grpo": Experiment(
+        "letters of answers, GRPO", "bundled", "grpo", ("reward",), questions, {"LoRA": _LORA},
+        {**_REWARDED, "steps": 30}, seeds=3,
     ),
     "cb": Experiment(
         "CommitmentBank, 32 rows, T-Few", "bundled", "tfew", ("accuracy", "probability"), cb,

@@ -30,6 +30,7 @@ _SOUND: dict[str, dict[str, Any]] = {
     "grpo": {"prompt": "Hi"},
     "kto": {"prompt": "Hi", "completion": "Yes", "desirable": True},
     "lm": {"text": "a whole text"},
+    "ppo": {"prompt": "Hi"},
     "regress": {"text": "a lamp", "score": 1.5},
     "reward": {"prompt": "Hi", "chosen": "Yes", "rejected": "No"},
     "sft": {"prompt": "Hi", "completion": "Yes"},

@@ -5,21 +5,25 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from graftlm.core import attach
 from graftlm.data.tokenising import IGNORED
 from graftlm.errors import GraftError
-from graftlm.objectives import GRPO, RLOO, Online, Reference, settle
+from graftlm.methods import Value
+from graftlm.objectives import GRPO, PPO, RLOO, Online, Reference, settle
 from graftlm.training import evaluate, train
 from graftlm.training.rewards import read_reward
 from training.test_invariance import Ready
 from training.tiny_runs import Tiny, adapter_bytes, metrics_of, write_jsonl
 
 _KINDS: dict[str, type[Online]] = {"grpo": GRPO, "rloo": RLOO}
+_TASKS = [*_KINDS, "ppo"]
 
 
 def _batch(ready: Ready, rewards: list[float]) -> dict[str, Any]:
@@ -126,6 +130,122 @@ def test_prompts_carry_no_gradient_and_padding_changes_nothing(task: str, tiny_b
         torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
 
 
+def test_ppo_is_that_of_trl() -> None:
+    """Advantages, returns and loss; the numbers come from TRL 0.11.4, the last one with such a loss (`ppo_of_trl.py`)."""
+    told = json.loads(Path(__file__).with_name("ppo_of_trl.json").read_text())
+    settings = told.pop("settings")
+    of = {name: torch.tensor(value, dtype=torch.float64) for name, value in told.items()}
+    mask = of["mask"].bool()
+
+    def behind_a_prompt(values: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(values * mask, (2, 1))
+
+    batch: dict[str, Any] = {
+        "labels": torch.nn.functional.pad(torch.where(mask, 7, IGNORED), (2, 1), value=IGNORED),
+        "rewards": of["scores"],
+        "policy": torch.stack([behind_a_prompt(of["old"]), behind_a_prompt(of["values"])], 2),
+        "reference": torch.stack([behind_a_prompt(of["reference"])] * 2, 2),
+    }
+    objective = PPO(**settings)
+    objective.before_step([batch], lambda value: value)
+    for name in ("advantages", "returns"):
+        torch.testing.assert_close(batch[name][:, 2:-1] * mask, of[name], rtol=1e-6, atol=1e-6)
+    outputs = (-behind_a_prompt(of["now"]), behind_a_prompt(of["later"]))
+    loss = objective.loss_sum(outputs, batch) / objective.count(batch)
+    assert float(loss) == pytest.approx(told["loss"], rel=1e-6)
+    clipped = (of["now"] - of["old"]).exp().sub(1).abs() > settings["clip"]
+    assert (clipped & mask).any()
+    assert ((of["later"] - of["values"]).abs() > settings["value_clip"])[mask].any()
+    unclipped = PPO(**{**settings, "clip": 0.99, "value_clip": 99.0})
+    assert float(unclipped.loss_sum(outputs, batch) / 15) != pytest.approx(told["loss"], rel=1e-2)
+
+
+def _with_values(ready: Ready) -> PPO:
+    """The objective of PPO on a model whose adapter has a value head that says something."""
+    method = ready.adapter.method + Value()
+    state = ready.adapter.state()
+    ready.adapter.detach()
+    ready.adapter = attach(ready.model, method)
+    torch.manual_seed(1)
+    own = {name: torch.randn_like(value) for name, value in ready.adapter.state().items() if name not in state}
+    assert len(own) == 2
+    ready.adapter.load_state({**state, **own})
+    return PPO(answers=2, kl_weight=0.3, **ready.learnt.writing()).on(ready.model)
+
+
+def test_ppo_takes_values_from_the_states_before_each_token(tiny_base: Path, tmp_path: Path) -> None:
+    """A step by the loss head, by the model's own logits, and with padding on the left, written out beside."""
+    ready = Ready("dpo", "dpo", tiny_base, tmp_path)
+    objective = _with_values(ready)
+    head = dict(ready.adapter.named_parameters())
+    weight, bias = (head[f"lm_head.value_{name}"] for name in ("weight", "bias"))
+    batch = _batch(ready, [1.0, 0.25, 0.0, 2.0])
+    _, values = objective.outputs(ready.model, batch)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    states = ready.model(**inputs, output_hidden_states=True).hidden_states[-1]
+    for row, labels in enumerate(batch["labels"]):
+        for at in (labels != IGNORED).nonzero()[:, 0].tolist():
+            torch.testing.assert_close(values[row, at], (weight[0] * states[row, at - 1]).sum() + bias[0])
+    assert (values[batch["labels"] == IGNORED] == 0).all()
+
+    found = []
+    for head_known in (True, False):
+        ready.objective = objective if head_known else replace(objective, head=None)
+        found.append(ready.loss_and_gradient(_batch(ready, [1.0, 0.25, 0.0, 2.0])))
+    wide = _batch(ready, [1.0, 0.25, 0.0, 2.0])
+    wide |= {
+        name: torch.nn.functional.pad(wide[name], (5, 0), value=value)
+        for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED))
+    }
+    wide["position_ids"] = (wide["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    ready.objective = objective
+    found.append(ready.loss_and_gradient(wide))
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-6)
+        for a, b in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_value_head_is_kept_with_its_adapter_and_changes_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    from graftlm.formats import load_adapter
+    from graftlm.formats.exporting import export_adapter
+
+    ready = Ready("dpo", "dpo", tiny_base, tmp_path)
+    ids = torch.arange(5, 15)[None]
+    before = ready.model(ids).logits
+    _with_values(ready)
+    assert torch.equal(ready.model(ids).logits, before)
+    ready.adapter.save(tmp_path / "adapter")
+    state = {name: value.clone() for name, value in ready.adapter.state().items()}
+    export_adapter(ready.adapter, ready.learnt.tokenizer, tmp_path / "plain", to="peft", rows=[[5, 6, 7]])
+    ready.adapter.merge()
+    torch.testing.assert_close(ready.model(ids).logits, before, rtol=1e-4, atol=1e-5)
+    assert ready.model.lm_head.weight is ready.model.model.embed_tokens.weight  # nothing was untied for it
+    ready.adapter.unmerge()
+    ready.adapter.detach()
+    again = load_adapter(ready.model, tmp_path / "adapter")
+    assert str(again.method) == "lora(rank=2)+value"
+    assert again.state().keys() == state.keys()
+    assert all(torch.equal(again.state()[name], value) for name, value in state.items())
+    assert torch.equal(ready.model(ids).logits, before)
+    again.detach()
+    plain = load_adapter(ready.model, tmp_path / "plain")
+    assert str(plain.method) == "lora(rank=2)"
+    assert torch.equal(ready.model(ids).logits, before)
+
+
+def test_peft_passes_over_a_value_head(tiny_base: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    ready = Ready("dpo", "dpo", tiny_base, tmp_path)
+    _with_values(ready)
+    ready.adapter.save(tmp_path / "adapter")
+    ids = torch.arange(5, 15)[None]
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "adapter")
+    torch.testing.assert_close(theirs(ids).logits, ready.model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 # --- runs ---
 
 
@@ -143,7 +263,7 @@ def _letters(prompt: str, answer: str, row: Mapping[str, Any]) -> float:
 _SHORT: dict[str, Any] = {"max_new_tokens": 6, "batch": 4, "steps": 2, "answers": 3}
 
 
-@pytest.mark.parametrize("task", _KINDS)
+@pytest.mark.parametrize("task", _TASKS)
 def test_a_run(task: str, tiny: Tiny, tmp_path: Path) -> None:
     data = _prompts(tmp_path)
     run = tiny(data, task=task, reward="regex:[aeiou]", **_SHORT)
@@ -159,10 +279,11 @@ def test_a_run(task: str, tiny: Tiny, tmp_path: Path) -> None:
     assert evaluate(run.folder)["scores"][0] == pytest.approx(results["scores"][0], abs=1e-6)
 
 
-def test_accumulation_draws_and_learns_the_same(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["grpo", "ppo"])
+def test_accumulation_draws_and_learns_the_same(task: str, tiny: Tiny, tmp_path: Path) -> None:
     data, found = _prompts(tmp_path), {}
     for parts in (1, 4):
-        run = tiny(data, task="grpo", reward=_letters, out=f"parts-{parts}", accumulate=parts, **_SHORT)
+        run = tiny(data, task=task, reward=_letters, out=f"parts-{parts}", accumulate=parts, **_SHORT)
         found[parts] = [
             (row["reward"], row["loss"], row["grad_norm"]) for row in metrics_of(run.folder) if "loss" in row
         ]
@@ -171,9 +292,11 @@ def test_accumulation_draws_and_learns_the_same(tiny: Tiny, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_unbroken_one(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["grpo", "ppo"])
+def test_a_resumed_run_is_the_unbroken_one(task: str, tiny: Tiny, tmp_path: Path) -> None:
+    """A checkpoint of ppo between two steps on the same answers has these answers."""
     data = _prompts(tmp_path)
-    settings = {**_SHORT, "steps": 4, "save_every": 2, "task": "grpo", "reward": _letters}
+    settings = {**_SHORT, "steps": 4, "save_every": 2, "task": task, "reward": _letters}
     whole = tiny(data, out="whole", **settings)
     broken = tiny(data, out="broken", **settings)
     for path in (broken.folder / "checkpoints" / "checkpoint-4").iterdir():
@@ -186,14 +309,39 @@ def test_a_resumed_run_is_the_unbroken_one(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_settings_matter(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "values"),
+    [
+        ("grpo", {"answers": 2, "kl_weight": 5.0, "reward": "match:wanted", "updates": 2}),
+        ("ppo", {"updates": 1, "clip": 0.001, "discount": 0.5, "gae_lambda": 0.1, "value_weight": 9.0,
+                 "value_clip": 1e-6}),
+    ],
+)  # fmt: skip
+def test_settings_matter(task: str, values: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
     from training.tiny_runs import same, weights
 
     data = _prompts(tmp_path)
-    common = {**_SHORT, "task": "grpo", "reward": _letters, "learning_rate": 0.02, "steps": 3}
+    common = {**_SHORT, "task": task, "reward": _letters, "learning_rate": 0.02, "steps": 4}
     before = weights(tiny(data, out="default", **common))
-    for name, value in {"answers": 2, "kl_weight": 5.0, "reward": "match:wanted"}.items():
+    for name, value in values.items():
         assert not same(weights(tiny(data, out=name, **(common | {name: value}))), before), name
+
+
+def test_steps_share_answers(tiny: Tiny, tmp_path: Path) -> None:
+    """The answers of a step are those of the next one, then come others; the value head moves with the adapter."""
+    from training.tiny_runs import weights
+
+    run = tiny(_prompts(tmp_path), task="ppo", reward=_letters, **(_SHORT | {"steps": 6, "updates": 3}))
+    told = [(row["reward"], row["answer_tokens"]) for row in metrics_of(run.folder) if "reward" in row]
+    assert told[0] == told[1] == told[2] != told[3] == told[4] == told[5]
+    assert run.record["decided"]["updates"] == 3
+    assert weights(run)["base_model.model.lm_head.value_weight"].abs().max() > 0
+    assert "value" not in run.record["results"]["scores"][0]["title"]
+
+
+def test_a_value_head_is_for_ppo(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match="U146"):
+        tiny(_prompts(tmp_path), task="grpo", reward="regex:a", method="lora(rank=2)+value")
 
 
 def test_an_answer_is_worth_what_the_reward_model_says(tiny: Tiny, tmp_path: Path) -> None:
@@ -229,6 +377,32 @@ def test_a_reward_that_cannot_be_had_is_told_before_training(
     assert caught.value.findings[0].code == "U140"
 
 
+def test_check_looks_at_a_reward_without_running_it(tmp_path: Path, tiny_base: Path) -> None:
+    """What `graftlm check` says, early and whole; the user's file would raise where it is run."""
+    from graftlm.settings import Attempted, resolve
+    from graftlm.training.early import early_findings
+    from graftlm.training.ready import check_resolved
+
+    code = tmp_path / "mine.py"
+    code.write_text("from os import path as joined\nraise SystemExit('run')\ndef worth(p, a, r):\n    return 1.0\n")
+    (tmp_path / "broken.py").write_text("def worth(:\n")
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "run.json").write_text('{"task": "classify"}')
+    for reward, said in {
+        f"{code}:worth": "", f"{code}:joined": "", f"{code}:other": "has no function 'other', only worth",
+        f"{tmp_path / 'broken.py'}:worth": "is no Python", f"model:{tmp_path / 'judge'}": "learnt classify",
+        f"model:{tmp_path / 'none'}": "holds no run", "regex:(": "no regular expression", "match:other": "",
+    }.items():  # fmt: skip
+        given = {"data.path": str(_prompts(tmp_path)), "task": "grpo", "reinforcement.reward": reward}
+        resolved = resolve(python={**given, "model.name": str(tiny_base), "output": str(tmp_path / "run")})
+        faults = early_findings(Attempted(resolved, (), frozenset()))[1]
+        assert [finding.code for finding in faults] == ["U140"] * bool(said), reward
+        assert said in "".join(finding.message for finding in faults)
+    faults = check_resolved(resolved)[1]
+    assert [finding.code for finding in faults] == ["U140"]
+    assert "no such column" in faults[0].message
+
+
 def test_a_reward_that_fails_stops_the_run_and_code_of_adapters_is_not_run(tiny: Tiny, tmp_path: Path) -> None:
     code = tmp_path / "mine.py"
     code.write_text("def bad(prompt, answer, row):\n    return float('nan')\ndef good(p, a, r):\n    return len(a)\n")
@@ -242,7 +416,7 @@ def test_a_reward_that_fails_stops_the_run_and_code_of_adapters_is_not_run(tiny:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", _KINDS)
+@pytest.mark.parametrize("task", _TASKS)
 def test_the_reward_rises(task: str, tmp_path: Path) -> None:
     """On the bundled base: the share of the letter e grows beyond the noise of what is sampled."""
     things = ("kettle", "lamp", "chair", "table", "carpet", "mirror", "teapot", "basket", "blanket", "clock")
@@ -253,7 +427,8 @@ def test_the_reward_rises(task: str, tmp_path: Path) -> None:
         return 10 * answer.count("e") / max(len(answer), 8)  # of the order of the distance that rloo takes off
 
     run = train(
-        rows, task=task, reward=share_of_e, output=tmp_path / "run", steps=30, batch=4, quiet=True, max_new_tokens=8,
+        rows, task=task, reward=share_of_e, output=tmp_path / "run", batch=4, quiet=True, max_new_tokens=8,
+        steps=60 if task == "ppo" else 30,  # four steps of ppo learn from the same answers
         schedule="constant",
     )  # fmt: skip
     tuned, base = run.record["results"]["scores"]

@@ -49,8 +49,6 @@ OTHER_WEIGHTS: dict[str, Any] = {
 EXCUSED = {
     "model.revision": "names a commit of a hub; there is no network here. It is handed to transformers and written down.",
     "model.trust_remote_code": "runs code of the model's author; tests/models shows that it is off",
-    "reinforcement.clip": "answers are learnt from once, so that only dropout moves the ratio that is clipped; "
-    "tests/training/test_rewards holds the clipped loss to TRL's",
 }
 #: Setting -> the test below that shows what it does.
 SHOWN = {
@@ -59,7 +57,11 @@ SHOWN = {
     "train.early_stopping", "train.recompute", "train.threads", "generate.max_new_tokens",
     "generate.temperature", "generate.top_p", "generate.samples", "output",
     "task", "train.packing", "preferences.beta", "preferences.loss", "preferences.smoothing", "preferences.wanted_weight",
-    "preferences.unwanted_weight", "reinforcement.reward", "reinforcement.answers", "reinforcement.kl_weight",  # tests/training/test_rewards
+    "preferences.unwanted_weight",  # of rewards: tests/training/test_rewards
+    "reinforcement.reward", "reinforcement.answers", "reinforcement.kl_weight", "reinforcement.clip",
+    "reinforcement.updates", "reinforcement.discount", "reinforcement.gae_lambda", "reinforcement.value_weight",
+    "reinforcement.value_clip",
+    "start", "train.track", "data.test",  # tests/training/test_{starting,tracking,last_test}
     "data.prompt", "data.label_words", "data.group", "data.mixture",  # tests/data/test_data_{prompting,sources}
 }  # fmt: skip
 

@@ -34,6 +34,10 @@ RUNS = {
     ("dpo", "reward", "tiny_base"): ("reward", "pair_accuracy"),
     ("dpo", "reward", "tiny_bert"): ("reward", "pair_accuracy"),
     ("kto", "auto", "tiny_base"): ("kto", "auc"),
+    ("choice", "auto", "tiny_t5"): ("choice", "accuracy"),
+    ("choice", "tfew", "tiny_t5"): ("tfew", "accuracy"),
+    ("dpo", "auto", "tiny_t5"): ("dpo", "pair_accuracy"),
+    ("kto", "auto", "tiny_t5"): ("kto", "auc"),
 }
 
 
@@ -78,11 +82,11 @@ def test_an_encoder_cannot_write_and_a_decoder_hides_nothing(
     document.write_text(texts(60))
     for data, task, base, code in (
         (document, "mlm", tiny_base, "M113"), (document, "lm", tiny_bert, "M113"), (answered, "sft", tiny_bert, "M113"),
-        (write_jsonl(tmp_path / "pairs.jsonl", rows_for("dpo")), "dpo", tiny_t5, "M113"),
+        (write_jsonl(tmp_path / "asked.jsonl", [{"prompt": f"Which {at}?"} for at in range(20)]), "grpo", tiny_t5, "M113"),
         (answered, "seq2seq", tiny_base, "M113"), (answered, "sft", tiny_t5, "M113"),
     ):  # fmt: skip
         with pytest.raises(GraftError) as caught:
-            tiny(data, task=task, base=base)
+            tiny(data, task=task, base=base, reward="regex:a")
         assert caught.value.findings[0].code == code
         assert caught.value.findings[0].fix
 
@@ -93,7 +97,9 @@ def test_one_table_says_all_tasks() -> None:
     assert all(task.measure.key != task.second.key for task in TASKS.values())
 
 
-@pytest.mark.parametrize(("asked", "base"), [("auto", "tiny_base"), ("auto", "tiny_bert"), ("tfew", "tiny_base")])
+@pytest.mark.parametrize(
+    ("asked", "base"), [("auto", "tiny_base"), ("auto", "tiny_bert"), ("tfew", "tiny_base"), ("tfew", "tiny_t5")]
+)
 def test_labels_as_words_from_training_to_new_texts(
     asked: str, base: str, tiny: Tiny, tmp_path: Path, request: pytest.FixtureRequest, capsys: Any
 ) -> None:

@@ -26,6 +26,7 @@ from graftlm.core.delta import (
     LowRank,
     ParameterDelta,
     Port,
+    ReadingDelta,
     WholeParameterDelta,
 )
 from graftlm.core.method import Method, Part, Samples, Sum, device_at, in_eval_mode, model_loss
@@ -51,6 +52,7 @@ __all__ = [
     "ParameterDelta",
     "Part",
     "Port",
+    "ReadingDelta",
     "Routing",
     "Samples",
     "Site",

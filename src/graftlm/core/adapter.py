@@ -32,6 +32,7 @@ from graftlm.core.delta import (
     KeyValueDelta,
     LinearDelta,
     ParameterDelta,
+    ReadingDelta,
     WholeParameterDelta,
     acts,
     folds,
@@ -209,6 +210,15 @@ class Adapter:
         if list(map(id, methods)) == list(map(id, self.method.parts)):
             return Adapter(self.model, self.name, self.method, tuple(parts))
         return Adapter(self.model, self.name, functools.reduce(operator.add, methods), tuple(parts))
+
+    def without_readers(self) -> Adapter:
+        """The adapter as others use it: without what its objective alone reads (a value head). Not attached."""
+        parts = tuple(part for part in self.parts if not isinstance(part.delta, ReadingDelta))
+        if len(parts) in (0, len(self.parts)):
+            return self
+        reading = {id(part.method) for part in self.parts} - {id(part.method) for part in parts}
+        methods = [kind for kind in self.method.parts if id(kind) not in reading]
+        return Adapter(self.model, self.name, functools.reduce(operator.add, methods), parts)
 
     # --- what it does ---
 
@@ -502,6 +512,8 @@ def _place(name: str, parts: Sequence[Part], modules: dict[str, nn.Module], foun
         return junction_of(module) or Junction(module, path, found.rows.get(path, "unknown"), switch)
 
     for part in parts:
+        if isinstance(part.delta, ReadingDelta):
+            continue
         for path, parameter_name in part.site.places:
             at(path).put(name, part.delta, part.site, parameter_name)
         if isinstance(part.delta, BranchDelta) and part.delta.reads_input and part.site.kind == "sublayer":

@@ -7,6 +7,7 @@
 | kv | keys and values of an attention call |
 | embed | the sequence of input embeddings |
 | param | one existing parameter |
+| none | nothing: it reads the states at its site when its objective asks it |
 
 A delta holds only its own parameters (float32 whatever the base's type), never a base weight's storage, and starts as
 the identity unless its paper says otherwise. Precision rule: small tensors are cast down to the activations' type,
@@ -26,10 +27,10 @@ from graftlm.errors import Finding, NotMergeable
 
 __all__ = [
     "Base", "BottleneckMaps", "BranchDelta", "Delta", "EmbedDelta", "KeyValueDelta", "LinearDelta", "LowRank",
-    "ParameterDelta", "Port", "WholeParameterDelta",
+    "ParameterDelta", "Port", "ReadingDelta", "WholeParameterDelta",
 ]  # fmt: skip
 
-Port = Literal["linear", "param", "branch", "kv", "embed"]
+Port = Literal["linear", "param", "branch", "kv", "embed", "none"]
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,15 @@ class EmbedDelta(Delta):
         raise NotImplementedError
 
 
+class ReadingDelta(Delta):
+    """A delta that changes nothing: no forward calls it, whatever the routing, and a merge leaves it out.
+
+    It is trained, saved and loaded with its adapter; the objective that it belongs to calls it (a value head).
+    """
+
+    port: ClassVar[Port] = "none"
+
+
 def acts(delta: Delta, step: str) -> bool:
     """True where `delta` defines `step` (`before`, `add`, `add_over`, `after`) itself.
 
@@ -279,6 +289,6 @@ def folds(delta: Delta) -> bool:
     A delta for which it depends says so by an attribute `folds` of its own.
     """
     own = getattr(delta, "folds", None)
-    if isinstance(delta, ParameterDelta):
+    if isinstance(delta, (ParameterDelta, ReadingDelta)):
         return own is not False
     return bool(own) if own is not None else isinstance(delta, LinearDelta) and type(delta).fold is not LinearDelta.fold

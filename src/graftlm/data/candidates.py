@@ -6,12 +6,13 @@ Items hold `sequences`, one for each answer: `input_ids`, and `labels` on the an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from graftlm.data.checking import Example, Notes
 from graftlm.data.reading import Rejected
+from graftlm.data.targets import ends_within, tell_of_cuts
 from graftlm.data.templates import Template, TemplateFault
 from graftlm.data.tokenising import (
     IGNORED,
@@ -28,7 +29,7 @@ from graftlm.errors import DataError, Finding
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode_candidates", "encode_paired", "encode_scored_answers"]
+__all__ = ["encode_apart", "encode_candidates", "encode_paired", "encode_scored_answers"]
 
 
 def encode_candidates(
@@ -67,9 +68,7 @@ def encode_candidates(
     lengths: list[int] = []
     cut = 0
     refused: dict[tuple[str, str], list[Example]] = {}
-    others = [examples[(at + 1) % len(examples)].answers[0] for at in range(len(examples))] if mismatched else []
-    for at, example in enumerate(examples):
-        answers = [*example.answers, *others[at : at + 1]]
+    for example, answers in _with_others(examples, mismatched):
         try:
             sequences = [_answered(example, answer, tokenizer, template) for answer in answers]
         except TemplateFault as fault:
@@ -101,6 +100,47 @@ def encode_candidates(
         examples=tuple(pieces_of(item["sequences"][0], tokenizer) for item in items[:2]),
     )
     return items, supervision, rejected
+
+
+def encode_apart(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    notes: Notes,
+    *,
+    max_length: int | None = None,
+    place: str = "",
+    mismatched: bool = False,
+) -> tuple[list[Item], Supervision]:
+    """Questions and answers on the two sides of an encoder-decoder: sequences with labels of their own length.
+
+    Both sides are cut to `max_length` and counted; the arguments are those of `encode_candidates`.
+    """
+    limit = longest_allowed(tokenizer, max_length)
+    items: list[Item] = []
+    lengths: list[int] = []
+    cut = 0
+    for example, answers in _with_others(examples, mismatched):
+        source = list(tokenizer(example.text, verbose=False)["input_ids"])
+        targets = [list(tokenizer(text_target=answer, verbose=False)["input_ids"]) for answer in answers]
+        lengths.append(max(map(len, [source, *targets])))
+        if limit is not None and lengths[-1] > limit:
+            cut += 1
+        source, *targets = (ends_within(ids, limit) for ids in (source, *targets))
+        made = [{"input_ids": source, "labels": target} for target in targets]
+        label = int(example.label) if example.label is not None else 0
+        items.append({"sequences": made, "target": label, "row": example.row, "example": example})
+    tell_of_cuts(cut, len(items), limit, lengths, notes, place)
+    own = [sequence for item in items for sequence in item["sequences"]]
+    trained = sum(len(sequence["labels"]) for sequence in own)
+    total = trained + sum(len(sequence["input_ids"]) for sequence in own)
+    return items, Supervision(trained, total, cut, tuple(lengths), what="the answers' tokens")
+
+
+def _with_others(examples: Sequence[Example], mismatched: bool) -> Iterator[tuple[Example, list[str]]]:
+    """Each row with its answers, and the next row's answer too where mismatched ones are wanted."""
+    for at, example in enumerate(examples):
+        other = [examples[(at + 1) % len(examples)].answers[0]] if mismatched else []
+        yield example, [*example.answers, *other]
 
 
 def _answered(

@@ -114,7 +114,7 @@ class SequencesCollator:
         ([[5, 6, 0], [5, 7, 8]], [0, 0], [1])
     """
 
-    inner: Collator
+    inner: Collator | TargetsCollator
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """One batch of `items`."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftlm.data.candidates import encode_candidates, encode_paired, encode_scored_answers
+from graftlm.data.candidates import encode_apart, encode_candidates, encode_paired, encode_scored_answers
 from graftlm.data.checking import Example, Notes, check, check_overlap
 from graftlm.data.labels import Label, Labels, Scale, label_name
 from graftlm.data.prompting import PromptTemplate, prompted
@@ -69,6 +69,8 @@ class Prepared:
     eval_line: str
     pad_id: int
     sha256: dict[str, str]
+    #: Rows for a last test, which neither training nor its evaluations see.
+    test: list[Item] = field(default_factory=list)
 
 
 def prepare(
@@ -91,9 +93,11 @@ def prepare(
     waived: Collection[str] = (),
     instead: Mapping[str, str] | None = None,
     by_head: bool = False,
+    apart: bool = False,
     packing: bool = False,
     prompt: PromptTemplate | None = None,
     group: str | None = None,
+    test: str | Path | float | None = None,
 ) -> Prepared:
     """Reads, recognises, checks, splits and tokenises.
 
@@ -119,8 +123,10 @@ def prepare(
         waived: codes of judgements that are not to stop the run (`codes.WAIVABLE`).
         instead: tasks that the base does in place of others where the task is `auto`; see `recognise`.
         by_head: choices and rewards are told by a head that reads question and answer as a pair, as encoders do.
+        apart: the base reads questions and writes answers, as encoder-decoders do, instead of going on in one text.
         prompt: writes rows as questions, and labels as words; see `prompting`.
         group: a column; rows with the same value in it are all held out or all trained on.
+        test: a file of rows for a last test, or a share of the training rows, which is held out before eval rows are.
         packing: the training rows are put one behind the other into rows of `max_length` tokens, without seeing one
             another.
 
@@ -136,7 +142,7 @@ def prepare(
     rows = _sorted(
         path, eval_path, format, mapping, eval_share, max_rows, drop_bad_rows, task, seed=seed, labels=labels,
         merge_labels=merge_labels, waived=waived, instead=instead, max_length=max_length, prompt=prompt,
-        by_head=by_head, group=group,
+        by_head=by_head, group=group, test=test,
         count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
     )  # fmt: skip
     reading, notes, names = rows.reading, rows.notes, rows.names
@@ -146,10 +152,25 @@ def prepare(
     sets: list[tuple[list[Item], Supervision]] = []
     if reading.task == "regress":
         scale = scale or Scale.of([float(e.label) for e in rows.train])
-    elif known is None and reading.task in _WRITTEN and not (by_head and reading.task in _BY_HEAD):
+    elif (
+        known is None
+        and reading.task in _WRITTEN
+        and not (by_head and reading.task in _BY_HEAD)
+        and not (apart and reading.task in _APART)
+    ):
         chosen = _template(template, tokenizer, [*rows.train, *rows.held], notes)
-    encode = _Encoder(reading.task, tokenizer, known, scale, chosen, notes, max_length, drop_bad_rows)
-    for part, name in ((rows.train, names[0]), (rows.held, names[-1])):
+    encode = _Encoder(
+        reading.task,
+        tokenizer,
+        known,
+        scale,
+        chosen,
+        notes,
+        max_length,
+        drop_bad_rows,
+        apart and reading.task in _APART,
+    )
+    for part, name in ((rows.train, names[0]), (rows.held, names[1]), (rows.test, names[2])):
         items, supervision, out = encode(part, name) if part else ([], Supervision(), [])
         rejected += out
         sets.append((items, supervision))
@@ -158,7 +179,7 @@ def prepare(
     if not sets[0][0] and not notes.errors:
         notes.error("D142", "0 tokens would be trained: no row with two tokens is left", names[0])
     notes.settle()
-    (items, supervision), (eval_items, eval_supervision) = sets
+    (items, supervision), (eval_items, eval_supervision), (test_items, _) = sets
     line = f"{rows.line}   {counted(rows.duplicates, 'duplicate')}, {number(supervision.cut_rows)} cut"
     if rejected:
         line += f", {number(len(rejected))} left out"
@@ -180,6 +201,7 @@ def prepare(
         eval_line=rows.eval_line,
         pad_id=pad_id,
         sha256=rows.sha256,
+        test=test_items,
     )
 
 
@@ -197,6 +219,7 @@ def look(
     merge_labels: bool = False,
     waived: Collection[str] = (),
     group: str | None = None,
+    test: str | Path | float | None = None,
 ) -> tuple[Finding, ...]:
     """What is worth knowing of the rows as far as it can be told without a tokenizer; the arguments are `prepare`'s.
 
@@ -209,7 +232,7 @@ def look(
     """
     rows = _sorted(
         path, eval_path, format, mapping, eval_share, max_rows, drop_bad_rows, task, seed=seed,
-        merge_labels=merge_labels, waived=waived, group=group,
+        merge_labels=merge_labels, waived=waived, group=group, test=test,
     )  # fmt: skip
     return _once(rows.notes.notes)
 
@@ -222,7 +245,9 @@ class _Rows:
     line: str
     train: list[Example]
     held: list[Example]
-    names: list[str]
+    test: list[Example]
+    #: Of the three parts.
+    names: tuple[str, str, str]
     notes: Notes
     rejected: list[Rejected]
     duplicates: int
@@ -251,13 +276,15 @@ def _sorted(
     prompt: PromptTemplate | None = None,
     by_head: bool = False,
     group: str | None = None,
+    test: str | Path | float | None = None,
     count_tokens: Callable[[str], int] | None = None,
 ) -> _Rows:
     """Reads, recognises, checks and splits; see `prepare`."""
-    _check_arguments(eval_path, eval_share, max_rows, max_length)
+    _check_arguments(eval_path, eval_share, max_rows, max_length, test)
     sources: dict[str | Path, float] = dict(path) if isinstance(path, Mapping) else {path: 1.0}
-    evals = [eval_path] if eval_path is not None else []
-    tables = _read_all([*sources, *evals], format, max_rows, drop_bad_rows)
+    test_path = None if isinstance(test, float) else test
+    others = [place for place in (eval_path, test_path) if place is not None]
+    tables = _read_all([*sources, *others], format, max_rows, drop_bad_rows)
     notes = Notes(waived)
     if prompt is not None:
         roles = mapping or {}
@@ -267,8 +294,8 @@ def _sorted(
     readings = [recognise(tables[0], task, mapping, instead=instead)]
     readings += [recognise(table, readings[0].task, mapping) for table in tables[1 : len(sources)]]
     reading = readings[0]
-    if eval_path is not None:
-        _check_same_columns(reading, tables[0], tables[-1])
+    for table in tables[len(sources) :]:
+        _check_same_columns(reading, tables[0], table)
         readings.append(reading)
     if group is not None:
         _check_group(group, tables[: len(sources)])
@@ -289,19 +316,28 @@ def _sorted(
     train, bounds = _together([one.examples for one in checked[: len(sources)]], tables)
     if len(sources) > 1 and reading.task == "classify" and labels is None:
         _check_labels_together(train, notes)
-    names = [
-        " + ".join(table.path.name for table in tables[: len(sources)]),
-        *(table.path.name for table in tables[len(sources) :]),
-    ]
+    name = " + ".join(table.path.name for table in tables[: len(sources)])
+    names = (
+        name,
+        tables[len(sources)].path.name if eval_path is not None else f"{name} (eval part)",
+        tables[-1].path.name if test_path is not None else f"{name} (test part)",
+    )
+    tested = checked[-1].examples if test_path is not None else []
+    if test_path is not None:
+        check_overlap(train, tested, notes, names[2])
     if eval_path is not None:
-        held = checked[-1].examples
+        held = checked[len(sources)].examples
         check_overlap(train, held, notes, names[1])
+        check_overlap(held, tested, notes, names[2])
         eval_line = f"eval {names[1]} = {counted(len(held), 'row')}"
     notes.settle()
+    if isinstance(test, float):
+        train, tested = hold_out(train, reading, test, seed, notes, name, group)
     if eval_path is None:
-        train, held = hold_out(train, reading, eval_share, seed, notes, names[0], group)
+        train, held = hold_out(train, reading, eval_share, seed, notes, name, group)
         eval_line = _eval_line(train, held)
-        names.append(f"{names[0]} (eval part)")
+    if tested:
+        eval_line += f", test {counted(len(tested), 'row')}"
 
     rejected = [fault for result in checked for fault in result.rejected]
     train, undrawn = _weighed(train, bounds, list(sources.values()), seed, notes)
@@ -309,24 +345,28 @@ def _sorted(
     known: Labels | None = None
     if reading.task in ("classify", "tag"):
         known = labels or _labels_in(train, reading.task)
-        for part, name in ((train, names[0]), (held, names[-1])):
-            _check_known_labels(part, known, notes, name)
+        for part, place in zip((train, held, tested), names, strict=True):
+            _check_known_labels(part, known, notes, place)
         notes.settle()
-        train, held = ([e for e in part if all(one in known for one in _labels_of(e))] for part in (train, held))
+        train, held, tested = (
+            [e for e in part if all(one in known for one in _labels_of(e))] for part in (train, held, tested)
+        )
     told_line = " + ".join(one.line for one in readings[: len(sources)])
     return _Rows(
-        reading, told_line, train, held, names, notes, rejected,
+        reading, told_line, train, held, tested, names, notes, rejected,
         sum(one.duplicates for one in checked[: len(sources)]), known, prompt, eval_line,
         {str(table.path): table.sha256 for table in tables},
     )  # fmt: skip
 
 
 #: Tasks whose answers a chat template writes.
-_WRITTEN = ("choice", "dpo", "grpo", "kto", "reward", "rloo", "sft", "tfew")
+_WRITTEN = ("choice", "dpo", "grpo", "kto", "ppo", "reward", "rloo", "sft", "tfew")
 #: Those that learn from rewards of answers that the model writes itself.
-ONLINE = ("grpo", "rloo")
+ONLINE = ("grpo", "ppo", "rloo")
 #: Those of them for which a head on question and answer will do.
 _BY_HEAD = ("choice", "reward")
+#: Those that an encoder-decoder can do, question and answer apart.
+_APART = ("choice", "dpo", "kto", "tfew")
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,6 +381,7 @@ class _Encoder:
     notes: Notes
     max_length: int | None
     drop_bad_rows: bool
+    apart: bool
 
     def __call__(self, rows: list[Example], place: str) -> tuple[list[Item], Supervision, list[Rejected]]:
         told: dict[str, Any] = {"max_length": self.max_length, "place": place}
@@ -355,6 +396,8 @@ class _Encoder:
             return *encode(rows, self.tokenizer, self.labels, self.notes, **told), []
         if self.scale is not None:
             return *encode_scored(rows, self.tokenizer, self.scale, self.notes, **told), []
+        if self.apart:
+            return *encode_apart(rows, self.tokenizer, self.notes, mismatched=self.task == "kto", **told), []
         if self.template is None:
             return *encode_paired(rows, self.tokenizer, self.notes, **told), []
         written = {**told, "drop_bad_rows": self.drop_bad_rows}
@@ -403,9 +446,16 @@ def _labels_in(examples: list[Example], task: str) -> Labels:
 
 
 def _check_arguments(
-    eval_path: str | Path | None, eval_share: float | None, max_rows: int | None, max_length: int | None
+    eval_path: str | Path | None,
+    eval_share: float | None,
+    max_rows: int | None,
+    max_length: int | None,
+    test: str | Path | float | None,
 ) -> None:
     findings: list[Finding] = []
+    if isinstance(test, float) and not 0 < test < 1:
+        message = f"test {test:g} is neither a file nor a share above 0 and below 1"
+        findings.append(Finding("D133", message, fix="--test 0.1"))
     if eval_share is not None and not 0 <= eval_share < 1:
         fix = f"--set data.eval_share={eval_share / 100:g}" if 1 <= eval_share < 100 else "--set data.eval_share=0.05"
         findings.append(Finding("D133", f"eval_share is {eval_share:g}, wanted at least 0 and below 1", fix=fix))

@@ -12,7 +12,7 @@
 | `prompt, chosen, rejected` | preferences | dpo |
 | `prompt, completion, label` with true or false | judged | kto |
 | `text` and none of these | documents | lm |
-| `prompt`; what else there is, the reward may read | prompts | none by itself: grpo, rloo |
+| `prompt`; what else there is, the reward may read | prompts | none by itself: grpo, ppo, rloo |
 
 Some rows serve several tasks: pairs also seq2seq, documents mlm, choices tfew, preferences reward.
 
@@ -41,6 +41,7 @@ TASKS: dict[str, str] = {
     "kto": "prompt, completion and desirable (true or false)",
     "lm": "text",
     "mlm": "text",
+    "ppo": "prompt",
     "regress": "text and score",
     "reward": "prompt, chosen and rejected",
     "rloo": "prompt",
@@ -89,6 +90,7 @@ _NEEDED = {
     "kto": ("prompt", "completion", "desirable"),
     "lm": ("text",),
     "mlm": ("text",),
+    "ppo": ("prompt",),
     "regress": ("text", "score"),
     "reward": ("prompt", "chosen", "rejected"),
     "rloo": ("prompt",),
@@ -109,7 +111,7 @@ _KIND_TASKS: dict[str, tuple[str, ...]] = {
     "labelled": ("classify",),
     "scored": ("regress",),
     "documents": ("lm", "mlm"),
-    "prompts": ("grpo", "rloo"),
+    "prompts": ("grpo", "ppo", "rloo"),
 }
 _CERTAIN = ("preferences", "tagged", "choices", "judged")
 _ONLY_NAMED = ("prompts",)  # almost any row has a prompt

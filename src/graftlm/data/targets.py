@@ -12,7 +12,7 @@ from graftlm.data.wording import counted, number
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode_targets", "source_of"]
+__all__ = ["encode_targets", "ends_within", "source_of", "tell_of_cuts"]
 
 
 def source_of(example: Example) -> str:
@@ -40,12 +40,21 @@ def encode_targets(
         lengths.append(max(len(source), len(target)))
         if limit is not None and lengths[-1] > limit:
             cut += 1
-            # The last token ends a text; it stays when the text before it is cut.
-            source, target = (ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in (source, target))
+            source, target = (ends_within(ids, limit) for ids in (source, target))
         items.append({"input_ids": source, "labels": target, "row": example.row, "example": example})
-    if cut:
-        message = f"{number(cut)} of {counted(len(items), 'row')} cut to {limit} tokens (longest {max(lengths)})"
-        notes.note("D146", message, place)
+    tell_of_cuts(cut, len(items), limit, lengths, notes, place)
     trained = sum(len(item["labels"]) for item in items)
     total = trained + sum(len(item["input_ids"]) for item in items)
     return items, Supervision(trained, total, cut, tuple(lengths), what="the target's tokens")
+
+
+def ends_within(ids: list[int], limit: int | None) -> list[int]:
+    """The tokens, at most `limit` of them; the last one ends a text and stays when the text before it is cut."""
+    return ids if limit is None or len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+
+
+def tell_of_cuts(cut: int, count: int, limit: int | None, lengths: Sequence[int], notes: Notes, place: str) -> None:
+    """Note how many of `count` rows were cut, if any were (D146)."""
+    if cut:
+        message = f"{number(cut)} of {counted(count, 'row')} cut to {limit} tokens (longest {max(lengths)})"
+        notes.note("D146", message, place)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from graftlm.data import Collator, SequencesCollator, Template
-from graftlm.data.candidates import encode_candidates, encode_paired
+from graftlm.data import Collator, SequencesCollator, TargetsCollator, Template
+from graftlm.data.candidates import encode_apart, encode_candidates, encode_paired
 from graftlm.data.checking import Example, Notes
 from graftlm.data.collating import length_of
 from graftlm.evaluation.losses import Collate, batches, evaluating
@@ -59,13 +59,17 @@ def choose_answers(
         Example(at, "", {}, messages=({"role": "user", "content": question},), answers=tuple(answers), label=0)
         for at, question in enumerate(questions, 1)
     ]
-    if template is None:
+    collate = Collator(tokenizer.pad_token_id, max_length=max_length)
+    apart = getattr(model.config, "is_encoder_decoder", False)
+    if apart:
+        items, _ = encode_apart(examples, tokenizer, notes, max_length=max_length)
+    elif template is None:
         items, _ = encode_paired(examples, tokenizer, notes, max_length=max_length)
     else:
         items, _, _ = encode_candidates(examples, tokenizer, template, notes, max_length=max_length)
     notes.settle()
-    collate = SequencesCollator(Collator(tokenizer.pad_token_id, max_length=max_length))
-    return answer_probabilities(model, objective, items, collate)
+    inner = TargetsCollator(collate, model.prepare_decoder_input_ids_from_labels) if apart else collate
+    return answer_probabilities(model, objective, items, SequencesCollator(inner))
 
 
 def choice_scores(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:

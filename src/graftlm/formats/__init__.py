@@ -13,7 +13,7 @@ from graftlm.formats.atomic import atomic_folder, check_manifest, sha256_of, wri
 if TYPE_CHECKING:
     from graftlm.formats.codecs import CODECS, Codec
     from graftlm.formats.exporting import Exported, export_adapter
-    from graftlm.formats.peft import load_adapter, read_facts, save_adapter
+    from graftlm.formats.peft import load_adapter, read_facts, save_adapter, stored_method
 
 __all__ = [
     "CODECS",
@@ -26,6 +26,7 @@ __all__ = [
     "read_facts",
     "save_adapter",
     "sha256_of",
+    "stored_method",
     "write_json",
     "write_manifest",
 ]

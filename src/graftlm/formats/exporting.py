@@ -99,9 +99,10 @@ def export_adapter(
             found = _logits(_read_merged(fresh, model, labels), rows)
             command = f"graftlm generate {shlex.quote(str(folder))} 'a prompt'" if labels is None else ""
         else:
-            command = _vllm_command(adapter, folder, base) if to == "vllm" else ""
-            adapter.save(fresh, facts=facts or {})
-            _must_be_pefts(adapter, fresh)
+            used = adapter.without_readers()
+            command = _vllm_command(used, folder, base) if to == "vllm" else ""
+            used.save(fresh, facts=facts or {})
+            _must_be_pefts(used, fresh)
             found = _read_adapter(fresh, model, rows)
             if to == "vllm":
                 (fresh / "serve.sh").write_text(f"#!/bin/sh\nexec {command}\n", encoding="utf-8")

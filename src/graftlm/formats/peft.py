@@ -14,7 +14,7 @@ import hashlib
 import json
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,11 @@ from graftlm.formats.codecs import (
     understood,
 )
 from graftlm.formats.matching import exactly
-from graftlm.methods import METHODS, Modules, TrainableTokens, find_method
+from graftlm.methods import COMPANIONS, METHODS, Modules, TrainableTokens, find_method
 from graftlm.methods.plugins import package_of
 from graftlm.models.fingerprinting import fingerprint
 
-__all__ = ["load_adapter", "read_facts", "save_adapter"]
+__all__ = ["load_adapter", "read_facts", "save_adapter", "stored_method"]
 
 _CONFIG, _WEIGHTS, _PICKLE, _OURS = (
     "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "graftlm.json",
@@ -101,7 +101,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, facts: Mapping[str, An
 
 def _describe(adapter: Adapter) -> dict[str, Any]:
     """`adapter_config.json`: in PEFT's words where reading them back gives this very adapter, else in ours."""
-    model = adapter.model
+    model, adapter = adapter.model, adapter.without_readers()  # PEFT passes over what it has no place for
     config = _in_peft_words(adapter)
     if config is not None:
         codec = CODECS[config["peft_type"]]
@@ -137,7 +137,7 @@ def _in_peft_words(adapter: Adapter) -> dict[str, Any] | None:
 
 def _method_data(method: Method) -> dict[str, Any]:
     settings = {each.name: _to_data(getattr(method, each.name)) for each in dataclasses.fields(method)}
-    package = "" if method.name in METHODS else package_of(method.name)
+    package = "" if method.name in METHODS or method.name in COMPANIONS else package_of(method.name)
     return {"name": method.name, "settings": settings} | ({"package": package} if package else {})
 
 
@@ -327,6 +327,17 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     return facts
 
 
+def stored_method(folder: str | Path, twin: Callable[[], nn.Module]) -> Method:
+    """The method of the adapter in `folder`, before its base is loaded.
+
+    `twin` gives the base without values, which the sites of a folder of PEFT's are told by. Raises AdapterError.
+    """
+    stored = _read(_find(Path(folder)))
+    if stored.faults:
+        raise AdapterError(stored.faults)
+    return _method_of(stored, None if stored.ours else twin())
+
+
 def _ascii(folder: str | Path) -> str:
     return Path(folder).resolve().name.encode("ascii", "ignore").decode()
 
@@ -503,8 +514,8 @@ def _base_faults(ours: Mapping[str, Any], model: nn.Module) -> list[Finding]:
     ]
 
 
-def _method_of(stored: _Stored, model: nn.Module) -> Method:
-    if not stored.ours:
+def _method_of(stored: _Stored, model: nn.Module | None) -> Method:
+    if model is not None and not stored.ours:
         try:
             return understood(CODECS[stored.config["peft_type"]], stored.config, model)
         except (TypeError, ValueError, re.error) as error:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from graftlm.core import in_eval_mode, without_adapters
 from graftlm.core.junction import junction_of
 
-__all__ = ["IGNORED", "LossHead"]
+__all__ = ["IGNORED", "LossHead", "with_states"]
 
 #: The label of a position that costs nothing.
 IGNORED = -100
@@ -65,7 +65,7 @@ class LossHead:
             return found  # for planning: there are no numbers to compare
         ids = torch.arange(3, 6, device=device)[None] % int(head.weight.shape[0])
         with in_eval_mode(model), without_adapters(model), torch.no_grad():
-            states, outputs = _with_states(model, {"input_ids": ids, "use_cache": False})
+            states, outputs = with_states(model, {"input_ids": ids, "use_cache": False})
             if states is None or not isinstance(getattr(outputs, "logits", None), Tensor):
                 return None
             if states.shape[-1] != head.weight.shape[-1]:  # something comes before the head (a masked model's)
@@ -86,15 +86,19 @@ class LossHead:
         Zero where there is no label (-100), and for the first token of a row, which has none before it. `inputs` are
         what the model is called with, ids [rows, tokens] among them; its own logits are asked for at no position.
         """
-        states, _ = _with_states(model, {**inputs, "logits_to_keep": _no_positions(model)} if _keeps(model) else inputs)
+        return self.losses_and_states(model, inputs, labels)[0]
+
+    def losses_and_states(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the last hidden states that they come from, [rows, tokens, width]."""
+        states, _ = with_states(model, {**inputs, "logits_to_keep": _no_positions(model)} if _keeps(model) else inputs)
         assert states is not None
         wanted = labels[:, 1:] != IGNORED
         found = torch.zeros(labels.shape, dtype=torch.float32, device=states.device)
         target = labels[:, 1:][wanted]
         if not len(target):
-            return found + 0 * states.sum().float()  # nothing to learn, but a gradient to ask for
+            return found + 0 * states.sum().float(), states  # nothing to learn, but a gradient to ask for
         losses = self._of_states(model, states[:, :-1], wanted, target)
-        return F.pad(losses.new_zeros(wanted.shape).index_put((wanted,), losses), (1, 0))
+        return F.pad(losses.new_zeros(wanted.shape).index_put((wanted,), losses), (1, 0)), states
 
     def _of_states(self, model: nn.Module, states: Tensor, wanted: Tensor, target: Tensor) -> Tensor:
         head = _head(model)
@@ -135,7 +139,7 @@ def _keeps(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def _with_states(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
+def with_states(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
     """The last hidden states of a call of the model, [rows, tokens, width], as its backbone gives them; its outputs."""
     caught: list[Any] = []
     # Some heads read their decoder, past the backbone around it. Registered last, a hook sees what adapters leave.

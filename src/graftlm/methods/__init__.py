@@ -44,9 +44,11 @@ from graftlm.methods.rezero import ReZero
 from graftlm.methods.series import SeriesAdapter
 from graftlm.methods.sparse import Sparse
 from graftlm.methods.tokens import TrainableTokens
+from graftlm.methods.value import Value
 from graftlm.methods.vera import VeRA
 
 __all__ = [
+    "COMPANIONS",
     "IA3",
     "MAM",
     "METHODS",
@@ -76,6 +78,7 @@ __all__ = [
     "Sparse",
     "TrainableTokens",
     "UniPELT",
+    "Value",
     "VeRA",
     "find_method",
     "method",
@@ -115,6 +118,9 @@ METHODS: dict[str, type[Method]] = {
     "vera": VeRA,
 }
 
+#: What tasks put beside a method, and no one chooses by itself.
+COMPANIONS: dict[str, type[Method]] = {"value": Value}
+
 #: Names that other tools use for settings of our methods.
 _FOREIGN = {
     "r": "rank",
@@ -153,7 +159,7 @@ def find_method(name: str) -> type[Method] | None:
         >>> find_method("lora")
         <class 'graftlm.methods.lora.LoRA'>
     """
-    return METHODS.get(name) or load_plugin(name)
+    return METHODS.get(name) or COMPANIONS.get(name) or load_plugin(name)
 
 
 def method_names() -> list[str]:

@@ -10,7 +10,7 @@ CODES: dict[str, str] = {
     "T107": "bias=True is asked for at an embedding, which has no bias",
     "T108": "the method trains weights themselves, and these are stored as whole numbers",
     "T109": "bitfit trains biases, and the model has none there",
-    "T110": "head trains the model's head, and the model has none",
+    "T110": "head trains the model's head, or value reads what enters it, and the model has none",
     "T111": "the method layers is given a choice that holds no layer of the model",
     "T112": "a setting that the method does not have, or that is called otherwise in another tool",
     "T113": "a setting of a method has a value of the wrong type",

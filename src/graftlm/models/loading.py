@@ -91,9 +91,9 @@ def load_base(
         config.problem_type = kinds.get(task, "regression" if head == "sequence" else None)
     if type(config) not in kind._model_mapping and not (trust_remote_code and hasattr(config, "auto_map")):
         raise ModelError(_no_such_head(str(name), config, task, head))
-    if head == "seq2seq" and task != "seq2seq":
+    if head == "seq2seq" and task not in _WRITTEN_APART:
         kind_ = type(config).__name__.removesuffix("Config")
-        message = f"{name} ({kind_}) is an encoder-decoder; task {task} needs a causal base in this version"
+        message = f"{name} ({kind_}) is an encoder-decoder; task {task} needs a causal base"
         raise ModelError(Finding("M113", message, fix="-m A_CAUSAL_BASE, or --task seq2seq"))
     if head == "causal" and is_encoder(config):
         raise ModelError(_no_such_head(str(name), config, task, head))
@@ -192,6 +192,8 @@ HEADS = {
     "sequence": "AutoModelForSequenceClassification",
     "token": "AutoModelForTokenClassification",
 }
+#: Tasks whose answers an encoder-decoder can write, or find likely, after questions that it has read.
+_WRITTEN_APART = ("choice", "dpo", "kto", "seq2seq", "tfew")
 _NEW = ("sequence", "token")  # heads that no checkpoint of a base has: they are learnt with the adapter
 
 

@@ -14,6 +14,7 @@ from graftlm.objectives.masked_lm import MaskedLM
 from graftlm.objectives.multi_label import MultiLabel
 from graftlm.objectives.objective import Objective
 from graftlm.objectives.online import Online
+from graftlm.objectives.ppo import PPO
 from graftlm.objectives.reference import Reference, settle
 from graftlm.objectives.regression import Regression
 from graftlm.objectives.reward import Reward
@@ -27,6 +28,7 @@ __all__ = [
     "GRPO",
     "KTO",
     "OBJECTIVES",
+    "PPO",
     "RLOO",
     "CausalLM",
     "Choice",
@@ -53,6 +55,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "kto": KTO,
     "lm": CausalLM,
     "mlm": MaskedLM,
+    "ppo": PPO,
     "regress": Regression,
     "reward": Reward,
     "rloo": RLOO,

@@ -27,8 +27,8 @@ class GRPO(Online):
     """The GRPO loss of each token of the answers.
 
     Example:
-        >>> GRPO(answers=2).advantages(torch.tensor([[1.0, 0.0]])).round(decimals=3).tolist()
-        [[0.707, -0.707]]
+        >>> GRPO(answers=2).advantages(torch.tensor([[1.0, 0.0]])).mul(1000).round().tolist()
+        [[707.0, -707.0]]
     """
 
     unit: ClassVar[str] = "tokens"

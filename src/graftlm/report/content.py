@@ -37,6 +37,7 @@ TASKS = {
     "kto": "to write what is wanted rather than what is not",
     "lm": "continuing text",
     "mlm": "hidden words of texts",
+    "ppo": "to write answers of high reward",
     "regress": "a number for texts",
     "reward": "a reward for answers",
     "rloo": "to write answers of high reward",
@@ -98,6 +99,7 @@ def trained(run: RunFolder) -> list[Row]:
         if parameters is not None
         else "",
         "adapter on disk": size(run.number("adapter_bytes")) if run.number("adapter_bytes") is not None else "",
+        "test, looked at once": run.text("results.test.line"),
         "steps": whole(run.number("steps")) if run.number("steps") is not None else "",
         "time": duration(run.number("seconds")) + speed if run.number("seconds") is not None else "",
         "peak memory": size(run.number("peak_memory_bytes")) if run.number("peak_memory_bytes") is not None else "",

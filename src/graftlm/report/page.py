@@ -34,7 +34,8 @@ _REJECTED = 20
 #: Task to what its loss is told in, where that is not nats per token.
 _LOSS_UNITS = {
     "choice": "nats per row", "classify": "nats per row", "dpo": "loss per row", "kto": "loss per row",
-    "grpo": "policy loss per token", "regress": "squared deviations per row", "reward": "nats per row",
+    "grpo": "policy loss per token", "ppo": "policy and value loss per token",
+    "regress": "squared deviations per row", "reward": "nats per row",
     "rloo": "policy loss per answer", "tfew": "nats per row",
 }  # fmt: skip
 

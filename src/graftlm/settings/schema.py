@@ -106,6 +106,11 @@ class DataSettings(_Section):
         ),
     ] = {}
     eval_path: Annotated[str | None, _text("File with the rows to evaluate on; without one, a share"), _AsText] = None
+    test: Annotated[
+        str | None,
+        _text("Rows that are scored once, after training: a file, or a share of the rows such as 0.1", "0.1", "--test"),
+        _AsText,
+    ] = None
     format: Annotated[
         Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "text"],
         _about("Format of the data file; auto goes by its name", "auto"),
@@ -224,6 +229,10 @@ class TrainSettings(_Section):
         ),
     ] = "none"
     threads: Annotated[int | None, _count("Processor threads; without one, all", (1, 64))] = None
+    track: Annotated[
+        Literal["tensorboard", "clearml", "comet_ml", "mlflow", "neptune", "swanlab", "trackio", "wandb"] | None,
+        _about("Tracker that is told the numbers of the run, beside its own files", "tensorboard", "--track"),
+    ] = None
 
 
 class PreferenceSettings(_Section):
@@ -246,7 +255,7 @@ class PreferenceSettings(_Section):
 
 
 class ReinforcementSettings(_Section):
-    """What learning from rewards of the model's own answers (grpo, rloo) goes by.
+    """What learning from rewards of the model's own answers (ppo, grpo, rloo) goes by.
 
     Example:
         >>> ReinforcementSettings(reward="regex:^Yes").answers
@@ -262,6 +271,15 @@ class ReinforcementSettings(_Section):
     answers: Annotated[int, _count("Answers sampled to each prompt", (4, 16), least=2)] = 8
     kl_weight: Annotated[float, _about("How closely the model is held to its start", (0, 0.2), ge=0, le=100)] = 0.04
     clip: Annotated[float, _about("How far a ratio of probabilities counts from 1", (0.1, 0.3), gt=0, lt=1)] = 0.2
+    updates: Annotated[
+        int | None, _count("Steps that learn from the same answers; without one, 4 for ppo, else 1", (1, 8))
+    ] = None
+    discount: Annotated[float, _about("What a reward is worth one token earlier (ppo)", (0.95, 1), gt=0, le=1)] = 1.0
+    gae_lambda: Annotated[
+        float, _about("How far advantages look beyond the next value (ppo): 0 not, 1 to the end", (0.9, 1), ge=0, le=1)
+    ] = 0.95
+    value_weight: Annotated[float, _about("Weight of the loss of values (ppo)", (0.05, 1), gt=0, le=1000)] = 0.1
+    value_clip: Annotated[float, _about("How far a value counts from what it was (ppo)", (0.1, 1), gt=0, le=1000)] = 0.2
 
 
 class GenerateSettings(_Section):
@@ -296,6 +314,11 @@ class RunSettings(_Section):
         str,
         _text("What is trained, as name(setting=value)", "", "--method"),
     ] = "lora(rank=16,targets=all-linear)"
+    start: Annotated[
+        str | None,
+        _text("Adapter to go on with, a run's or its own folder; with a method, a new one on top of it", "", "--from"),
+        _AsText,
+    ] = None
     task: Annotated[
         Literal[
             "auto",
@@ -311,6 +334,7 @@ class RunSettings(_Section):
             "dpo",
             "kto",
             "reward",
+            "ppo",
             "grpo",
             "rloo",
         ],

@@ -1,8 +1,9 @@
 """Checkpoints of a run: adapter, optimizer, schedule, random state, position; complete or absent, and never the base.
 
 A checkpoint is a folder: `adapter.safetensors`, `optimizer.safetensors` (moments by parameter number),
-`random.safetensors`, `schedule.json` and `trainer_state.json`, with a manifest of sizes and hashes. It is written
-beside its place and renamed into it, so a kill at any moment leaves the last complete one. Nothing is pickled.
+`random.safetensors`, `schedule.json` and `trainer_state.json`, with a manifest of sizes and hashes; where the next step
+learns from the same answers, `answers.safetensors` too. It is written beside its place and renamed into it, so a kill
+at any moment leaves the last complete one. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import json
 import random
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,34 @@ from graftlm.core import Adapter
 from graftlm.errors import Finding, RunError
 from graftlm.formats.atomic import atomic_folder, check_manifest, write_json, write_manifest
 
-__all__ = ["adapter_state", "latest", "load_adapter_state", "load_optimizer", "load_random_state", "step_of", "write"]
+__all__ = [
+    "adapter_state", "latest", "load_adapter_state", "load_answers", "load_optimizer", "load_random_state", "step_of",
+    "write",
+]  # fmt: skip
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def write(
-    folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, scheduler: Any, trainer_state: dict[str, Any]
+    folder: Path,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    trainer_state: dict[str, Any],
+    *,
+    answers: Sequence[Mapping[str, Tensor]] = (),
 ) -> None:
-    """Write everything that resuming needs into `folder`, at once or not at all."""
+    """Write everything that resuming needs into `folder`, at once or not at all.
+
+    `answers` are batches of answers that the next step learns from too.
+    """
     moments, settings = _split(optimizer.state_dict())
     with atomic_folder(folder) as inside:
         _save({name: tensor.contiguous() for name, tensor in adapter.state().items()}, inside / "adapter.safetensors")
         _save(moments, inside / "optimizer.safetensors")
+        if answers:
+            batches = {f"{at}.{name}": tensor for at, batch in enumerate(answers) for name, tensor in batch.items()}
+            _save({name: tensor.contiguous() for name, tensor in batches.items()}, inside / "answers.safetensors")
         _save(_random_tensors(), inside / "random.safetensors")
         write_json(
             inside / "schedule.json",
@@ -83,6 +100,16 @@ def adapter_state(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors as the checkpoint has them; RunError for a damaged one."""
     _check(folder)
     return load_file(folder / "adapter.safetensors")
+
+
+def load_answers(folder: Path) -> list[dict[str, Tensor]]:
+    """The batches of answers that the checkpoint has; none where the next step writes its own."""
+    path = folder / "answers.safetensors"
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path).items() if path.is_file() else ():
+        at, _, name = key.partition(".")
+        found.setdefault(int(at), {})[name] = tensor
+    return [found[at] for at in sorted(found)]
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:

@@ -23,6 +23,7 @@ CODES: dict[str, str] = {
     "U112": "the adapter has nothing to train",
     "U113": "a part of the adapter has no influence on the loss, so it would never be trained",
     "U114": "the held-out loss is NaN or infinite",
+    "U115": "the losses of some steps in a row are far above those of the first steps",
     "U120": "the checkpoints to resume from are damaged",
     "U121": "a base model is given for evaluation without rows that it can be scored on",
     "U122": "the run's data changed since, so its held-out rows cannot be told any more",
@@ -41,5 +42,11 @@ CODES: dict[str, str] = {
     "U141": "the reward failed on an answer, or gave no finite number",
     "U142": "the reward of an adapter cannot be computed without its owner's code",
     "U143": "answers as long as they may be leave no room for a prompt",
+    "U144": "--from names a folder without an adapter",
+    "U145": "the last hidden states of the base cannot be told, which the values of PPO come from",
+    "U146": "a value head is asked for by a task that does not train one",
+    "U147": "the tracker that a run is to be told to is not installed",
+    "U148": "a setting contradicts the adapter that the run starts from",
+    "U149": "the adapter to start from and the method on top of it have tensors of the same names",
 }
 """Code to meaning."""

@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 from graftlm.core import Method, Sum
-from graftlm.methods import Full, Head, Modules
+from graftlm.methods import Full, Head, Modules, Value
 from graftlm.training.early import context_of
 
 __all__ = [
     "decide_epochs", "decide_learning_rate", "decide_learning_rates", "decide_length",
-    "learning_rate_range_of", "positions_taken", "title_of", "with_head",
+    "decide_updates", "learning_rate_range_of", "positions_taken", "title_of", "with_head", "with_value",
 ]  # fmt: skip
 
 _LONGEST_TOKENS = 1024
@@ -68,8 +68,13 @@ def _leading(method: Method) -> Method:
 
 
 def _beside_heads(method: Method) -> list[Method]:
-    others = [part for part in method.parts if not isinstance(part, Head)]
+    others = [part for part in method.parts if not isinstance(part, (Head, Value))]
     return others or list(method.parts)
+
+
+def decide_updates(task: str, asked: int | None) -> int:
+    """How many steps learn from the same answers: the clips of PPO are made for several."""
+    return asked or (4 if task == "ppo" else 1)
 
 
 def decide_epochs(rows: int) -> float:
@@ -101,3 +106,8 @@ def with_head(method: Method) -> Method:
     ):
         return method
     return method + Head()
+
+
+def with_value(method: Method) -> Method:
+    """`method` with a value head, where it has none."""
+    return method if any(isinstance(part, Value) for part in method.parts) else method + Value()

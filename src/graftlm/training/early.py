@@ -24,6 +24,7 @@ from graftlm.errors import DataError, EnvironmentFault, Finding, GraftError, Set
 from graftlm.models.places import resolve_base
 from graftlm.settings import SETTINGS, Attempted, DataSettings, Resolved, RunSettings
 from graftlm.training.folder import RunFolder, free_folder
+from graftlm.training.named_rewards import look_at_reward
 
 __all__ = [
     "BUNDLED_DATA",
@@ -34,6 +35,8 @@ __all__ = [
     "length_faults",
     "refuse_early",
     "sources_of",
+    "start_folder",
+    "test_of",
     "waived",
 ]
 
@@ -66,6 +69,16 @@ def sources_of(data: DataSettings) -> Path | dict[str | Path, float]:
     if data.mixture:
         return {data_of(path): weight for path, weight in data.mixture.items()}
     return data_of(data.path)
+
+
+def test_of(data: DataSettings) -> Path | float | None:
+    """The file of test rows, or their share of the training rows."""
+    if data.test is None:
+        return None
+    try:
+        return float(data.test)
+    except ValueError:
+        return data_of(data.test)
 
 
 def context_of(config: Any) -> int:
@@ -108,6 +121,15 @@ def folder_of(settings: RunSettings) -> RunFolder:
     return RunFolder(free_folder(settings.data.path or several or "bundled:messages"))
 
 
+def start_folder(path: str) -> Path:
+    """The adapter's folder that `--from` means. Raises SettingsError (U144) where there is none."""
+    folder = Path(path).expanduser()
+    for place in (folder, folder / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            return place
+    raise SettingsError(Finding("U144", f"{path} holds no run with an adapter and no adapter", fix="--from runs/NAME"))
+
+
 def waived(text: str | None) -> set[str]:
     """The codes in `data.waive`. Raises SettingsError for codes that no one can waive."""
     codes = {code.strip() for code in (text or "").split(",") if code.strip()}
@@ -127,6 +149,8 @@ def early_findings(attempted: Attempted) -> tuple[tuple[Finding, ...], tuple[Fin
     data = settings.data
     notes: list[Finding] = []
     faults = list(attempted.findings)
+    if settings.start is not None and attempted.resolved.origin.get("model.name", "default") == "default":
+        open_ = open_ | {"model.name"}  # the adapter remembers its base
 
     def step(look_at: Callable[[], object]) -> None:
         with _collecting(faults):
@@ -145,11 +169,15 @@ def early_findings(attempted: Attempted) -> tuple[tuple[Finding, ...], tuple[Fin
             look(
                 path, data.eval_path, data.format, data.map, data.eval_share, data.max_rows, data.drop_bad_rows,
                 settings.task, seed=settings.train.seed, merge_labels=data.merge_labels, waived=codes,
-                group=data.group,
+                group=data.group, test=test_of(data),
             )
         )  # fmt: skip
 
     step(lambda: waived(data.waive))
+    if settings.start is not None and "start" not in open_:
+        step(lambda: start_folder(str(settings.start)))
+    if settings.reinforcement.reward is not None and "reinforcement.reward" not in open_:
+        step(lambda: look_at_reward(settings.reinforcement.reward))
     if "data.path" not in open_:
         step(rows)
     if "model.name" not in open_:

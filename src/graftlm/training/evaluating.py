@@ -166,6 +166,7 @@ def _rows(
         template=opened.template,
         prompt=opened.prompt,
         by_head=chooses_by_head(opened.task, opened.model.config),
+        apart=bool(getattr(opened.model.config, "is_encoder_decoder", False)),
     )
     if given.task == "classify" and opened.labels is None:
         message = f"{path} is a base model without a classifier, and {data} has labels"

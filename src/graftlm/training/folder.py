@@ -46,12 +46,23 @@ def standing(settings: RunSettings, directory: str | Path) -> RunSettings:
         named = value.startswith(("bundled:", "hub:"))
         return value if named else str(there / Path(value).expanduser())
 
-    given = {"path": data.path, "eval_path": data.eval_path}
+    given = {"path": data.path, "eval_path": data.eval_path, "test": _file(data.test)}
     paths: dict[str, Any] = {name: place(value) for name, value in given.items() if value}
     paths["mixture"] = {place(path): weight for path, weight in data.mixture.items()}
     base = there / Path(model.name).expanduser()
     names = {"name": str(base)} if base.is_dir() and model.name != "bundled" else {}
-    return settings.model_copy(update={"data": data.model_copy(update=paths), "model": model.model_copy(update=names)})
+    changed: dict[str, Any] = {"data": data.model_copy(update=paths), "model": model.model_copy(update=names)}
+    if settings.start is not None:
+        changed["start"] = place(settings.start)
+    return settings.model_copy(update=changed)
+
+
+def _file(test: str | None) -> str | None:
+    """The test rows' file; None where they are a share."""
+    try:
+        return None if test is None or float(test) >= 0 else test
+    except ValueError:
+        return test
 
 
 def resolved_of(record: Mapping[str, Any]) -> Resolved:

@@ -17,7 +17,7 @@ from graftlm.planning import Plan, said
 from graftlm.planning.plan import Asked
 from graftlm.planning.step import Shape, like
 from graftlm.settings import RunSettings
-from graftlm.training.decisions import decide_epochs
+from graftlm.training.decisions import decide_epochs, decide_updates
 
 __all__ = ["does_not_fit", "foreseen", "longest_batch"]
 
@@ -53,9 +53,11 @@ def foreseen(settings: RunSettings, config: Any, prepared: Prepared, method: Met
         quantize=settings.model.quantize,
         labelled=labelled,
         evaluation_rows=min(_EVALUATION_ROWS, len(prepared.eval)) * several,
-        target_length=max(len(row["labels"]) for row in rows) if prepared.task == "seq2seq" else 0,
+        target_length=max(len(row["labels"]) for row in rows) if like(prepared.task, config) == "seq2seq" else 0,
     )
     epochs = train.epochs or decide_epochs(len(prepared.train))
+    if prepared.task in ONLINE:
+        epochs *= decide_updates(prepared.task, settings.reinforcement.updates)
     lengths = [len(row["input_ids"]) for item in prepared.train for row in item.get("sequences", [item])]
     return Asked(
         config,

@@ -14,7 +14,7 @@ from graftlm.errors import AdapterError, Finding, RunError
 from graftlm.formats import load_adapter, read_facts
 from graftlm.models import load_base
 
-__all__ = ["Opened", "open_adapter"]
+__all__ = ["Opened", "open_adapter", "peft_base"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def open_adapter(
             model, tokenizer, None, {}, None, "lm", None, Template.of(tokenizer, chat=True) if chat else None, None
         )
     facts = read_facts(folder)
-    remembered = facts.get("base") or _peft_base(folder)
+    remembered = facts.get("base") or peft_base(folder)
     if base is None and not remembered:
         raise AdapterError(Finding("A120", f"{folder} does not say which base it belongs to", fix="--base MODEL"))
     labels = Labels.from_dict(facts["labels"]) if facts.get("labels") else None
@@ -103,7 +103,8 @@ def _adapter_folder(path: Path) -> Path | None:
     return path if (path / "adapter_config.json").is_file() else None
 
 
-def _peft_base(folder: Path) -> str | None:
+def peft_base(folder: Path) -> str | None:
+    """The base that a folder of PEFT's names."""
     try:
         found = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
     except (OSError, ValueError):

@@ -11,19 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from graftlm.core import Method
 from graftlm.data import Prepared, prepare
 from graftlm.data.prepare import ONLINE
 from graftlm.data.reading import read_rows
 from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, SettingsError
-from graftlm.methods import read_method
+from graftlm.methods import Value, read_method
 from graftlm.models import head_of, is_encoder, load_config, load_tokenizer, resolve_base
 from graftlm.planning import Asked
 from graftlm.planning.memory import available_bytes
+from graftlm.planning.step import meta_model
 from graftlm.settings import Resolved, RunSettings
-from graftlm.training.decisions import decide_length, positions_taken, with_head
-from graftlm.training.early import context_of, folder_of, length_faults, prompt_of, sources_of, waived
+from graftlm.training.decisions import decide_length, positions_taken, with_head, with_value
+from graftlm.training.early import context_of, folder_of, length_faults, prompt_of, sources_of, test_of, waived
 from graftlm.training.foresight import does_not_fit, foreseen
+from graftlm.training.named_rewards import look_at_reward
+from graftlm.training.starting import Start, on_its_base, start_of
+from graftlm.training.tracking import need_tracker
 
 __all__ = ["Ready", "asked_resolved", "check_resolved", "make_ready", "read_with"]
 
@@ -44,6 +50,8 @@ class Ready:
     asked: Method
     config: Any
     tokenizer: Any
+    #: The adapter that the run starts from; `method` begins with its parts.
+    start: Start | None = None
 
     def step(self) -> Asked:
         """The run's largest step, to be planned. Raises PlanError where that cannot be told."""
@@ -97,6 +105,7 @@ def make_ready(settings: RunSettings, origin: Mapping[str, str]) -> Ready:
             faults.extend(error.findings)
             return None
 
+    settings = attempt(lambda: on_its_base(settings, origin)) or settings
     model, data, train = settings.model, settings.data, settings.train
     method = attempt(lambda: read_method(settings.method))
     where = attempt(lambda: resolve_base(model.name))
@@ -108,6 +117,11 @@ def make_ready(settings: RunSettings, origin: Mapping[str, str]) -> Ready:
                 attempt(functools.partial(read_rows, one, data.format, data.max_rows))
         raise SettingsError(faults)
     config, tokenizer = tokenizer
+    start: Start | None = None
+    if settings.start is not None and not faults:
+        start = attempt(lambda: start_of(settings, origin, lambda: _twin(settings, config)))
+    asked = start.method if start is not None and not start.kept else method
+    method = start.method + method if start is not None and start.kept and method else asked
     taken = positions_taken(method) if method else 0
     context = context_of(config)
     faults += length_faults(train.max_length, context, taken, settings.method)
@@ -121,18 +135,28 @@ def make_ready(settings: RunSettings, origin: Mapping[str, str]) -> Ready:
             train.max_length or decide_length(config, method),
             config,
             eval_path=data.eval_path,
+            **(start.known(settings) if start is not None else {}),
         )
     )
+    if prepared is not None and prepared.task in ONLINE:
+        known = prepared.reading.known
+        attempt(lambda: look_at_reward(settings.reinforcement.reward, known))
     attempt(lambda: waived(data.waive))
     if faults or prepared is None or method is None:
         raise SettingsError(faults)
+    need_tracker(train.track)
     if not prepared.eval:
         raise SettingsError(Finding("U133", "no rows are left for evaluation", fix="--set data.eval_share=0.2"))
-    if prepared.task == "tfew" and origin.get("method", "default") == "default":
-        method = read_method("ia3")  # as in the paper
+    if prepared.task == "tfew" and start is None and origin.get("method", "default") == "default":
+        asked = method = read_method("ia3")  # as in the paper
     _check_packing(settings, prepared, method, config)
     headed = with_head(method) if head_of(prepared.task, config) in ("sequence", "token") else method
-    return Ready(settings, prepared, headed, method, config, tokenizer)
+    if prepared.task == "ppo":
+        headed = with_value(method)
+    elif any(isinstance(part, Value) for part in method.parts):
+        message = f"a value head is trained by ppo alone, and the task is {prepared.task}"
+        raise SettingsError(Finding("U146", message, fix="--task ppo, or leave +value out of --method"))
+    return Ready(settings, prepared, headed, asked, config, tokenizer, start)
 
 
 def _check_packing(settings: RunSettings, prepared: Prepared, method: Method, config: Any) -> None:
@@ -148,6 +172,14 @@ def _check_packing(settings: RunSettings, prepared: Prepared, method: Method, co
         faults.append(f"in a {config.model_type} base packed texts could see one another")
     if faults:
         raise SettingsError([Finding("U136", fault, fix="--set train.packing=false") for fault in faults])
+
+
+def _twin(settings: RunSettings, config: Any) -> Any:
+    """The base without values, for the task that was asked for."""
+    task = settings.task
+    if task == "auto":
+        task = "classify" if is_encoder(config) else "seq2seq" if getattr(config, "is_encoder_decoder", False) else "lm"
+    return meta_model(config, task, torch.float32)
 
 
 def _tokenizer(settings: RunSettings, where: str) -> tuple[Any, Any]:
@@ -191,6 +223,7 @@ def read_with(
         format=data.format,
         mapping=data.map,
         eval_share=data.eval_share,
+        test=test_of(data),
         group=data.group,
         max_rows=data.max_rows,
         drop_bad_rows=data.drop_bad_rows,
@@ -201,5 +234,6 @@ def read_with(
         waived={code.strip() for code in (data.waive or "").split(",")},
         instead=does,
         by_head=encoder,
+        apart=bool(getattr(config, "is_encoder_decoder", False)),
         **options,
     )

@@ -21,20 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.data import Collator
-from graftlm.errors import Finding, GraftError, RunError, SettingsError
+from graftlm.errors import Finding, GraftError, RunError
 from graftlm.evaluation.losses import batches, evaluating
+from graftlm.training.named_rewards import look_at_reward, wrong_reward
 
-__all__ = ["Reward", "RewardModel", "checked", "is_check", "read_reward", "worth"]
+__all__ = ["Reward", "RewardModel", "checked", "read_reward", "worth"]
 
 #: Prompt, answer and the row as it was read, to what the answer is worth.
 Reward = Callable[[str, str, Mapping[str, Any]], float]
-
-_FIX = "--reward 'regex:^Yes', match:COLUMN, FILE.py:FUNCTION or model:FOLDER"
-
-
-def is_check(text: str | None) -> bool:
-    """Whether the reward is a check that runs no code and reads no other model."""
-    return text is not None and text.startswith(("regex:", "match:"))
 
 
 def read_reward(text: str | None, columns: Sequence[str] | None = None) -> Reward:
@@ -46,30 +40,23 @@ def read_reward(text: str | None, columns: Sequence[str] | None = None) -> Rewar
         >>> read_reward("regex:^Yes")("Is it?", "Yes, it is.", {})
         1.0
     """
-    kind, colon, rest = (text or "").partition(":")
-    if text is None:
-        raise _wrong("no reward is given: what is a good answer?")
-    if kind == "regex" and rest:
-        try:
-            pattern = re.compile(rest)
-        except re.error as error:
-            raise _wrong(f"{rest!r} is no regular expression: {error}") from None
+    look_at_reward(text, columns)
+    assert text is not None
+    kind, _, rest = text.partition(":")
+    if kind == "regex":
+        pattern = re.compile(rest)
         return lambda _prompt, answer, _row: float(pattern.search(answer) is not None)
-    if kind == "match" and rest:
-        if columns is not None and rest not in columns:
-            raise _wrong(f"match:{rest}: the rows have no such column, only {', '.join(columns)}")
+    if kind == "match":
         return lambda _prompt, answer, row: float(answer.strip() == str(row.get(rest, "")).strip())
-    if kind == "model" and rest:
+    if kind == "python":
+        raise wrong_reward(f"the reward was the function {rest} of a Python program: give it again there")
+    if kind == "model":
         return RewardModel(Path(rest).expanduser())
-    place, colon, name = text.rpartition(":")
-    if not colon or not place.endswith(".py"):
-        raise _wrong(f"{text!r} is no reward")
+    place, _, name = text.rpartition(":")
     return _function(Path(place).expanduser(), name)
 
 
 def _function(path: Path, name: str) -> Reward:
-    if not path.is_file():
-        raise _wrong(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"graftlm_reward_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -77,11 +64,11 @@ def _function(path: Path, name: str) -> Reward:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise _wrong(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+        raise wrong_reward(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     found: Any = getattr(module, name, None)
     if not callable(found):
         there = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise _wrong(f"{path} has no function {name!r}, only {', '.join(there) or 'none'}")
+        raise wrong_reward(f"{path} has no function {name!r}, only {', '.join(there) or 'none'}")
     reward: Reward = found
     return reward
 
@@ -93,8 +80,6 @@ class RewardModel:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "run.json").is_file() and not (folder / "adapter_config.json").is_file():
-            raise _wrong(f"{folder} holds no run and no adapter")
         self.folder, self._opened = folder, None
 
     def __call__(self, prompt: str, answer: str, row: Mapping[str, Any]) -> float:
@@ -109,7 +94,7 @@ class RewardModel:
         if self._opened is None:
             found: Any = open_adapter(self.folder)
             if found.task != "reward":
-                raise _wrong(f"{self.folder} learnt {found.task}, not reward")
+                raise wrong_reward(f"{self.folder} learnt {found.task}, not reward")
             self._opened = found
         opened: Any = self._opened
         tokenizer, template = opened.tokenizer, opened.template
@@ -153,7 +138,3 @@ def checked(reward: Reward, prompt: str, answer: str, row: Mapping[str, Any]) ->
         message = f"the reward of the answer {answer[:60]!r} is {found}"
         raise RunError(Finding("U141", message, fix="let it return a finite number for any text"))
     return found
-
-
-def _wrong(message: str) -> SettingsError:
-    return SettingsError(Finding("U140", message, fix=_FIX))

@@ -7,11 +7,12 @@ samples what the unbroken one would have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 
 from graftlm.data import Collator, Template
 from graftlm.evaluation.generating import sample_answers
@@ -19,7 +20,7 @@ from graftlm.evaluation.losses import evaluating
 from graftlm.objectives.sequences import IGNORED
 from graftlm.training.rewards import Reward, worth
 
-__all__ = ["Rollout", "Written"]
+__all__ = ["RepeatedPrompts", "Rollout", "Written"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Rollout:
         longest: the most tokens of prompt and answer together; prompts lose their beginning.
         seed: of the draws.
         examples: the rows (`graftlm.data` examples) that the numbers in `row` mean.
+        updates: how many steps, one after the other, learn from the same answers.
     """
 
     model: Any
@@ -56,11 +58,23 @@ class Rollout:
     longest: int
     examples: Mapping[int, Any]
     seed: int = 0
+    updates: int = 1
+    #: The batches of the last step that wrote answers, with what was settled of them.
+    kept: list[dict[str, Any]] = field(default_factory=list)
     #: Of the last step: mean reward, mean tokens of an answer.
     told: dict[str, float] = field(default_factory=dict)
 
-    def __call__(self, batches: Sequence[dict[str, Any]], step: int = 0) -> None:
-        """Turn each batch of prompts of a step into one of prompts with answers and `rewards`, in place."""
+    def __call__(self, batches: Sequence[dict[str, Any]], step: int = 0) -> bool:
+        """Turn each batch of prompts of a step into one of prompts with answers and `rewards`, in place.
+
+        Gives whether the answers are new: in between `updates` they are those of the step before, with all that was
+        settled of them.
+        """
+        if step % self.updates and self.kept:
+            for batch, kept in zip(batches, self.kept, strict=True):
+                batch.clear()
+                batch.update(kept)
+            return False
         rows = [int(row) for batch in batches for row in batch["row"]]
         prompts = [ids for batch in batches for ids in _unpadded(batch)]
         several = [at for at in range(len(rows)) for _ in range(self.answers)]
@@ -86,6 +100,8 @@ class Rollout:
             batch.clear()
             batch.update({name: tensor.to(device) for name, tensor in made.items()})
             start = here.stop
+        self.kept = list(batches)
+        return True
 
     def write(self, prompts: Sequence[Sequence[int]], examples: Sequence[Any]) -> Written:
         """One answer to each prompt (token ids), under the routing in force."""
@@ -100,6 +116,35 @@ class Rollout:
         texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         asked = [str(example.messages[-1]["content"]) for example in examples]
         return Written(tokens, texts, worth(self.reward, asked, texts, [example.raw for example in examples]))
+
+
+class RepeatedPrompts(Sampler[int]):
+    """The order of prompts where steps share answers: shuffled by seed and pass, each step's prompts `updates` times.
+
+    The last step of a pass is filled up from its beginning, so that all steps are of `per_step` prompts.
+
+    Example:
+        >>> len(list(RepeatedPrompts(count=5, per_step=2, updates=3)))
+        18
+    """
+
+    def __init__(self, count: int, per_step: int, updates: int, seed: int = 0) -> None:
+        self.count, self.per_step, self.updates, self.seed, self.epoch = count, per_step, updates, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which pass it is."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.count // self.per_step) * self.per_step * self.updates
+
+    def __iter__(self) -> Iterator[int]:
+        draws = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.count, generator=draws).tolist()
+        for start in range(0, self.count, self.per_step):
+            together = [order[at % self.count] for at in range(start, start + self.per_step)]
+            for _ in range(self.updates):
+                yield from together
 
 
 def _unpadded(batch: Mapping[str, Any]) -> list[list[int]]:

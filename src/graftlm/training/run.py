@@ -46,6 +46,7 @@ from graftlm.training.decisions import (
     decide_learning_rate,
     decide_learning_rates,
     decide_length,
+    decide_updates,
     learning_rate_range_of,
     positions_taken,
     title_of,
@@ -60,7 +61,9 @@ from graftlm.training.ready import Ready, make_ready, read_with
 from graftlm.training.rewards import Reward as RewardFunction
 from graftlm.training.rewards import read_reward
 from graftlm.training.scoring import write_samples
+from graftlm.training.starting import attach_start
 from graftlm.training.tasks import Learnt, score_line, written_to
+from graftlm.training.tracking import tensorboard_callback
 from graftlm.training.trainer import GraftTrainer
 
 __all__ = ["Run", "held_out_of", "train", "train_resolved"]
@@ -243,6 +246,7 @@ class _Work:
         before = self.folder.record if self.resume else {}
         ready = make_ready(self.settings, self.origin)
         prepared, method, self.asked = ready.prepared, ready.method, ready.asked
+        self.settings, self.start = ready.settings, ready.start
         if prepared.task in ONLINE and self.reward is None:
             self.reward = read_reward(self.settings.reinforcement.reward, prepared.reading.known)
         # Running texts go on in the next row: nothing of them is cut away.
@@ -353,6 +357,7 @@ class _Work:
             "eval_line": prepared.eval_line,
             "train_rows": len(prepared.train),
             "eval_rows": len(prepared.eval),
+            "test_rows": len(prepared.test),
             "sha256": prepared.sha256,
             "notes": [str(finding) for finding in prepared.notes],
             "lengths": {**histogram(prepared.supervision.lengths, limit), "limit": limit},
@@ -368,6 +373,16 @@ class _Work:
 
     def _attach(self, prepared: Prepared, model: Any, method: Method) -> Adapter:
         """The adapter, ready to train; where it depends on data, as the run's checkpoint has it."""
+        if self.start is not None:
+            how = "stays as it is, under" if self.start.kept else "is trained on:"
+            self.voice.say("from", f"{self.start.folder} {how} {self.asked}")
+            self.record["start"] = {
+                "folder": str(self.start.folder), "method": str(self.start.method), "kept": self.start.kept
+            }  # fmt: skip
+            return attach_start(model, self.start, method, lambda new: self._attach_new(prepared, model, new))
+        return self._attach_new(prepared, model, method)
+
+    def _attach_new(self, prepared: Prepared, model: Any, method: Method) -> Adapter:
         if not any(part.needs_samples for part in method.parts):
             return attach(model, method, name="default")
         start, _ = checkpoint.latest(self.folder.checkpoints) if self.resume else (None, [])
@@ -392,6 +407,8 @@ class _Work:
         kinds, width = adapter.method.parts, _width(model)
         rate = train.learning_rate or decide_learning_rate(self.asked, width)
         rates = decide_learning_rates(self.asked, width)
+        if self.start is not None and self.start.kept:  # what is not trained has no rate
+            rates = [rate for _ in self.start.method.parts] + rates
         if len(rates) < len(kinds):  # the head that was added
             rates.append(min(rate, decide_learning_rate(kinds[-1], width)))
         rates = [rate for _ in kinds] if train.learning_rate else rates
@@ -436,7 +453,9 @@ class _Work:
         epochs = train.epochs or decide_epochs(len(prepared.train))
         objective = self.learnt.objective()
         online = prepared.task in ONLINE
-        reference = Reference(adapter) if "reference" in objective.needs else None
+        reference = None
+        if "reference" in objective.needs:
+            reference = Reference(adapter, trained_before=self.start is not None)
         if reference is not None and reference.by_values:  # what scores are told against, now and later
             adapter.save(self.folder.start)
         judge = self.learnt.collator()  # hides the same tokens each time, where tokens are hidden
@@ -444,8 +463,12 @@ class _Work:
         micro = train.batch // train.accumulate
         # An epoch in steps: what is due at its end is then done before the checkpoint of that step is written.
         epoch_steps = -(-len(prepared.train) // (micro * train.accumulate))
+        updates = decide_updates(prepared.task, self.settings.reinforcement.updates)
+        epoch_steps *= updates
         eval_steps = train.eval_every or epoch_steps
         self.record["decided"] = {"learning_rate": self.learning_rate, "epochs": None if train.steps else epochs}
+        if online:
+            self.record["decided"]["updates"] = updates
         args = TrainingArguments(
             output_dir=str(self.folder.checkpoints),
             num_train_epochs=epochs,
@@ -472,7 +495,7 @@ class _Work:
             restore_callback_states_from_checkpoint=True,
             use_cpu=model.device.type == "cpu",
             disable_tqdm=True,
-            report_to="none",
+            report_to=train.track if train.track and train.track != "tensorboard" else "none",
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
@@ -483,6 +506,8 @@ class _Work:
         args.load_best_model_at_end = train.early_stopping is not None
         progress = Progress(self.voice, self.folder.metrics, objective.unit)
         callbacks: list[TrainerCallback] = [progress, Interrupt(self.voice)]
+        if train.track == "tensorboard":
+            callbacks.append(tensorboard_callback(self.folder.path / "tensorboard"))
         if isinstance(self.collate, MaskingCollator):
             callbacks.append(OtherTokensEachEpoch(self.collate))
         if train.early_stopping is not None:
@@ -570,6 +595,11 @@ class _Work:
             reference = Reference(adapter, rest=rest)
         learnt = replace(self.learnt, reference=reference)
         results, lines = learnt.score(prepared.eval, prepared.train)
+        if prepared.test:
+            tested, its_lines = learnt.score(prepared.test)
+            told = score_line(tested["scores"][0], tested)
+            results["test"] = {"rows": len(prepared.test), "scores": tested["scores"], "line": told}
+            self.folder.write_lines("eval/test.jsonl", its_lines)
         if lines:
             self.folder.write_lines("eval/predictions.jsonl", lines)
             for at, line in enumerate(lines[:3]):
@@ -612,6 +642,8 @@ class _Work:
         self.voice.say(how, f"{steps} steps in {clock(seconds)}, scores on {results['eval_rows']:,} held-out rows:")
         for score in results["scores"]:
             self.voice.say("", f"  {score['title']:<30} {score_line(score, results)}")
+        if "test" in results:
+            self.voice.say("test", f"{results['test']['rows']:,} rows, looked at once: {results['test']['line']}")
 
 
 def held_out_of(path: Path, opened: Opened) -> Prepared:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from graftlm.objectives import (
     GRPO,
     KTO,
     OBJECTIVES,
+    PPO,
     RLOO,
     CausalLM,
     Choice,
@@ -62,14 +63,17 @@ from graftlm.objectives import (
     Tagging,
     TFew,
 )
-from graftlm.training.decisions import title_of
+from graftlm.training.decisions import decide_updates, title_of
+from graftlm.training.named_rewards import is_check
 from graftlm.training.opening import Opened
 from graftlm.training.rewards import Reward as RewardFunction
-from graftlm.training.rewards import is_check, read_reward
+from graftlm.training.rewards import read_reward
 from graftlm.training.rollout import Rollout, Written
 from graftlm.training.scoring import questions_of, score_classification, score_text
 
 __all__ = ["TASKS", "Learnt", "Measure", "Task", "chooses_by_head", "learnt_of", "score_line"]
+
+_Kind = TypeVar("_Kind", bound=Online)
 
 _BASELINE_ROWS = 2000
 _REWARDED_ROWS = 128  # answers that are sampled and rewarded
@@ -131,6 +135,7 @@ class Learnt:
             longest=self.longest or told["max_new_tokens"] * 2,
             examples=examples,
             seed=self.seed,
+            updates=decide_updates(self.task, told.get("updates")),
         )
 
     def objective(self) -> Objective:
@@ -216,14 +221,16 @@ def _padded(learnt: Learnt) -> Collator:
 
 
 def _sequences(learnt: Learnt) -> Collate:
-    return SequencesCollator(_padded(learnt))
+    config = learnt.model.config
+    apart = getattr(config, "is_encoder_decoder", False) and head_of(learnt.task, config) == "seq2seq"
+    return SequencesCollator(_written_apart(learnt) if apart else _padded(learnt))
 
 
 def _prompts(learnt: Learnt) -> Collate:
     return Collator(learnt.tokenizer.pad_token_id, side="left", max_length=learnt.longest)
 
 
-def _targets(learnt: Learnt) -> Collate:
+def _written_apart(learnt: Learnt) -> TargetsCollator:
     return TargetsCollator(_padded(learnt), learnt.model.prepare_decoder_input_ids_from_labels)
 
 
@@ -503,8 +510,8 @@ def _choice(learnt: Learnt) -> Choice:
     return Choice(**learnt.writing())
 
 
-def _online(kind: type[Online], of: Learnt) -> Online:
-    told = {name: of.reinforcement[name] for name in ("answers", "kl_weight", "clip") if name in of.reinforcement}
+def _online(kind: type[_Kind], of: Learnt) -> _Kind:
+    told = {each.name: of.reinforcement[each.name] for each in fields(kind) if each.name in of.reinforcement}
     return kind(**told, **of.writing())
 
 
@@ -537,6 +544,9 @@ TASKS: dict[str, Task] = {
     "lm": Task( lambda of: CausalLM.of(of.model), _padded, _score_text, _LOSS, _PERPLEXITY
     ),
     "mlm": Task( lambda _: MaskedLM(), _masking, _score_text, _LOSS, _PERPLEXITY),
+    "ppo": Task(
+        lambda of: _online(PPO, of).on(of.model), _prompts, _score_rewards, _REWARD, _ANSWER_TOKENS,
+    ),
     "regress": Task( lambda _: Regression(), _padded, _score_numbers, Measure("pearson", "Pearson's r"),
         Measure("rmse", "RMSE", more_is_better=False)
     ),
@@ -546,7 +556,7 @@ TASKS: dict[str, Task] = {
     "rloo": Task(
         lambda of: _online(RLOO, of), _prompts, _score_rewards, _REWARD, _ANSWER_TOKENS,
     ),
-    "seq2seq": Task( lambda _: Seq2Seq(), _targets, _score_targets, _LOSS, Measure("bleu", "BLEU")),
+    "seq2seq": Task( lambda _: Seq2Seq(), _written_apart, _score_targets, _LOSS, Measure("bleu", "BLEU")),
     "sft": Task( lambda of: CausalLM.of(of.model), _padded, _score_text, _LOSS, _PERPLEXITY
     ),
     "tag": Task( lambda _: Tagging(), _padded, _score_tags, Measure("span_f1", "span F1"), _ACCURACY,

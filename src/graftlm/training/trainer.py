@@ -3,9 +3,10 @@
 What differs from the Trainer it extends: only the adapter's parameters are optimised, clipped and saved; the loss of a
 step is the summed loss over all its micro-batches divided by their joint count, so that accumulation changes nothing
 (transformers issue 47688 multiplies it for most heads); checkpoints hold the adapter and never the base, are complete
-or absent, and nothing in them is pickled; a step without a finite loss stops the run and names its rows; and a delta
-that gets no gradient in the first step stops it too. Methods that take part in training do so here: their own learning
-rates, a penalty once a step (beside the loss that is told), and a word after each step.
+or absent, and nothing in them is pickled; a step without a finite loss stops the run and names its rows, losses that
+explode stop it with the last checkpoint's adapter; and a delta that gets no gradient in the first step stops it too.
+Methods that take part in training do so here: their own learning rates, a penalty once a step (beside the loss that is
+told), and a word after each step.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from graftlm.errors import Finding, RunError
 from graftlm.kernels import Recompute, fuse
 from graftlm.objectives import Objective, Reference, settle
 from graftlm.training import checkpoint
+from graftlm.training.rollout import RepeatedPrompts, Rollout
 
 __all__ = ["GraftTrainer"]
 
+#: Losses explode where so many steps in a row are so many times the largest of the first steps, and one more.
+_FIRST_STEPS, _EXPLODING_STEPS, _TIMES = 5, 3, 3.0
 #: Scores of the held-out rows, by name; `eval_loss` among them.
 Evaluate = Callable[[], dict[str, float]]
-#: Turns the prompts of a step, a batch for each micro-batch, into answers with rewards, in place;
-#: the second argument is how many steps came before.
-Rollout = Callable[[list[dict[str, Any]], int], None]
 
 
 class GraftTrainer(Trainer):
@@ -77,6 +78,8 @@ class GraftTrainer(Trainer):
         #: Losses counted since the start of this process (tokens or rows): the measure of speed.
         self.counted = 0
         self._rows: list[int] = []
+        #: The size of the loss of the step so far, of the first steps, and how many steps in a row were far above them.
+        self._loss, self._first, self._above = 0.0, list[float](), 0
         # With several devices in sight the Trainer would copy the model to each, and the copies would lose the adapter.
         if args.n_gpu > 1:
             args._n_gpu = 1
@@ -97,13 +100,19 @@ class GraftTrainer(Trainer):
         with fuse(self.adapter.model, recompute=self.recompute):
             return super().train(*args, **options)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.rollout is None or self.rollout.updates == 1:
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return RepeatedPrompts(len(rows), per_step, self.rollout.updates, self.args.seed)
+
     # --- loss ---
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         del device
-        if self.rollout is not None:
-            self.rollout(batch_samples, self.state.global_step)
-        settle(self.adapter.model, self.objective, batch_samples, self.reference, total=self._over_processes)
+        if self.rollout is None or self.rollout(batch_samples, self.state.global_step):
+            settle(self.adapter.model, self.objective, batch_samples, self.reference, total=self._over_processes)
         count = sum(self.objective.count(batch) for batch in batch_samples)
         self.counted += count
         self._rows = [int(row) for batch in batch_samples for row in batch.get("row", ())]
@@ -143,7 +152,9 @@ class GraftTrainer(Trainer):
         The loss that is returned, and so told, is the objective's alone.
         """
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._loss += float(loss)
         if self.accelerator.sync_gradients:
+            self._watch(abs(self._loss))
             if self.state.global_step == 0:
                 self._check_gradients()  # before the penalty's, which must not hide that the loss gives none
             # Deltas are outside the module tree, where no wrapper sees them: their gradients are summed here. The loss
@@ -161,6 +172,30 @@ class GraftTrainer(Trainer):
         # The Trainer tells the mean over processes; these are shares of one sum.
         told: Tensor = loss * self.args.world_size
         return told
+
+    def _watch(self, size: float) -> None:
+        """Raise RunError where losses of this `size` have been exploding for some steps; U115."""
+        self._loss = 0.0
+        if len(self._first) < _FIRST_STEPS:
+            self._first.append(size)
+            return
+        limit = _TIMES * max(self._first) + 1
+        self._above = self._above + 1 if size > limit else 0
+        if self._above < _EXPLODING_STEPS:
+            return
+        good, _ = checkpoint.latest(Path(str(self.args.output_dir)))
+        kept = "no checkpoint was written before"
+        if good is not None:
+            checkpoint.load_adapter_state(good, self.adapter)
+            kept = f"the adapter of {good.name} is kept"
+        raise RunError(
+            Finding(
+                "U115",
+                f"the loss explodes: {size:.3g} at step {self.state.global_step + 1}, at most {max(self._first):.3g} "
+                f"in the first {_FIRST_STEPS} steps; {kept}",
+                fix=f"--lr {self.args.learning_rate / 4:.2g} and another -o; --from goes on with what is kept",
+            )
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """As the Trainer logs, with the method's penalty beside the loss."""
@@ -245,7 +280,7 @@ class GraftTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         del model, trial
-        if not self.args.should_save:  # one process writes
+        if not self.args.should_save or self._above:  # one process writes, and nothing that may be exploding
             return
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
@@ -255,7 +290,11 @@ class GraftTrainer(Trainer):
         for keeper in (c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)):
             kept[type(keeper).__name__] = keeper.state()
         assert self.optimizer is not None
-        checkpoint.write(folder, self.adapter, self.optimizer, self.lr_scheduler, dataclasses.asdict(self.state))
+        shared = self.rollout is not None and self.state.global_step % self.rollout.updates
+        checkpoint.write(
+            folder, self.adapter, self.optimizer, self.lr_scheduler, dataclasses.asdict(self.state),
+            answers=self.rollout.kept if self.rollout is not None and shared else (),
+        )  # fmt: skip
         rotate_checkpoints(
             output_dir=str(self.args.output_dir),
             save_total_limit=self.args.save_total_limit,
@@ -277,6 +316,8 @@ class GraftTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         del model
         checkpoint.load_adapter_state(Path(resume_from_checkpoint), self.adapter)
+        if self.rollout is not None:
+            self.rollout.kept = checkpoint.load_answers(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, resume_checkpoint: str | None) -> None:
         if resume_checkpoint is not None:

@@ -12,7 +12,8 @@ head and another start of the method; all methods see the same rows in the same 
 
 The yardstick is the frozen base with its head: on MiniLM the head must be trained, so it is the better one of `head`
 and of `probe`, a logistic regression on what the head reads (its strength chosen by cross-validation on the training
-rows); the causal base brings its own, so there it is the untouched base. `probe-mean` reads the mean of the last states
+rows); the causal base brings its own, so there it is the untouched base. MiniLM's head is a regression's from the start
+(`head(start=probe)`), for `head`, `full` and all others alike. `probe-mean` reads the mean of the last states
 instead, which MiniLM was trained for; no method here can, since transformers' head reads the first token's. A method
 passes a task where its mean gain over the yardstick is more than two standard errors of the paired differences over
 seeds. `full` stands beside them.
@@ -65,7 +66,7 @@ from graftlm.data import Collator, Prepared, prepare
 from graftlm.errors import GraftError
 from graftlm.evaluation import losses
 from graftlm.evaluation.classes import class_probabilities
-from graftlm.methods import read_method
+from graftlm.methods import Head, read_method
 from graftlm.models import load_base
 from graftlm.objectives import OBJECTIVES, Objective
 from graftlm.training.decisions import decide_learning_rate, decide_learning_rates, with_head
@@ -182,7 +183,7 @@ def drawn(task: str, seed: int, data: Path, valid: bool) -> tuple[list[dict[str,
 
 
 def loaded(task: str, seed: int, data: Path, valid: bool) -> tuple[Any, Any, Prepared]:
-    """Base, tokenizer and rows of one task and seed; the seed decides the new head."""
+    """Base, tokenizer and rows of one task and seed; a classifier's new head is a regression on its training rows."""
     plan = TASKS[task]
     train, held = drawn(task, seed, data, valid)
     torch.manual_seed(seed)
@@ -198,6 +199,19 @@ def loaded(task: str, seed: int, data: Path, valid: bool) -> tuple[Any, Any, Pre
             *paths, task=plan["kind"], tokenizer=tokenizer, max_length=plan["max_length"], drop_bad_rows=True,
             waived=("D129",),
         )  # fmt: skip
+    if is_encoder(task):
+        # From a head drawn anew methods fail on some seeds, with one label for all rows: on MiniLM's pooled features
+        # the body is pulled about before the head points anywhere. The regression's head becomes the base's own.
+        collate = Collator(tokenizer.pad_token_id, max_length=plan["max_length"])
+        size = plan["batch"]
+        parts = [prepared.train[at : at + size] for at in range(0, len(prepared.train), size)]
+        samples = Samples([without_rows(collate(part)) for part in parts], mean_loss(OBJECTIVES[plan["kind"]]()))
+        probed_head = attach(model, Head(start="probe"), name="probed", samples=samples)
+        found = {part.site.key: part.delta.value.detach().clone() for part in probed_head.parts}
+        probed_head.detach()
+        with torch.no_grad():
+            for name, value in found.items():
+                model.get_parameter(name).copy_(value)
     return model, tokenizer, prepared
 
 

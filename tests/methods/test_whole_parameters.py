@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graftlm.core import attach
+from graftlm.core import Samples, attach, use
 from graftlm.errors import MethodError
 from graftlm.methods import Head, Last, Layers, NormTuning
 from models_for_tests import logits_of, tiny
@@ -55,3 +55,65 @@ def test_a_head_of_more_outputs_is_fresh_in_its_last_map_alone():
     assert values["classifier.out_proj.weight"].shape == (5, 32)
     assert torch.equal(values["classifier.dense.weight"], model.classifier.dense.weight)
     assert logits_of(model).shape == (3, 5)
+
+
+def labelled_batches(classes, rows=48, *, tokens=False):
+    """Rows whose class shows in their first word; padded on the right, each with a length of its own."""
+    torch.manual_seed(3)
+    batches = []
+    for at in range(0, rows, 8):
+        labels = torch.arange(at, at + 8) % classes
+        ids = torch.randint(20, 60, (8, 9))
+        ids[:, 0] = 5 + labels
+        mask = (torch.arange(9)[None] < torch.randint(4, 10, (8, 1))).long()
+        ids = torch.where(mask.bool(), ids, 0)
+        if tokens:
+            labels = torch.where(mask.bool(), ids % classes, -100)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def loss_of(model, batch):
+    logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), batch["labels"].flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes"),
+    [("BertForSequenceClassification", 2), ("BertForSequenceClassification", 3), ("LlamaForSequenceClassification", 3),
+     ("BertForTokenClassification", 3)],
+)  # fmt: skip
+def test_a_head_from_a_regression_tells_the_rows_it_saw(kind, classes):
+    model = classifier(kind, classes)
+    batches = labelled_batches(classes, tokens="Token" in kind)
+    before = sum(float(loss_of(model, batch)) for batch in batches)
+    adapter = attach(model, Head(start="probe"), samples=Samples(batches, loss_of))
+    after = sum(float(loss_of(model, batch)) for batch in batches)
+    assert after < 0.5 * before
+    with use(model, None):
+        assert sum(float(loss_of(model, batch)) for batch in batches) == before
+    assert adapter.method == Head(start="probe")
+
+
+def test_a_regression_needs_classes_and_more_than_one():
+    model = classifier("BertForSequenceClassification", 2)
+    one = [batch | {"labels": torch.zeros_like(batch["labels"])} for batch in labelled_batches(2)]
+    with pytest.raises(MethodError, match="have one label") as caught:
+        attach(model, Head(start="probe"), samples=Samples(one, loss_of))
+    assert caught.value.findings[0].code == "T165"
+    with pytest.raises(MethodError, match="does not tell classes"):
+        attach(tiny("llama"), Head(start="probe"), samples=Samples(one, loss_of))
+    with pytest.raises(MethodError, match="start=probe finds as many outputs"):
+        Head(start="probe", outputs=3)
+
+
+def classifier(kind, classes):
+    """A tiny random classifier in evaluation mode."""
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_labels": classes, "pad_token_id": 0, "max_position_embeddings": 32,
+             "initializer_range": 0.3}  # fmt: skip
+    config = (transformers.LlamaConfig if "Llama" in kind else transformers.BertConfig)(**shape)
+    return getattr(transformers, kind)(config).eval()

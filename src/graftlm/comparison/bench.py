@@ -39,7 +39,6 @@ from graftlm.training.early import context_of
 __all__ = ["Bench", "Cost", "Scored", "flops_of", "open_bench"]
 
 TASKS = ("classify", "sft", "lm")
-_SAMPLES = 64  # rows that methods look at which choose by data
 _COUNTED = 4  # batches whose operations are counted
 
 
@@ -214,7 +213,8 @@ class Bench:
     def _samples(self, method: Method, seed: int) -> Samples | None:
         if not any(part.needs_samples for part in method.parts):
             return None
-        chosen = random.Random(seed).sample(range(len(self.train)), min(_SAMPLES, len(self.train)))
+        most = max(part.sample_rows for part in method.parts)
+        chosen = random.Random(seed).sample(range(len(self.train)), min(most, len(self.train)))
         size = self.settings.batch
         parts = [chosen[at : at + size] for at in range(0, len(chosen), size)]
         return Samples([self.batch([self.train[at] for at in part]) for part in parts], self.loss)

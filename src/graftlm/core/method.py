@@ -99,6 +99,11 @@ class Method:
         """Whether `measure` must see data before the deltas are built."""
         return False
 
+    @property
+    def sample_rows(self) -> int:
+        """How many rows a run gives to a method that looks at data."""
+        return 64
+
     def measure(self, model: nn.Module, sites: Sequence[Site], samples: Samples) -> Any:
         """What `apply_measured` needs to know from the task's data; the model is as it was afterwards."""
         raise NotImplementedError

@@ -253,6 +253,11 @@ class GatedMethod(Method):
         """As the method inside."""
         return self.method.needs_samples
 
+    @property
+    def sample_rows(self) -> int:
+        """As the method inside."""
+        return self.method.sample_rows
+
     def measure(self, model: nn.Module, sites: Sequence[Site], samples: Samples) -> Any:
         """As the method inside."""
         return self.method.measure(model, sites, samples)

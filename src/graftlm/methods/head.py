@@ -2,19 +2,24 @@
 
 A head belongs to its adapter: it is saved, routed and loaded with it, so each may have its own labels.
 Parameters: the head's, or `outputs` (in + 1) in its last map. Start: the base's values, or normal with standard
-deviation 0.02 and zero biases, as BERT's authors start a head.
+deviation 0.02 and zero biases, as BERT's authors start a head, or a logistic regression on what the base makes of some
+training rows: a head that already points somewhere gives the body gradients of use from the first step, where one drawn
+anew pulls it about at random ("Fine-Tuning can Distort Pretrained Features", Kumar et al. 2022, section 4: linear
+probing, then fine-tuning; the regression is ours in place of their gradient descent).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
 
-from graftlm.core import Delta, Site, Survey, WholeParameterDelta
+from graftlm.core import Delta, Part, Samples, Site, Survey, WholeParameterDelta, in_eval_mode
 from graftlm.errors import Finding, MethodError
 from graftlm.methods.parameters import Parameters
 
@@ -30,7 +35,9 @@ class Head(Parameters):
 
     `outputs` gives the last map of a classification head that many outputs, whatever the base has (logits then have
     that width: compute the loss from them, since the model's own loss counts on its configuration's labels);
-    `start=fresh` forgets the base's head. A head of another width cannot be merged.
+    `start=fresh` forgets the base's head; `start=probe` regresses the labels of some training rows on what the base's
+    body makes of them, and starts the last map there (classes of rows or of tokens). A head of another width cannot be
+    merged.
 
     Example:
         >>> print(Head(outputs=5))
@@ -52,7 +59,16 @@ class Head(Parameters):
                 f"outputs {self.outputs!r} is not a whole number from 1",
                 "outputs=2",
             ),
-            (self.start in ("base", "fresh"), f"start {self.start!r} is neither base nor fresh", "start=fresh"),
+            (
+                self.start in ("base", "fresh", "probe"),
+                f"start {self.start!r} is none of base, fresh and probe",
+                "start=probe",
+            ),
+            (
+                self.start != "probe" or self.outputs is None,
+                "start=probe finds as many outputs as the base has, and outputs asks for others",
+                "outputs=None",
+            ),
         )
 
     @property
@@ -65,6 +81,9 @@ class Head(Parameters):
         maps = [site for site in survey.with_role("head") if site.kind in ("linear", "conv1d")]
         if not survey.with_role("head"):
             raise MethodError(Finding("T110", f"head: {survey.model_name} has no head beside its backbone"))
+        if self.start == "probe" and (survey.model_name.endswith(_LANGUAGE) or not maps):
+            message = f"head(start=probe): the head of {survey.model_name} does not tell classes"
+            raise MethodError(Finding("T165", message, fix="head"))
         found = survey.select_parameters("head")
         if self.outputs is None:
             return found
@@ -92,6 +111,111 @@ class Head(Parameters):
                 with delta.value.device:
                     deltas[at] = FreshDelta(delta.value, torch.Size((self.outputs, *delta.value.shape[1:])))
         return deltas
+
+    @property
+    def needs_samples(self) -> bool:
+        """True for a regression."""
+        return self.start == "probe"
+
+    @property
+    def sample_rows(self) -> int:
+        """Few hundred rows settle a regression; it is the widths of bodies that ask for them."""
+        return 512 if self.needs_samples else super().sample_rows
+
+    def measure(self, model: nn.Module, sites: Sequence[Site], samples: Samples) -> tuple[Tensor, Tensor]:
+        """What the last map reads of each row or token, [n, in], and its class, [n].
+
+        Raises MethodError (T165) where the labels are not classes, or fewer than two are there.
+        """
+        seen: list[Tensor] = []
+        read, known = [], []
+        last = model.get_submodule(_last_map(sites).path)
+        handle = last.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float().cpu()))
+        try:
+            with in_eval_mode(model), torch.no_grad():
+                for batch in samples.batches:
+                    seen.clear()
+                    samples.loss(model, batch)
+                    labels = batch.get("labels")
+                    if labels is None or labels.is_floating_point() or len(seen) != 1 or labels.dim() > 2:
+                        message = "head(start=probe): the labels of this task are not classes of rows or tokens"
+                        raise MethodError(Finding("T165", message, fix="head"))
+                    x, y = _rows_of(seen[0], labels.cpu(), batch)
+                    if len(x) != len(y):
+                        message = "head(start=probe): this task scores several texts for one label"
+                        raise MethodError(Finding("T165", message, fix="head"))
+                    read.append(x)
+                    known.append(y)
+        finally:
+            handle.remove()
+        x, y = torch.cat(read), torch.cat(known)
+        if y.unique().numel() < 2:
+            message = f"head(start=probe): all {len(y)} rows looked at have one label"
+            raise MethodError(Finding("T165", message, fix="head, or more rows"))
+        return x, y
+
+    def apply_measured(self, parts: Sequence[Part], measured: Any, model: nn.Module) -> None:
+        """Start the last map at the regression's solution."""
+        path = _last_map([part.site for part in parts]).path
+        own = {
+            part.site.parameter: cast(WholeParameterDelta, part.delta).value for part in parts if part.site.path == path
+        }
+        x, y = measured
+        weight, bias = _regression(x, y, len(own["weight"]), with_bias="bias" in own)
+        with torch.no_grad():
+            own["weight"].copy_(weight)
+            if "bias" in own:
+                own["bias"].copy_(bias)
+
+
+def _last_map(sites: Sequence[Site]) -> Site:
+    """The weight that gives the logits."""
+    return next(site for site in reversed(sites) if site.parameter == "weight")
+
+
+def _rows_of(x: Tensor, labels: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Features [n, in] and classes [n] of the rows, or of the tokens that have a label."""
+    if labels.dim() == 2 and labels.shape[1] > 1:
+        return x[labels >= 0], labels[labels >= 0]
+    if x.dim() == 3:  # heads of decoders read every position, and the last one counts
+        mask = batch["attention_mask"].cpu()
+        last = (
+            (mask * torch.arange(mask.shape[1])).argmax(1) if x.shape[1] > 1 else torch.zeros(len(x), dtype=torch.long)
+        )
+        x = x[torch.arange(len(x)), last]
+    return x, labels.reshape(-1)
+
+
+def _regression(x: Tensor, y: Tensor, outputs: int, *, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """Weight [outputs, in] and bias [outputs] of a logistic regression, its strength chosen by cross-validation."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler(with_mean=with_bias)
+    fit = make_pipeline(scaler, LogisticRegression(max_iter=1000, fit_intercept=with_bias))
+    folds = min(4, int(y.unique(return_counts=True)[1].min()))
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one cut at max_iter is as good a start
+        if folds >= 2:
+            strengths = {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}
+            fit = (
+                GridSearchCV(fit, strengths, cv=folds, scoring="neg_log_loss").fit(x.numpy(), y.numpy()).best_estimator_
+            )
+        else:
+            fit.fit(x.numpy(), y.numpy())
+    scaler, found = fit[0], fit[-1]
+    slopes = torch.tensor(found.coef_ / scaler.scale_, dtype=torch.float32)
+    offsets = torch.zeros(len(slopes))
+    if with_bias:
+        offsets = torch.tensor(found.intercept_ - found.coef_ @ (scaler.mean_ / scaler.scale_), dtype=torch.float32)
+    if len(slopes) == 1:  # two classes have one slope: half of it each
+        slopes, offsets = torch.cat([-slopes / 2, slopes / 2]), torch.cat([-offsets / 2, offsets / 2])
+    weight, bias = torch.zeros(outputs, x.shape[1]), torch.full((outputs,), float(offsets.min()))
+    classes = torch.tensor(found.classes_)
+    weight[classes], bias[classes] = slopes, offsets
+    return weight, bias
 
 
 class FreshDelta(WholeParameterDelta):

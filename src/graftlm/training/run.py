@@ -70,7 +70,6 @@ __all__ = ["Run", "held_out_of", "train", "train_resolved"]
 
 _EVAL_ROWS_WHILE_TRAINING = 200
 _REWARDED_WHILE_TRAINING = 64
-_SAMPLES = 64  # rows that methods look at which choose by data
 _ROWS = "data/rows.jsonl"
 #: Operations from which on it is worth a few seconds to learn how fast the device is.
 _WORTH_A_CLOCK = 20e12
@@ -388,8 +387,8 @@ class _Work:
         start, _ = checkpoint.latest(self.folder.checkpoints) if self.resume else (None, [])
         if start is not None:
             return attach(model, method, name="default", state=checkpoint.adapter_state(start))
-        train = self.settings.train
-        chosen = random.Random(train.seed).sample(range(len(prepared.train)), min(_SAMPLES, len(prepared.train)))
+        train, most = self.settings.train, max(part.sample_rows for part in method.parts)
+        chosen = random.Random(train.seed).sample(range(len(prepared.train)), min(most, len(prepared.train)))
         micro = train.batch // train.accumulate
         batches = [self.collate([prepared.train[at] for at in part]) for part in each_of(chosen, micro)]
         objective = self.learnt.objective()

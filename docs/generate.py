@@ -288,7 +288,7 @@ SETTINGS_TEXT = {
     "dropout": "share of the inputs of the change that is dropped in training",
     "exclude": "sites to leave out, named as in `targets`",
     "head.outputs": "swap the last map for a fresh one with this many outputs",
-    "head.start": "`base`: as it is; `fresh`: drawn anew",
+    "head.start": "`base`: as it is; `fresh`: drawn anew; `probe`: a regression on some training rows",
     "ia3.feedforward": "maps of which the input is scaled",
     "gated.method": "the method behind the gates",
     "ia3.targets": "maps of which the output is scaled",

@@ -89,7 +89,7 @@ def test_a_head_from_a_regression_tells_the_rows_it_saw(kind, classes):
     before = sum(float(loss_of(model, batch)) for batch in batches)
     adapter = attach(model, Head(start="probe"), samples=Samples(batches, loss_of))
     after = sum(float(loss_of(model, batch)) for batch in batches)
-    assert after < 0.5 * before
+    assert after < 0.6 * before
     with use(model, None):
         assert sum(float(loss_of(model, batch)) for batch in batches) == before
     assert adapter.method == Head(start="probe")

@@ -149,17 +149,16 @@ class Head(Parameters):
         finally:
             handle.remove()
         x, y = torch.cat(read), torch.cat(known)
-        if y.unique().numel() < 2:
+        if int(y.min()) == int(y.max()):
             message = f"head(start=probe): all {len(y)} rows looked at have one label"
             raise MethodError(Finding("T165", message, fix="head, or more rows"))
         return x, y
 
-    def apply_measured(self, parts: Sequence[Part], measured: Any, model: nn.Module) -> None:
+    def apply_measured(self, parts: Sequence[Part], measured: Any, model: nn.Module) -> None:  # noqa: ARG002
         """Start the last map at the regression's solution."""
         path = _last_map([part.site for part in parts]).path
-        own = {
-            part.site.parameter: cast(WholeParameterDelta, part.delta).value for part in parts if part.site.path == path
-        }
+        last = [part for part in parts if part.site.path == path]
+        own = {part.site.parameter: cast(WholeParameterDelta, part.delta).value for part in last}
         x, y = measured
         weight, bias = _regression(x, y, len(own["weight"]), with_bias="bias" in own)
         with torch.no_grad():
@@ -179,10 +178,8 @@ def _rows_of(x: Tensor, labels: Tensor, batch: Mapping[str, Any]) -> tuple[Tenso
         return x[labels >= 0], labels[labels >= 0]
     if x.dim() == 3:  # heads of decoders read every position, and the last one counts
         mask = batch["attention_mask"].cpu()
-        last = (
-            (mask * torch.arange(mask.shape[1])).argmax(1) if x.shape[1] > 1 else torch.zeros(len(x), dtype=torch.long)
-        )
-        x = x[torch.arange(len(x)), last]
+        last = (mask * torch.arange(mask.shape[1])).argmax(1)
+        x = x[torch.arange(len(x)), last] if x.shape[1] > 1 else x[:, 0]  # where that one alone is handed over
     return x, labels.reshape(-1)
 
 
@@ -195,14 +192,13 @@ def _regression(x: Tensor, y: Tensor, outputs: int, *, with_bias: bool) -> tuple
 
     scaler = StandardScaler(with_mean=with_bias)
     fit = make_pipeline(scaler, LogisticRegression(max_iter=1000, fit_intercept=with_bias))
-    folds = min(4, int(y.unique(return_counts=True)[1].min()))
+    folds = min(4, int(torch.bincount(y)[torch.bincount(y) > 0].min()))
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one cut at max_iter is as good a start
         if folds >= 2:
             strengths = {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}
-            fit = (
-                GridSearchCV(fit, strengths, cv=folds, scoring="neg_log_loss").fit(x.numpy(), y.numpy()).best_estimator_
-            )
+            search = GridSearchCV(fit, strengths, cv=folds, scoring="neg_log_loss")
+            fit = search.fit(x.numpy(), y.numpy()).best_estimator_
         else:
             fit.fit(x.numpy(), y.numpy())
     scaler, found = fit[0], fit[-1]

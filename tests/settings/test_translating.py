@@ -183,8 +183,8 @@ lora_r: 16
     ("name", "expected", "left_out"),
     [
         ("axolotl.yml", {"method": "lora(rank=32,alpha=16,dropout=0.05,targets=[gate_proj,q_proj])", "train.batch": 8,
-                         "model.quantize": "nf4", "train.packing": True, "train.recompute": "blocks"},
-         ("type: alpaca", "a data set's name", "evals_per_epoch", "optimizer")),
+                         "model.quantize": "nf4", "train.packing": True, "train.recompute": "blocks", "train.optimizer": "adamw_8bit"},
+         ("type: alpaca", "a data set's name", "evals_per_epoch")),
         ("factory.yaml", {"task": "dpo", "model.quantize": "nf4", "preferences.beta": 0.1, "data.path": "dpo_en_demo",
                           "data.template": None, "train.save_every": None, "train.batch": 8},
          ("template: llama3", "1 of 2", "train.save_every is 0.1", "do_train")),

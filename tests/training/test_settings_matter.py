@@ -54,7 +54,8 @@ EXCUSED = {
 SHOWN = {
     "data.path", "data.eval_path", "data.format", "data.drop_bad_rows", "data.merge_labels", "data.waive", "model.name",
     "model.quantize", "model.device_map", "model.max_memory", "model.offload_folder", "train.accumulate", "train.eval_every", "train.save_every", "train.keep_checkpoints",
-    "train.early_stopping", "train.recompute", "train.threads", "generate.max_new_tokens",
+    "train.early_stopping", "train.recompute", "train.threads", "train.optimizer",  # tests/training/test_optimizers
+    "generate.max_new_tokens",
     "generate.temperature", "generate.top_p", "generate.samples", "output",
     "task", "train.packing", "preferences.beta", "preferences.loss", "preferences.smoothing", "preferences.wanted_weight",
     "preferences.unwanted_weight",  # of rewards: tests/training/test_rewards

@@ -60,6 +60,7 @@ def verb(
             task=settings.task,
             recompute=settings.train.recompute,
             quantize=settings.model.quantize,
+            optimizer=settings.train.optimizer,
             device=device,
             revision=settings.model.revision,
             trust_remote_code=settings.model.trust_remote_code,

@@ -158,6 +158,7 @@ def plan(
     classes: int = 2,
     recompute: Recompute = "none",
     quantize: str | None = None,
+    optimizer: str = "adamw",
     labelled: float = 1.0,
     evaluation_rows: int = 0,
     device: str = "cpu",
@@ -169,6 +170,7 @@ def plan(
     `base` is a folder (config.json is enough), a config.json, a hub id, "bundled", a transformers configuration or a
     dict of one. `batch` rows of `length` tokens make an optimizer step, computed in `accumulate` parts; `labelled` is
     the share of the tokens that the loss reads; `recompute` says what is computed twice to hold less, as in training.
+    `optimizer` is `adamw` or one of the others of a run (`train.optimizer`).
     `dtype` "auto" is float32 on a CPU, elsewhere the checkpoint's own. `device` is "cpu" or "cuda": one that is meant,
     not one that must be there.
 
@@ -182,8 +184,8 @@ def plan(
     """
     return asked(
         base, method, dtype=dtype, batch=batch, accumulate=accumulate, length=length, task=task, classes=classes,
-        recompute=recompute, quantize=quantize, labelled=labelled, evaluation_rows=evaluation_rows, device=device,
-        revision=revision, trust_remote_code=trust_remote_code,
+        recompute=recompute, quantize=quantize, optimizer=optimizer, labelled=labelled,
+        evaluation_rows=evaluation_rows, device=device, revision=revision, trust_remote_code=trust_remote_code,
     ).plan()  # fmt: skip
 
 
@@ -199,6 +201,7 @@ def asked(
     classes: int = 2,
     recompute: Recompute = "none",
     quantize: str | None = None,
+    optimizer: str = "adamw",
     labelled: float = 1.0,
     evaluation_rows: int = 0,
     device: str = "cpu",
@@ -219,6 +222,7 @@ def asked(
         dtype=_DTYPES[kind] if isinstance(kind, str) else kind,
         recompute=recompute,
         quantize=quantize,
+        optimizer=optimizer,
         labelled=labelled,
         evaluation_rows=evaluation_rows,
     )

@@ -29,8 +29,10 @@ _HIDDEN = next(float(each.default) for each in fields(MaskingCollator) if each.n
 #: Head to the task whose step is like that of any task with it.
 _LIKE = {"causal": "sft", "sequence": "classify", "masked": "mlm", "token": "tag", "seq2seq": "seq2seq"}
 
-#: What the optimizer keeps of each trained number: AdamW's two moments, in float32.
+#: What the optimizer keeps of each trained number: AdamW's two moments.
 _MOMENTS = 2
+#: bitsandbytes holds tensors of so many numbers in 8 bits, with a size in float32 for so many of them.
+_LEAST_8BIT, _BLOCK_8BIT = 4096, 256
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Shape:
 
     `labelled` is the share of the tokens that the loss reads, counted from the end of each row; `evaluation_rows` are
     scored at once without gradients when a run evaluates (0: it does not); `target_length` are the tokens that an
-    encoder-decoder writes (0: as many as it reads); `on_processor` says where products are computed.
+    encoder-decoder writes (0: as many as it reads); `optimizer` is the run's setting; `on_processor`
+    says where products are computed.
     """
 
     rows: int = 1
@@ -51,6 +54,7 @@ class Shape:
     evaluation_rows: int = 0
     target_length: int = 0
     on_processor: bool = True
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad] if adapter else []
     if adapter is not None:
         counted.hold("deltas", adapter.state().values())
-        counted.hold("optimizer", _moments(trained))
+        counted.hold("optimizer", _moments(trained, shape.optimizer.endswith("8bit")))
     sizes = +counted.alive
     objective = objective_of(task, model)
     batch = _batch(task, shape, shape.rows)
@@ -181,10 +185,18 @@ def _attached(model: nn.Module, method: Method) -> Adapter:
     return attach(model, method, state=state)
 
 
-def _moments(trained: list[nn.Parameter]) -> list[Tensor]:
-    kept = [torch.empty_like(parameter, requires_grad=False) for parameter in trained for _ in range(_MOMENTS)]
-    for parameter, *moments in zip(trained, kept[::_MOMENTS], kept[1::_MOMENTS], strict=True):
-        parameter.__dict__["_planned_moments"] = moments  # they live as long as it does
+def _moments(trained: list[nn.Parameter], eight_bits: bool) -> list[Tensor]:
+    """What the optimizer keeps: two moments of each trained tensor, in float32 or in 8 bits with their sizes."""
+    kept: list[Tensor] = []
+    for parameter in trained:
+        if eight_bits and parameter.numel() >= _LEAST_8BIT:
+            codes = torch.empty_like(parameter, dtype=torch.uint8, requires_grad=False)
+            sizes = parameter.new_empty(-(-parameter.numel() // _BLOCK_8BIT), dtype=torch.float32)
+            own = [torch.empty_like(each) for _ in range(_MOMENTS) for each in (codes, sizes)]
+        else:
+            own = [torch.empty_like(parameter, requires_grad=False) for _ in range(_MOMENTS)]
+        parameter.__dict__["_planned_moments"] = own  # they live as long as it does
+        kept += own
     return kept
 
 

@@ -90,6 +90,8 @@ _NEAR = {
     "quantization_bit": ("model.quantize", "quantize: nf4 for 4 bits"),
     "quantization_config": ("model.quantize", "quantize: nf4 for 4 bits"),
     "bnb_4bit_quant_type": ("model.quantize", "quantize: nf4"),
+    "optim": ("train.optimizer", "optimizer: adamw, adamw_8bit, paged_adamw or paged_adamw_8bit"),
+    "adam8bit": ("train.optimizer", "optimizer: adamw_8bit"),
     "dataset_text_field": ("data.map", "map: {text: <column>}"),
     "text_column": ("data.map", "map: {text: <column>}"),
     "label_column": ("data.map", "map: {label: <column>}"),
@@ -143,8 +145,8 @@ FOREIGN: dict[str, Foreign] = dict(
 NO_COUNTERPART: frozenset[str] = frozenset(
     """
     logging_steps log_interval log_every_n_steps logging_first_step report_to wandb_project wandb_entity wandb_run_id
-    tracking_project push_to_hub hub_model_id hub_strategy flash_attention attn_implementation use_unsloth optim
-    optimizer adam_beta1 adam_beta2 adam_epsilon adam8bit min_lr dataloader_num_workers num_workers
+    tracking_project push_to_hub hub_model_id hub_strategy flash_attention attn_implementation use_unsloth
+    adam_beta1 adam_beta2 adam_epsilon min_lr dataloader_num_workers num_workers
     preprocessing_num_workers dataset_num_proc dataset_processes dataset_prepared_path overwrite_cache
     overwrite_output_dir per_device_eval_batch_size eval_batch_size eval_sample_packing
     pad_to_sequence_len group_by_length train_on_inputs remove_unused_columns ddp_timeout deepspeed fsdp fsdp_config

@@ -207,6 +207,10 @@ class TrainSettings(_Section):
         int | None, _count("Most tokens of a row; without one, by the data", (128, 4096), "--max-length")
     ] = None
     packing: Annotated[bool, _about("Put texts one behind the other in one row; they do not see one another")] = False
+    optimizer: Annotated[
+        Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"],
+        _about("AdamW, its moments in 32 or 8 bits, or paged out of a GPU's memory", "adamw", "--optimizer"),
+    ] = "adamw"
     schedule: Annotated[
         Literal["linear", "cosine", "constant"], _about("Shape of the learning rate after the warm-up", "linear")
     ] = "linear"

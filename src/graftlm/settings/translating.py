@@ -46,6 +46,12 @@ _OF_METHOD = {
     "use_rslora": "rslora", "peft_use_rslora": "rslora", "lora_bias": "bias", "init_r": "rank",
     "target_r": "target_rank", "encoder_hidden_size": "mlp", "encoder_reparameterization_type": "encoder",
 }  # fmt: skip
+_OPTIMIZERS = {
+    **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw8bit"), "adamw_8bit"),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "paged_adamw"),
+    **dict.fromkeys(("paged_adamw_8bit", "pagedadamw8bit"), "paged_adamw_8bit"),
+}
 _BITS = {"4": "nf4", "8": "int8"}
 _COUNTS = {"warmup_steps", "lr_warmup_steps", "num_warmup_steps"}
 _PER_PART = {"per_device_train_batch_size", "per_gpu_train_batch_size", "micro_batch_size"}
@@ -167,6 +173,12 @@ class _Work:
         elif key in ("load_in_4bit", "load_in_8bit"):
             if value:
                 self._set("model.quantize", "nf4" if "4" in key else "int8", name, value)
+        elif key in ("optim", "optimizer"):
+            chosen = _OPTIMIZERS.get(str(value).lower())
+            if chosen:
+                self._set("train.optimizer", chosen, name, value)
+            else:
+                self.left_out.append(f"{name}: {_short(value)} is left out: there is AdamW alone, in 32 or 8 bits")
         elif key in ("stage", "task_type") and str(value).lower() in _TASKS:
             self._set("task", _TASKS[str(value).lower()], name, value)
         elif known is not None and known.option:

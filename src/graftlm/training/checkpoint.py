@@ -154,6 +154,8 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, value in values.items():
             if isinstance(value, Tensor):
                 tensors[f"{number}.{name}"] = value.contiguous()
+            elif isinstance(value, dict):  # bitsandbytes puts what it holds together, code books that all share too
+                tensors |= {f"{number}.{name}.{inner}": tensor.clone() for inner, tensor in value.items()}
             else:
                 plain.setdefault(str(number), {})[name] = value
     return tensors, {"plain": plain, "param_groups": state["param_groups"]}
@@ -163,7 +165,12 @@ def _join(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any
     state: dict[int, dict[str, Any]] = {int(number): dict(values) for number, values in settings["plain"].items()}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = tensor
+        name, _, inner = name.partition(".")
+        own = state.setdefault(int(number), {})
+        if inner:
+            own.setdefault(name, {})[inner] = tensor
+        else:
+            own[name] = tensor
     groups = [{**g, "betas": tuple(g["betas"])} if "betas" in g else g for g in settings["param_groups"]]
     return {"state": state, "param_groups": groups}
 

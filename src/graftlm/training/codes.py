@@ -11,6 +11,8 @@ CODES: dict[str, str] = {
     "E103": "the disk has too little space left to start a run",
     "E104": "a file could not be written in the middle of a run: the disk is full or failed",
     "E105": "the run needs more memory than the machine has",
+    "E106": "the optimizer needs bitsandbytes, which is not installed",
+    "E107": "a paged optimizer is asked for where there is no GPU to page for",
     "U103": "the folder holds a run with other settings or other rows",
     "U104": "the folder holds this run already, and neither --resume nor another folder is given",
     "U105": "the run is done, so there is nothing to resume",

@@ -51,6 +51,7 @@ def foreseen(settings: RunSettings, config: Any, prepared: Prepared, method: Met
         dtype=kind,
         recompute=train.recompute,
         quantize=settings.model.quantize,
+        optimizer=train.optimizer,
         labelled=labelled,
         evaluation_rows=min(_EVALUATION_ROWS, len(prepared.eval)) * several,
         target_length=max(len(row["labels"]) for row in rows) if like(prepared.task, config) == "seq2seq" else 0,

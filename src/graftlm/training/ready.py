@@ -28,6 +28,7 @@ from graftlm.training.decisions import decide_length, positions_taken, with_head
 from graftlm.training.early import context_of, folder_of, length_faults, prompt_of, sources_of, test_of, waived
 from graftlm.training.foresight import does_not_fit, foreseen
 from graftlm.training.named_rewards import look_at_reward
+from graftlm.training.optimizers import check_optimizer
 from graftlm.training.starting import Start, on_its_base, start_of
 from graftlm.training.tracking import need_tracker
 
@@ -142,6 +143,7 @@ def make_ready(settings: RunSettings, origin: Mapping[str, str]) -> Ready:
         known = prepared.reading.known
         attempt(lambda: look_at_reward(settings.reinforcement.reward, known))
     attempt(lambda: waived(data.waive))
+    attempt(lambda: check_optimizer(train.optimizer))
     if faults or prepared is None or method is None:
         raise SettingsError(faults)
     need_tracker(train.track)

@@ -56,6 +56,7 @@ from graftlm.training.environment import environment, peak_memory_bytes
 from graftlm.training.folder import RunFolder, free_folder, lines_of, resolved_of, standing
 from graftlm.training.foresight import does_not_fit
 from graftlm.training.opening import Opened
+from graftlm.training.optimizers import named_for_trainer
 from graftlm.training.progress import Progress, Voice, clock
 from graftlm.training.ready import Ready, make_ready, read_with
 from graftlm.training.rewards import Reward as RewardFunction
@@ -475,6 +476,7 @@ class _Work:
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=train.accumulate,
             learning_rate=self.learning_rate,
+            **named_for_trainer(train.optimizer),
             lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
             warmup_steps=train.warmup,
             weight_decay=train.weight_decay,

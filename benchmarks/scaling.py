@@ -6,9 +6,10 @@
 
 A training step (forward, backward, AdamW) of LoRA on all linear maps, ours fused against peft on plain transformers, on
 a random Llama (hidden size 256, 4 layers, float32) with 2 rows of 128 tokens, rank 8 and a vocabulary of 4,096 where
-nothing else is said; and one decoded token of 16 rows that share some number of adapters. Each point is a process of
-its own: the median processor time of one thread over a few steps, and the peak of its memory over what it held before
-the first. Small shapes: the curves say how something grows, not how large models compare.
+nothing else is said; and one decoded token of 16 rows that share some number of adapters. At each point each contender
+is a process of its own, and they take turns: the median processor time of one thread over a few steps, and the peak of
+the process's memory over what it held before the first. Small shapes: the curves say how something grows, not how large
+models compare.
 Results go to benchmarks/results/scaling.json, the plot to docs/figures/scaling.svg.
 """
 
@@ -20,7 +21,8 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,34 +137,57 @@ def resident_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(axis: str, value: int, contender: str, repeats: int) -> dict[str, float]:
-    """One point, in the process that this is called in."""
-    import torch
+class Contender:
+    """One contender at one point, in the process that it is made in."""
 
-    torch.set_num_threads(1)
-    torch.manual_seed(1)
-    if axis == "adapters":
-        step, repeats = decoded(contender, value), 5 * repeats
-    else:
-        step = trained(contender, USUAL | {axis: value})
-    gc.collect()
-    rest = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    times = []
-    for repeat in range(repeats + 1):
+    step: Callable[[], None]
+    rest_bytes = 0
+
+    @classmethod
+    def start(cls, axis: str, value: int, contender: str) -> None:
+        """Make what is measured."""
+        import torch
+
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        torch.manual_seed(1)
+        step = decoded(contender, value) if axis == "adapters" else trained(contender, USUAL | {axis: value})
+        cls.step = staticmethod(step)
+        gc.collect()
+        cls.rest_bytes = resident_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+
+    @classmethod
+    def take(cls) -> tuple[float, int]:
+        """Processor seconds of a step, and the peak so far."""
         began = time.process_time()
-        step()
-        if repeat:  # the first warms up
-            times.append(time.process_time() - began)
-    peak = resident_bytes("VmHWM") - rest
-    return {"cpu_ms": round(1e3 * statistics.median(times), 3), "peak_over_rest_mib": round(peak / 2**20, 1)}
+        cls.step()
+        return time.process_time() - began, resident_bytes("VmHWM") - cls.rest_bytes
 
 
-def points() -> Iterator[tuple[str, int, str]]:
-    for axis, (values, _) in AXES.items():
-        for value in values:
-            for contender in CONTENDERS.get(axis, CONTENDERS["training"]):
-                yield axis, value, contender
+def measure(axis: str, value: int, repeats: int) -> dict[str, dict[str, float]]:
+    """All contenders at one point."""
+    names = CONTENDERS.get(axis, CONTENDERS["training"])
+    context = multiprocessing.get_context("fork")
+    pools = {name: context.Pool(1) for name in names}
+    turns: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+    try:
+        for name, pool in pools.items():
+            pool.apply(Contender.start, (axis, value, name))
+        for _ in range(repeats + 1):  # the first warms up
+            for name, pool in pools.items():
+                turns[name].append(pool.apply(Contender.take))
+    finally:
+        for pool in pools.values():
+            pool.terminate()
+            pool.join()
+    return {
+        name: {
+            "cpu_ms": round(1e3 * statistics.median(seconds for seconds, _ in taken[1:]), 3),
+            "peak_over_rest_mib": round(taken[-1][1] / 2**20, 1),
+        }
+        for name, taken in turns.items()
+    }
 
 
 def draw(found: dict[str, Any]) -> None:
@@ -179,8 +204,8 @@ def draw(found: dict[str, Any]) -> None:
         for row, (what, unit) in enumerate((("cpu_ms", "processor ms"), ("peak_over_rest_mib", "peak over rest, MiB"))):
             plot = axes[row][column]
             for contender in CONTENDERS.get(axis, CONTENDERS["training"]):
-                there = [v for v in values if f"{axis} {v} {contender}" in found]
-                heights = [found[f"{axis} {v} {contender}"][what] for v in there]
+                there = [v for v in values if f"{axis} {v}" in found]
+                heights = [found[f"{axis} {v}"][contender][what] for v in there]
                 plot.plot(there, heights, marker="o", markersize=3.5, color=colours[contender], label=contender)
             plot.set_xscale("log", base=2)
             plot.set_xticks(values, [f"{v:,}" for v in values], fontsize=8)
@@ -205,7 +230,8 @@ def main() -> None:
     parser.add_argument("--afresh", action="store_true", help="measure everything again")
     options = parser.parse_args()
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() and not options.afresh else {}
-    left = [] if options.draw else [point for point in points() if " ".join(map(str, point)) not in found]
+    points = [(axis, value) for axis, (values, _) in AXES.items() for value in values]
+    left = [] if options.draw else [(axis, value) for axis, value in points if f"{axis} {value}" not in found]
     if left:
         # Imported once: a point is a fork of this process, which has no threads and no model.
         import peft  # noqa: F401
@@ -215,11 +241,10 @@ def main() -> None:
         import graftlm.kernels  # noqa: F401
 
         torch.set_num_threads(1)
-    for axis, value, contender in left:
-        with multiprocessing.get_context("fork").Pool(1) as pool:
-            point = pool.apply(measure, (axis, value, contender, options.repeats))
-        found[f"{axis} {value} {contender}"] = point
-        print(f"{axis} {value}, {contender}: {point['cpu_ms']} ms, {point['peak_over_rest_mib']} MiB", flush=True)
+    for axis, value in left:
+        point = measure(axis, value, options.repeats * (5 if axis == "adapters" else 1))
+        found[f"{axis} {value}"] = point
+        print(f"{axis} {value}: {json.dumps(point)}", flush=True)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     draw(found)
 

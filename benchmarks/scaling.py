@@ -203,6 +203,10 @@ def draw(found: dict[str, Any]) -> None:
     for column, (axis, (values, title)) in enumerate(AXES.items()):
         for row, (what, unit) in enumerate((("cpu_ms", "processor ms"), ("peak_over_rest_mib", "peak over rest, MiB"))):
             plot = axes[row][column]
+            if row and axis == "adapters":  # too little to be told by what a process holds
+                plot.set_visible(False)
+                axes[0][column].set_xlabel(title, fontsize=8, color="#7b8490", wrap=True)
+                continue
             for contender in CONTENDERS.get(axis, CONTENDERS["training"]):
                 there = [v for v in values if f"{axis} {v}" in found]
                 heights = [found[f"{axis} {v}"][contender][what] for v in there]

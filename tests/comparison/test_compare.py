@@ -333,3 +333,19 @@ def test_costs_are_counted(small: Compare) -> None:
     assert cost["parameters"] > cost["beside_head"] > 0
     assert cost["train_flops"] > 3 * cost["query_flops"]
     assert bench._NOTHING.parameters == 0
+
+
+def test_new_heads_are_a_regression_on_request_and_the_base_is_as_it_was(labelled: Path, tiny_bert: Path) -> None:
+    losses = {}
+    for head in ("probe", "fresh"):
+        settings = ComparisonSettings(
+            data=str(labelled), base=str(tiny_bert), steps=1, head=head, waive=("D129",), methods=("head",)
+        )
+        there = open_bench(settings)
+        before = {name: value.clone() for name, value in there.model.state_dict().items()}
+        with there._fresh_head(0):
+            losses[head] = there.scored(there.train).mean_nats
+        assert all(torch.equal(value, before[name]) for name, value in there.model.state_dict().items())
+    assert losses["probe"] < losses["fresh"]
+    with pytest.raises(GraftError, match="wanted probe or fresh"):
+        ComparisonSettings(head="none")

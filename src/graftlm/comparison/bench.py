@@ -1,8 +1,7 @@
 """The bench: one base in memory with its rows, on which contestants are trained and scored one after the other.
 
-Whatever is attached is taken off again, so that the base is the same for all; `weights_sha256` proves it. A new
-classification head is drawn by the seed, so that contestants with the same seed start from the same head and see the
-same rows in the same order.
+Whatever is attached is taken off again, so that the base is the same for all; `weights_sha256` proves it. Contestants
+with the same seed start from the same new head and see the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from graftlm.data.splitting import split
 from graftlm.errors import Finding, RunError
 from graftlm.evaluation import losses, probe_baseline
 from graftlm.evaluation.classes import class_probabilities
+from graftlm.methods import Head
 from graftlm.models import load_base, load_config, load_tokenizer, resolve_base
 from graftlm.objectives import OBJECTIVES, CausalLM, Objective
 from graftlm.training import GraftTrainer
@@ -115,6 +115,7 @@ class Bench:
         per_epoch = -(-len(train) // settings.batch)
         epochs = settings.epochs or decide_epochs(len(train))
         self.steps = settings.steps or max(1, round(epochs * per_epoch))
+        self._probed: dict[str, torch.Tensor] = {}
         #: Seconds of a step of the last training.
         self.last_step_seconds = 0.0
 
@@ -230,7 +231,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _fresh_head(self, seed: int) -> Iterator[None]:
-        """New values, drawn by the seed, in what a classifier adds to the base; put back after the block."""
+        """New values in what a classifier adds to the base, a regression's or drawn; put back after the block."""
         if not self.is_classification:
             yield
             return
@@ -243,12 +244,25 @@ class Bench:
             for p in fresh.values():
                 drawn = torch.randn(p.shape, generator=generator) * (deviation if p.dim() > 1 else 0.0)
                 p.copy_(drawn)
+            if self.settings.head == "probe":
+                for name, value in self._probed_head().items():
+                    fresh[name].copy_(value)
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, p in fresh.items():
                     p.copy_(before[name])
+
+    def _probed_head(self) -> dict[str, torch.Tensor]:
+        """The values of a head that is a regression on the training rows, by name; found once."""
+        if not self._probed:
+            method = Head(start="probe")
+            found = attach(self.model, method, name="contestant", samples=self._samples(method, 0))
+            self._probed = {part.site.key: part.delta.value.detach().clone() for part in found.parts}
+            use(self.model, None)
+            found.detach()
+        return self._probed
 
     # --- what it takes ---
 

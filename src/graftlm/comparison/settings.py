@@ -18,7 +18,8 @@ class ComparisonSettings:
     `budget` is the number of trained parameters beside the head, as a share of the base ("0.3%") or a count ("20000").
     `trials` learning rates are tried for each method, on validation rows. `shots` are numbers of examples shown to the
     untouched base in its prompt. `general` is a file of texts and `other` one with rows of another task: on these is
-    measured what is forgotten.
+    measured what is forgotten. `head` is where new heads of classifiers start: "probe", a regression on the training
+    rows and the same for all, or "fresh", drawn by the seed.
 
     Example:
         >>> ComparisonSettings(methods=("lora", "ia3"), seeds=3).trials
@@ -46,6 +47,7 @@ class ComparisonSettings:
     shots: tuple[int, ...] = ()
     general: str | None = None
     other: str | None = None
+    head: str = "probe"
     dtype: str = "float32"
     threads: int | None = None
     waive: tuple[str, ...] = ()
@@ -64,6 +66,7 @@ class ComparisonSettings:
                 f"validation_share is {self.validation_share}, wanted between 0 and 1",
                 "validation_share=0.2",
             ),
+            (self.head in ("probe", "fresh"), f"head is {self.head!r}, wanted probe or fresh", 'head="probe"'),
             (all(k >= 0 for k in self.shots), f"shots are {self.shots}, wanted 0 or more", "--shots 4"),
         )
         faults = [Finding("U155", message, fix=fix) for met, message, fix in checks if not met]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graftlm.comparison.settings import ComparisonSettings
-from graftlm.core import Adapter, Method, Samples, attach, use
+from graftlm.core import Adapter, Method, Samples, WholeParameterDelta, attach, use
 from graftlm.data import Collator, Labels, Template, prepare
 from graftlm.data.splitting import split
 from graftlm.errors import Finding, RunError
@@ -259,7 +259,9 @@ class Bench:
         if not self._probed:
             method = Head(start="probe")
             found = attach(self.model, method, name="contestant", samples=self._samples(method, 0))
-            self._probed = {part.site.key: part.delta.value.detach().clone() for part in found.parts}
+            self._probed = {
+                part.site.key: cast(WholeParameterDelta, part.delta).value.detach().clone() for part in found.parts
+            }
             use(self.model, None)
             found.detach()
         return self._probed

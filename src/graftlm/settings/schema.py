@@ -164,18 +164,14 @@ class ModelSettings(_Section):
     device_map: Annotated[
         str | None,
         _text(
-            "Lay the base out over devices and disk: auto, balanced, balanced_low_0, sequential or a device",
+            "Lay the base over devices and disk: auto, a device",
             "auto",
             "--device-map",
         ),
     ] = None
     max_memory: Annotated[
         dict[str, str],
-        _about(
-            "Most of the base that each device holds, the rest lies on disk; with device_map",
-            "cpu=8GiB,0=20GiB",
-            "--max-memory",
-        ),
+        _about("Most of the base that each device is to hold", "cpu=8GiB,0=20GiB", "--max-memory"),
     ] = {}
     offload_folder: Annotated[
         str | None, _text("Folder for weights on disk that are not as in the checkpoint; without one, a temporary one")
@@ -209,7 +205,7 @@ class TrainSettings(_Section):
     packing: Annotated[bool, _about("Put texts one behind the other in one row; they do not see one another")] = False
     optimizer: Annotated[
         Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"],
-        _about("AdamW, its moments in 32 or 8 bits, or paged out of a GPU's memory", "adamw", "--optimizer"),
+        _about("AdamW in 32 or 8 bits, or paged", "adamw", "--optimizer"),
     ] = "adamw"
     schedule: Annotated[
         Literal["linear", "cosine", "constant"], _about("Shape of the learning rate after the warm-up", "linear")

@@ -99,7 +99,7 @@ def test_what_is_imported_is_required_and_the_other_way_round():
     required = names_of(PROJECT["dependencies"])
     lazy = names_of([text for name in LAZY_EXTRAS for text in PROJECT["optional-dependencies"][name]])
     assert needed - required == lazy - THROUGH_OTHERS
-    assert required - needed == {"accelerate"}  # transformers' Trainer wants it
+    assert required <= needed
 
 
 def test_constraints_pin_every_direct_dependency():

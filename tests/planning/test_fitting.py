@@ -47,6 +47,7 @@ def test_beyond_what_is_run_the_line_tells() -> None:
     assert max(ran) <= 100
 
 
+@pytest.mark.slow
 def test_what_is_told_to_fit_fits_and_a_little_more_does_not() -> None:
     step = small()
     room = 2 * step.plan().total_bytes - 480_000_000  # room for about twice the step's own memory

@@ -391,7 +391,7 @@ def test_check_looks_at_a_reward_without_running_it(tmp_path: Path, tiny_base: P
     for reward, said in {
         f"{code}:worth": "", f"{code}:joined": "", f"{code}:other": "has no function 'other', only worth",
         f"{tmp_path / 'broken.py'}:worth": "is no Python", f"model:{tmp_path / 'judge'}": "learnt classify",
-        f"model:{tmp_path / 'none'}": "holds no run", "regex:(": "no regular expression", "match:other": "",
+        f"model:{tmp_path / 'none'}": "holds no run", "regex:(": "no regular expression", None: "no reward is given", "match:other": "",
     }.items():  # fmt: skip
         given = {"data.path": str(_prompts(tmp_path)), "task": "grpo", "reinforcement.reward": reward}
         resolved = resolve(python={**given, "model.name": str(tiny_base), "output": str(tmp_path / "run")})

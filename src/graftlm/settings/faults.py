@@ -211,7 +211,7 @@ def wrong_value(kind: str, name: str, given: Given) -> Finding:
     if setting.choices:
         close = [choice for choice in setting.choices if choice == value]
         close = close or (nearest(value, setting.choices, most=1) if isinstance(value, str) else [])
-        guess = close[0] if close else setting.default
+        guess = close[0] if close else setting.default or setting.choices[0]
         message = f"{name} {_shown(value)} is not one of {', '.join(setting.choices)}"
         return Finding("S106", message, given.place, _paste(name, guess, given.via))
     pair = str(setting.usual).partition(",")[0]

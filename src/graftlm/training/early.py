@@ -19,6 +19,7 @@ import graftlm
 from graftlm.data import PromptTemplate, look
 from graftlm.data.codes import WAIVABLE
 from graftlm.data.fetching import fetched
+from graftlm.data.prepare import ONLINE
 from graftlm.data.reading import read_rows
 from graftlm.errors import DataError, EnvironmentFault, Finding, GraftError, SettingsError
 from graftlm.models.places import resolve_base
@@ -176,7 +177,8 @@ def early_findings(attempted: Attempted) -> tuple[tuple[Finding, ...], tuple[Fin
     step(lambda: waived(data.waive))
     if settings.start is not None and "start" not in open_:
         step(lambda: start_folder(str(settings.start)))
-    if settings.reinforcement.reward is not None and "reinforcement.reward" not in open_:
+    rewarded = settings.reinforcement.reward is not None or settings.task in ONLINE
+    if rewarded and not open_ & {"task", "reinforcement.reward"}:
         step(lambda: look_at_reward(settings.reinforcement.reward))
     if "data.path" not in open_:
         step(rows)

@@ -58,12 +58,13 @@ def main() -> None:
     parser.add_argument("--only", help="answers, sst2 or raft")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings beside one another")
     parser.add_argument("--work", type=Path, default=Path("comparisons"), help="where every trial and run is kept")
     options = parser.parse_args()
     for name, plan in plans(options.data).items():
         if options.only not in (None, name):
             continue
-        found = graftlm.compare(output=options.work / name, threads=options.threads, **plan)
+        found = graftlm.compare(output=options.work / name, threads=options.threads, jobs=options.jobs, **plan)
         (RESULTS / name).mkdir(parents=True, exist_ok=True)
         for file in KEPT:
             shutil.copyfile(found.folder / file, RESULTS / name / file)

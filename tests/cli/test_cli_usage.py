@@ -33,7 +33,7 @@ from graftlm.errors import Finding, RunError
         (["train", "--dataset", "x.csv"], "fix: x.csv"),
         (["train", "--batch_size", "4"], "--batch_size is called --batch here (rows per optimizer step)"),
         (["train", "--report_to", "none"], "--report_to has no counterpart here: leave it out"),
-        (["train", "--qqqqq"], "no such flag --qqqqq; train has --map"),
+        (["train", "--qqqqq"], "no such flag --qqqqq; train has --test --map"),
         (["train", "--lr"], "requires an argument"),
         (["train", "a.csv", "b.csv"], "unexpected extra argument"),
         (["train", "--lr", "20"], "fix: --lr 2e-4"),

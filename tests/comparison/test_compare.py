@@ -90,8 +90,22 @@ def test_one_that_was_stopped_goes_on_as_if_it_had_not_been(small: Compare, monk
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the base is shared by fork")
-def test_processes_beside_one_another_give_the_same_numbers(small: Compare) -> None:
-    assert numbers(small("beside", jobs=2)) == numbers(small("alone"))
+def test_processes_beside_one_another_give_the_same_numbers(
+    small: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored, where = Bench.scored, tmp_path / "where"
+
+    def noting(self: Bench, items: Any) -> Any:
+        with where.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return scored(self, items)
+
+    monkeypatch.setattr(Bench, "scored", noting)
+    beside = small("beside", jobs=2)
+    noted = where.read_text().split()
+    assert len(noted) == 8
+    assert str(os.getpid()) not in noted, "nothing was trained here"
+    assert numbers(beside) == numbers(small("alone"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the base is shared by fork")

@@ -12,6 +12,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from graftlm.evaluation.losses import Collate, batches, evaluating
+from graftlm.methods.regression import fit_logistic
 from graftlm.objectives import Classification
 
 __all__ = ["majority_baseline", "probe_baseline", "tfidf_baseline", "tfidf_numbers"]
@@ -89,18 +90,7 @@ def _is_decoder(model: Any) -> bool:
 
 
 def _logistic(features: Any, labels: Sequence[int], wanted: Any, *, scale: bool) -> list[int]:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    steps = [StandardScaler()] if scale else []
-    model = make_pipeline(*steps, LogisticRegression(max_iter=500))
-    folds = min(4, min(Counter(labels).values()))
-    grid = [0.001, 0.01, 0.1, 1.0] if scale else [1.0, 10.0, 100.0]
-    # One thread: the problem is small, and threads that wait for one another on a busy machine cost minutes.
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fit cut at max_iter is a fair baseline all the same
-        if folds >= 2:
-            model = GridSearchCV(model, {"logisticregression__C": grid}, cv=folds)
-        return [int(label) for label in model.fit(features, labels).predict(wanted)]
+    strengths = (0.001, 0.01, 0.1, 1.0) if scale else (1.0, 10.0, 100.0)
+    model = fit_logistic(features, labels, strengths=strengths, scaled=scale)
+    with threadpool_limits(1):
+        return [int(label) for label in model.predict(wanted)]

@@ -10,18 +10,17 @@ probing, then fine-tuning; the regression is ours in place of their gradient des
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from graftlm.core import Delta, Part, Samples, Site, Survey, WholeParameterDelta, in_eval_mode
 from graftlm.errors import Finding, MethodError
 from graftlm.methods.parameters import Parameters
+from graftlm.methods.regression import fit_logistic
 
 __all__ = ["FreshDelta", "Head"]
 
@@ -185,22 +184,15 @@ def _rows_of(x: Tensor, labels: Tensor, batch: Mapping[str, Any]) -> tuple[Tenso
 
 def _regression(x: Tensor, y: Tensor, outputs: int, *, with_bias: bool) -> tuple[Tensor, Tensor]:
     """Weight [outputs, in] and bias [outputs] of a logistic regression, its strength chosen by cross-validation."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler(with_mean=with_bias)
-    fit = make_pipeline(scaler, LogisticRegression(max_iter=1000, fit_intercept=with_bias))
-    folds = min(4, int(torch.bincount(y)[torch.bincount(y) > 0].min()))
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one cut at max_iter is as good a start
-        if folds >= 2:
-            strengths = {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}
-            search = GridSearchCV(fit, strengths, cv=folds, scoring="neg_log_loss")
-            fit = search.fit(x.numpy(), y.numpy()).best_estimator_
-        else:
-            fit.fit(x.numpy(), y.numpy())
+    fit = fit_logistic(
+        x.numpy(),
+        y.tolist(),
+        strengths=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+        scaled=True,
+        intercept=with_bias,
+        iterations=1000,
+        judged_by="neg_log_loss",
+    )
     scaler, found = fit[0], fit[-1]
     slopes = torch.tensor(found.coef_ / scaler.scale_, dtype=torch.float32)
     offsets = torch.zeros(len(slopes))

@@ -135,6 +135,23 @@ def test_what_a_classifier_forgets_is_seen_on_another_task(small: Compare, tmp_p
     assert "Another task" in found.report.read_text()
 
 
+def test_another_task_is_asked_with_the_adapter_on(
+    small: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[float]] = {}
+
+    def noting(model: Any, known: Any, asked: Any, collate: Any) -> list[int]:
+        ids = {key: collate(asked[:2])[key] for key in ("input_ids", "attention_mask")}
+        seen.setdefault(len(asked), []).append(float(model.base_model(**ids)[0].square().sum()))
+        return [0] * len(asked)
+
+    monkeypatch.setattr(bench, "probe_baseline", noting)
+    other = write_jsonl(tmp_path / "other.jsonl", labelled_rows(30))
+    small(other=str(other), methods=["lora(rank=2)", "head"], seeds=1, trials=1)
+    tuned, headed, untouched = seen[15]
+    assert tuned != untouched == headed
+
+
 def test_the_test_rows_are_scored_once_and_no_learning_rate_is_chosen_by_them(
     small: Compare, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,7 @@ def verb(
     """
     resolved = resolved_from(config, set, flags)
     settings = resolved.settings
-    from graftlm.planning import asked, fitting, memory_bytes, said_time, serving, time_of
+    from graftlm.planning import asked, memory_bytes, said_time, serving, time_of
     from graftlm.training.ready import asked_resolved
 
     room = memory_bytes(memory) if memory else None
@@ -65,12 +65,11 @@ def verb(
             revision=settings.model.revision,
             trust_remote_code=settings.model.trust_remote_code,
         )
-    found = step.plan()
+    found = step.plan_within(room) if room else step.plan()
     took_s = time_of(step, found) if room is None else None  # with --memory, it is another machine
     served = serving(step, found) if serve else None
-    fits = fitting(step, room) if room else None
     if as_json:
-        told = found.to_dict() | (fits.to_dict() if fits else {})
+        told = found.to_dict()
         told |= {"step_seconds": took_s[0], "steps": step.steps, "seconds": took_s[1]} if took_s else {}
         print_json(told | ({"serving": served.to_dict()} if served else {}))
         return
@@ -78,6 +77,5 @@ def verb(
     if took_s is not None:
         run = f", {step.steps:,} steps about {said_time(took_s[1])}" if step.steps else ""
         click.echo(f"time     the largest step about {said_time(took_s[0])} on this machine{run}")
-    for each in (served, fits):
-        if each is not None:
-            click.echo(str(each))
+    if served is not None:
+        click.echo(str(served))

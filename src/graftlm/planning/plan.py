@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from graftlm.models.loading import generates
 from graftlm.planning.memory import RUNTIME_BYTES, memory_bytes, said
 from graftlm.planning.stacking import traced as traced_of
 from graftlm.planning.step import Shape, Traced, like
+
+if TYPE_CHECKING:
+    from graftlm.planning.fitting import Fitting
 
 __all__ = ["TERMS", "Asked", "Plan", "asked", "config_of", "plan"]
 
@@ -42,7 +45,8 @@ class Plan:
     are what is needed on top of the rest at that moment: gradients take the place of activations as the backward pass
     goes on, so they are counted in full and not twice. `phases` are the peaks of forward, backward, optimizer and
     evaluation. `flops` are the floating-point operations of one optimizer step, all its parts together (a
-    multiplication and an addition are two). `adapter_bytes` is the size of the adapter's file.
+    multiplication and an addition are two). `adapter_bytes` is the size of the adapter's file. `fitting` is what fits
+    into the memory that was asked about, and None where none was.
     """
 
     base: str
@@ -59,6 +63,7 @@ class Plan:
     flops: int
     adapter_bytes: int
     traced: Traced
+    fitting: Fitting | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -102,7 +107,7 @@ class Plan:
             "terms": dict(self.terms),
             "phases": dict(self.phases),
             "flops": self.flops,
-        }
+        } | (self.fitting.to_dict() if self.fitting else {})
 
     def _rows(self) -> list[tuple[str, str, str]]:
         total = max(self.total_bytes, 1)
@@ -125,7 +130,8 @@ class Plan:
         ]
 
     def _tail(self) -> str:
-        return "peaks    " + "  ".join(f"{name} {said(size)}" for name, size in self.phases.items())
+        peaks = "peaks    " + "  ".join(f"{name} {said(size)}" for name, size in self.phases.items())
+        return f"{peaks}\n{self.fitting}" if self.fitting else peaks
 
     def __str__(self) -> str:
         lines = [line for line in self._head() if line]
@@ -162,6 +168,7 @@ def plan(
     labelled: float = 1.0,
     evaluation_rows: int = 0,
     device: str = "cpu",
+    memory: str | float | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
@@ -172,7 +179,8 @@ def plan(
     the share of the tokens that the loss reads; `recompute` says what is computed twice to hold less, as in training.
     `optimizer` is `adamw` or one of the others of a run (`train.optimizer`).
     `dtype` "auto" is float32 on a CPU, elsewhere the checkpoint's own. `device` is "cpu" or "cuda": one that is meant,
-    not one that must be there.
+    not one that must be there. With `memory`, bytes or a text such as "24GB", the plan's `fitting` tells what of this
+    and of its cheaper forms fits into so much, and the largest batch, length and rank; that takes some twenty plans.
 
     Raises ModelError, MethodError, SiteError and PlanError with everything that is wrong.
 
@@ -181,12 +189,17 @@ def plan(
         >>> found = plan("bundled", "lora(rank=8)", batch=4, length=128)
         >>> found.trainable, found.fits("2GB")
         (71680, True)
+        >>> found = plan("bundled", "lora(rank=8)", batch=4, length=128, memory="2GB")
+        >>> found.fitting.fits, found.fitting.options[1].changes
+        (True, '--set train.recompute=feedforward')
     """
-    return asked(
+    room = memory_bytes(memory) if memory is not None else None
+    step = asked(
         base, method, dtype=dtype, batch=batch, accumulate=accumulate, length=length, task=task, classes=classes,
         recompute=recompute, quantize=quantize, optimizer=optimizer, labelled=labelled,
         evaluation_rows=evaluation_rows, device=device, revision=revision, trust_remote_code=trust_remote_code,
-    ).plan()  # fmt: skip
+    )  # fmt: skip
+    return step.plan() if room is None else step.plan_within(room)
 
 
 def asked(
@@ -300,6 +313,13 @@ class Asked:
             adapter_bytes=traced.adapter_bytes,
             traced=traced,
         )
+
+    def plan_within(self, memory: str | float) -> Plan:
+        """The plan with what fits into `memory` as its `fitting`. Raises as `plan`, and PlanError for no amount."""
+        from graftlm.planning.fitting import fitting  # which is built on plans
+
+        found = fitting(self, memory)
+        return replace(found.asked, fitting=found)
 
 
 def config_of(base: Any, **options: Any) -> Any:

@@ -74,7 +74,18 @@ def test_keys_are_unique_so_that_a_misplaced_one_has_one_home():
 
 def test_flags_follow_the_schema():
     assert [flag.label for flag in FLAGS] == [
-        *("DATA", "--test", "--map", "--model", "--quantize", "--device-map", "--max-memory", "--method", "--from"),
+        *(
+            "DATA",
+            "--test",
+            "--map",
+            "--stream",
+            "--model",
+            "--quantize",
+            "--device-map",
+            "--max-memory",
+            "--method",
+            "--from",
+        ),
         *("--task", "--epochs", "--steps", "--lr", "--batch", "--max-length", "--optimizer", "--seed", "--track"),
         *("--reward", "--out", "--config", "--set"),
     ]

@@ -64,6 +64,7 @@ SHOWN = {
     "reinforcement.value_clip",
     "start", "train.track", "data.test",  # tests/training/test_{starting,tracking,last_test}
     "data.prompt", "data.label_words", "data.group", "data.mixture",  # tests/data/test_data_{prompting,sources}
+    "data.stream", "data.buffer", "train.group_by_length",  # tests/training/test_streaming
 }  # fmt: skip
 
 

@@ -24,6 +24,8 @@ def _option(flag: Flag) -> Callable[[Any], Any]:
     """The click option (or argument) for one flag; its value stays text, `resolve` reads and checks it."""
     if flag.is_argument:
         return click.argument(flag.key, required=False, metavar=f"[{flag.names[0]}]")
+    if flag.kind == "true or false":
+        return click.option(*flag.names, flag.key, flag_value="true", is_flag=True, default=None, help=flag.help)
     text = flag.help + (f": {', '.join(flag.choices)}" if flag.choices else "")
     metavar = "NAME" if flag.choices else _METAVARS.get(flag.kind, _PAIRS.get(flag.key, "TEXT"))
     return click.option(*flag.names, flag.key, metavar=metavar, multiple=flag.repeatable, help=text)

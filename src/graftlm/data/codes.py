@@ -21,6 +21,7 @@ CODES: dict[str, str] = {
     "D114": "the files of a folder do not belong together",
     "D115": "rows of a source are used as often as its weight says",
     "D116": "a data set cannot be fetched from a hub",
+    "D117": "rows cannot be read while training: they are needed at once, or in a form that is read at once",
     "D120": "a value is missing where text is wanted",
     "D121": "a value has the wrong type",
     "D122": "a text is empty",

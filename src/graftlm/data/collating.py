@@ -173,7 +173,8 @@ class MaskingCollator:
         return self.inner([self._hidden(item) for item in items])
 
     def _hidden(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        draw = np.random.default_rng([self.seed, self.epoch, int(item.get("row", 0)), int(item.get("block", 0))])
+        epoch = int(item.get("pass", self.epoch))  # rows of a stream say themselves which pass it is
+        draw = np.random.default_rng([self.seed, epoch, int(item.get("row", 0)), int(item.get("block", 0))])
         ids = list(item["input_ids"])
         open_ = [at for at, token in enumerate(ids) if token not in self.control]
         labels = [IGNORED] * len(ids)

@@ -36,7 +36,9 @@ from graftlm.errors import DataError, Finding, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ONLINE", "Prepared", "hold_out", "look", "prepare"]
+    from graftlm.data.streaming import Stream
+
+__all__ = ["ONLINE", "Prepared", "hold_out", "labels_of", "look", "prepare"]
 
 _FEW_DOCUMENTS = 20  # below this, long texts are divided inside rather than from one another
 _SHARE_OF_DOCUMENT = 0.05
@@ -71,10 +73,14 @@ class Prepared:
     sha256: dict[str, str]
     #: Rows for a last test, which neither training nor its evaluations see.
     test: list[Item] = field(default_factory=list)
+    #: How rows become items, for rows that come later.
+    encoder: Any = field(default=None, compare=False)
+    #: All training rows, where they are read while training; `train` are then the first of them.
+    stream: Stream | None = None
 
 
 def prepare(
-    path: str | Path | Mapping[str | Path, float],
+    path: str | Path | Table | Mapping[str | Path, float],
     eval_path: str | Path | None = None,
     format: str = "auto",
     mapping: Mapping[str, str] | None = None,
@@ -98,13 +104,15 @@ def prepare(
     prompt: PromptTemplate | None = None,
     group: str | None = None,
     test: str | Path | float | None = None,
+    partial: bool = False,
 ) -> Prepared:
     """Reads, recognises, checks, splits and tokenises.
 
     Args:
-        path: the training file, or a folder of files; or several with their weights: of a source of weight 2.5 each
-            training row is there twice and half of them a third time, drawn by the seed; of one of weight 0.5 half of
-            them. Rows that are not drawn are listed in `Prepared.rejected`. Held-out rows have no weights.
+        path: the training file, a folder of files, or rows that were read; or several files with their weights: of a
+            source of weight 2.5 each training row is there twice and half of them a third time, drawn by the seed; of
+            one of weight 0.5 half of them. Rows that are not drawn are listed in `Prepared.rejected`. Held-out rows
+            have no weights.
         eval_path: a file with eval rows of the same columns; without it, `eval_share` of the training rows is held out.
         format: see `read_rows`.
         mapping: role to column, see `recognise`.
@@ -129,6 +137,8 @@ def prepare(
         test: a file of rows for a last test, or a share of the training rows, which is held out before eval rows are.
         packing: the training rows are put one behind the other into rows of `max_length` tokens, without seeing one
             another.
+        partial: `path` has the first rows only, and those left out of it are told elsewhere: texts are not divided to
+            hold a part out, and a label may be there once.
 
     Raises:
         DataError: every fault of a stage at once; the stages are: both files read, columns recognised, rows checked,
@@ -142,7 +152,7 @@ def prepare(
     rows = _sorted(
         path, eval_path, format, mapping, eval_share, max_rows, drop_bad_rows, task, seed=seed, labels=labels,
         merge_labels=merge_labels, waived=waived, instead=instead, max_length=max_length, prompt=prompt,
-        by_head=by_head, group=group, test=test,
+        by_head=by_head, group=group, test=test, partial=partial,
         count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
     )  # fmt: skip
     reading, notes, names = rows.reading, rows.notes, rows.names
@@ -172,7 +182,7 @@ def prepare(
     )
     for part, name in ((rows.train, names[0]), (rows.held, names[1]), (rows.test, names[2])):
         items, supervision, out = encode(part, name) if part else ([], Supervision(), [])
-        rejected += out
+        rejected += out if sets or not partial else []
         sets.append((items, supervision))
     if packing and reading.task in ("lm", "sft") and not notes.errors:
         sets[0] = _packed(*sets[0], longest_allowed(tokenizer, max_length))
@@ -202,11 +212,12 @@ def prepare(
         pad_id=pad_id,
         sha256=rows.sha256,
         test=test_items,
+        encoder=encode,
     )
 
 
 def look(
-    path: str | Path | Mapping[str | Path, float],
+    path: str | Path | Table | Mapping[str | Path, float],
     eval_path: str | Path | None = None,
     format: str = "auto",
     mapping: Mapping[str, str] | None = None,
@@ -220,6 +231,7 @@ def look(
     waived: Collection[str] = (),
     group: str | None = None,
     test: str | Path | float | None = None,
+    partial: bool = False,
 ) -> tuple[Finding, ...]:
     """What is worth knowing of the rows as far as it can be told without a tokenizer; the arguments are `prepare`'s.
 
@@ -232,7 +244,7 @@ def look(
     """
     rows = _sorted(
         path, eval_path, format, mapping, eval_share, max_rows, drop_bad_rows, task, seed=seed,
-        merge_labels=merge_labels, waived=waived, group=group, test=test,
+        merge_labels=merge_labels, waived=waived, group=group, test=test, partial=partial,
     )  # fmt: skip
     return _once(rows.notes.notes)
 
@@ -258,7 +270,7 @@ class _Rows:
 
 
 def _sorted(
-    path: str | Path | Mapping[str | Path, float],
+    path: str | Path | Table | Mapping[str | Path, float],
     eval_path: str | Path | None,
     format: str,
     mapping: Mapping[str, str] | None,
@@ -277,11 +289,13 @@ def _sorted(
     by_head: bool = False,
     group: str | None = None,
     test: str | Path | float | None = None,
+    partial: bool = False,
     count_tokens: Callable[[str], int] | None = None,
 ) -> _Rows:
     """Reads, recognises, checks and splits; see `prepare`."""
     _check_arguments(eval_path, eval_share, max_rows, max_length, test)
-    sources: dict[str | Path, float] = dict(path) if isinstance(path, Mapping) else {path: 1.0}
+    weights = list(path.values()) if isinstance(path, Mapping) else [1.0]
+    sources: list[str | Path | Table] = list(path) if isinstance(path, Mapping) else [path]
     test_path = None if isinstance(test, float) else test
     others = [place for place in (eval_path, test_path) if place is not None]
     tables = _read_all([*sources, *others], format, max_rows, drop_bad_rows)
@@ -308,7 +322,7 @@ def _sorted(
             merge_labels=merge_labels,
             count_tokens=count_tokens,
             # A source of several need not have every label.
-            is_eval=order >= len(sources) or labels is not None or len(sources) > 1,
+            is_eval=order >= len(sources) or labels is not None or len(sources) > 1 or partial,
             group=group if order < len(sources) else None,
         )
         for order, (table, reading) in enumerate(zip(tables, readings, strict=True))
@@ -335,13 +349,13 @@ def _sorted(
     if isinstance(test, float):
         train, tested = hold_out(train, reading, test, seed, notes, name, group, fix="--set data.test=null")
     if eval_path is None:
-        train, held = hold_out(train, reading, eval_share, seed, notes, name, group)
+        train, held = hold_out(train, reading, eval_share, seed, notes, name, group, whole=partial)
         eval_line = _eval_line(train, held)
     if tested:
         eval_line += f", test {counted(len(tested), 'row')}"
 
-    rejected = [fault for result in checked for fault in result.rejected]
-    train, undrawn = _weighed(train, bounds, list(sources.values()), seed, notes)
+    rejected = [fault for result in checked[partial:] for fault in result.rejected]
+    train, undrawn = _weighed(train, bounds, weights, seed, notes)
     rejected += undrawn
     known: Labels | None = None
     if reading.task in ("classify", "tag"):
@@ -350,7 +364,7 @@ def _sorted(
             _check_known_labels(part, known, notes, place)
         notes.settle()
         train, held, tested = (
-            [e for e in part if all(one in known for one in _labels_of(e))] for part in (train, held, tested)
+            [e for e in part if all(one in known for one in labels_of(e))] for part in (train, held, tested)
         )
     told_line = " + ".join(one.line for one in readings[: len(sources)])
     return _Rows(
@@ -434,7 +448,7 @@ def _packed(items: list[Item], told: Supervision, length: int | None) -> tuple[l
     return rows, replace(told, what=what)
 
 
-def _labels_of(example: Example) -> tuple[Label, ...]:
+def labels_of(example: Example) -> tuple[Label, ...]:
     """Every label of a row: one, several, or a tag for each word."""
     if example.tags:
         return example.tags
@@ -443,7 +457,7 @@ def _labels_of(example: Example) -> tuple[Label, ...]:
 
 def _labels_in(examples: list[Example], task: str) -> Labels:
     several = task == "classify" and any(isinstance(e.label, tuple) for e in examples)
-    return Labels.of((one for e in examples for one in _labels_of(e)), several=several)
+    return Labels.of((one for e in examples for one in labels_of(e)), several=several)
 
 
 def _check_arguments(
@@ -471,11 +485,14 @@ def _check_arguments(
         raise DataError(findings)
 
 
-def _read_all(paths: list[str | Path], format: str, max_rows: int | None, drop_bad_rows: bool) -> list[Table]:
+def _read_all(paths: list[str | Path | Table], format: str, max_rows: int | None, drop_bad_rows: bool) -> list[Table]:
     """Every file, or the faults of all of them."""
     tables: list[Table] = []
     findings: list[Finding] = []
     for path in paths:
+        if isinstance(path, Table):
+            tables.append(path)
+            continue
         try:
             tables.append(read_rows(path, format, max_rows, drop_bad_rows=drop_bad_rows))
         except DataError as error:
@@ -522,7 +539,7 @@ def _check_labels_together(examples: list[Example], notes: Notes) -> None:
     """What can only be said of the labels of all sources at once."""
     if len({isinstance(e.label, tuple) for e in examples}) > 1:
         notes.error("D121", "sources with one label a row beside sources with lists of labels")
-    elif len({name for e in examples for name in _labels_of(e)}) < 2:
+    elif len({name for e in examples for name in labels_of(e)}) < 2:
         notes.error("D128", "there are fewer than two labels in all sources: there is nothing to tell apart")
 
 
@@ -558,11 +575,16 @@ def hold_out(
     place: str,
     group: str | None = None,
     fix: str = "--set data.eval_share=null",
+    *,
+    whole: bool = False,
 ) -> tuple[list[Example], list[Example]]:
-    """Train and held-out examples of one file; arguments are `prepare`'s. Too few rows go to `notes`, with `fix`."""
+    """Train and held-out examples of one file; arguments are `prepare`'s. Too few rows go to `notes`, with `fix`.
+
+    Of fewer than 20 documents the ends are held out, or with `whole` some of them as they are.
+    """
     if share == 0:
         return examples, []
-    if reading.kind == "documents" and len(examples) < _FEW_DOCUMENTS and group is None:
+    if reading.kind == "documents" and len(examples) < _FEW_DOCUMENTS and group is None and not whole:
         halves = [(e, *split_document(e.texts[0], _SHARE_OF_DOCUMENT if share is None else share)) for e in examples]
         train = [replace(e, texts=(head,)) for e, head, _ in halves]
         return train, [replace(e, texts=(tail,)) for e, _, tail in halves if tail]
@@ -600,9 +622,9 @@ def _is_chat(examples: list[Example]) -> bool:
 
 
 def _check_known_labels(examples: list[Example], labels: Labels, notes: Notes, place: str) -> None:
-    strange = [e for e in examples if any(one not in labels for one in _labels_of(e))]
+    strange = [e for e in examples if any(one not in labels for one in labels_of(e))]
     if strange:
-        unknown = sorted({label_name(one) for e in strange for one in _labels_of(e) if one not in labels})
+        unknown = sorted({label_name(one) for e in strange for one in labels_of(e) if one not in labels})
         message = (
             f"{counted(len(strange), 'eval row')} with labels unknown to training: {listed(map(repr, unknown), 5)}"
         )

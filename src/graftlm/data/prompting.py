@@ -83,13 +83,15 @@ def prompted(
     drop_bad_rows: bool = False,
     instead: Mapping[str, str] | None = None,
     by_head: bool = False,
+    may_be_empty: bool = False,
 ) -> tuple[Table, str, dict[str, str], PromptTemplate]:
     """The table with prompts, the task and the mapping that are then right, and the template with all of its words.
 
     `auto` is `choice` where labels have words (`classify` with `by_head`, as encoders have it, and what stands
     `instead` of `sft` on an encoder-decoder), else what the other columns are good for: `classify` with a label,
     `sft` with a completion, `lm` with neither. For `choice`, `tfew`, `sft` and `seq2seq` labels without words are said
-    as they are. Faulty rows go to `notes`, or with `drop_bad_rows` to `Table.rejected`.
+    as they are. Faulty rows go to `notes`, or with `drop_bad_rows` to `Table.rejected`; that all are is an error (D104)
+    unless the table `may_be_empty`.
 
     Raises:
         DataError: D166 a column that is not there; D110 to D112 as `recognise` does for labels and completions.
@@ -112,19 +114,25 @@ def prompted(
             task = (instead or {}).get(task, task)
     if task in _CHOSEN or (task in _WRITTEN and (asked.words or not answered)):
         reading = recognise(table, "classify", {"text": asked.fields[0], **given})
-        return _with_words(table, asked, task, reading.columns["label"], notes, drop_bad_rows)
+        return _with_words(table, asked, task, reading.columns["label"], notes, drop_bad_rows, may_be_empty)
     role = "text" if task in _BY_HEAD else "prompt"
-    made, _ = _with_prompts(table, asked, None, notes, drop_bad_rows)
+    made, _ = _with_prompts(table, asked, None, notes, drop_bad_rows, may_be_empty)
     return made, task, given | {role: "prompt"}, asked
 
 
 def _with_words(
-    table: Table, asked: PromptTemplate, task: str, label: str, notes: Notes, drop_bad_rows: bool
+    table: Table,
+    asked: PromptTemplate,
+    task: str,
+    label: str,
+    notes: Notes,
+    drop_bad_rows: bool,
+    may_be_empty: bool,
 ) -> tuple[Table, str, dict[str, str], PromptTemplate]:
     if not asked.words:
         names = Labels.of(row[label] for row in table.rows if _is_label(row.get(label))).names
         asked = replace(asked, words={name: name for name in names})
-    made, labels = _with_prompts(table, asked, label, notes, drop_bad_rows)
+    made, labels = _with_prompts(table, asked, label, notes, drop_bad_rows, may_be_empty)
     words = list(asked.words.values())
     rows: list[Row] = []
     for row, name in zip(made.rows, labels, strict=True):
@@ -137,7 +145,7 @@ def _with_words(
 
 
 def _with_prompts(
-    table: Table, asked: PromptTemplate, label: str | None, notes: Notes, drop_bad_rows: bool
+    table: Table, asked: PromptTemplate, label: str | None, notes: Notes, drop_bad_rows: bool, may_be_empty: bool
 ) -> tuple[Table, list[str]]:
     """The sound rows with `prompt` filled in, and their labels by name, where `label` says in which column they are."""
     faults = Faults()
@@ -170,7 +178,7 @@ def _with_prompts(
     if not drop_bad_rows:
         faults.report(notes, table.path.name)
         notes.settle()
-    if not rows:
+    if not rows and not may_be_empty:
         raise DataError(Finding("D104", f"no row is left: all {len(rejected)} are faulty", table.path.name))
     columns = tuple(dict.fromkeys((*table.columns, "prompt")))
     return replace(table, rows=rows, places=places, rejected=rejected, columns=columns), labels

@@ -12,19 +12,21 @@ Example:
 
 from __future__ import annotations
 
+import collections
 import csv
 import hashlib
 import io
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from graftlm.data.wording import clip, counted, listed, number
 from graftlm.errors import DataError, Finding, nearest
 
-__all__ = ["FORMATS", "Rejected", "Row", "Table", "read_rows"]
+__all__ = ["FORMATS", "Rejected", "Row", "Table", "files_of", "read_rows", "tables_of", "within"]
 
 Row = dict[str, Any]
 
@@ -44,6 +46,7 @@ FORMATS: dict[str, str] = {
 _MAGIC = {b"PAR1": "Parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive or an Excel file", b"%PDF": "PDF"}
 _COUNTED_BYTES = 200_000_000  # a larger neighbour is named without its number of rows
 _CARET_WIDTH = 72
+_PART_CHARACTERS = 16_384  # of a text that is read while a run goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,9 @@ def read_rows(
         raise DataError(Finding("D104", "the file is empty", place=str(path)))
     reader = _Reader(path, max_rows, drop_bad_rows)
     if kind == "parquet":
-        reader.parquet()
+        with path.open("rb") as file:
+            reader.digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _exhaust(reader.parquet())
     else:
         content = path.read_bytes()
         reader.digest = hashlib.sha256(content).hexdigest()
@@ -105,16 +110,74 @@ def read_rows(
         if not text.strip():
             raise DataError(Finding("D104", "the file holds nothing but white space", place=str(path)))
         if kind in ("csv", "tsv"):
-            reader.delimited(text, "\t" if kind == "tsv" else ",")
+            first = text.lstrip("\n").partition("\n")[0]
+            lines = io.StringIO(text, newline="")
+            _exhaust(reader.delimited(lines, _delimiter(first, kind)))
         elif kind == "text":
             reader.add({"text": text}, f"{path.name}:1")
         elif format == "jsonl" or (format == "auto" and _looks_like_lines(text, kind)):
             kind = "jsonl"
-            reader.json_lines(text)
+            # Not splitlines(): U+2028 and its like are ordinary characters inside a JSON string.
+            _exhaust(reader.json_lines(text.split("\n")))
         else:
             kind = "json"
             reader.json_array(text)
     return reader.table(kind)
+
+
+def tables_of(path: Path, format: str = "auto", max_rows: int | None = None, *, chunk: int = 256) -> Iterator[Table]:
+    """The rows of a file in tables of at most `chunk` rows, read one after the other; never more than one is held.
+
+    Broken lines do not stop it: they are in `Table.rejected`. A plain text comes in parts that end with a line. The
+    tables have no `sha256`, and rows in `rejected` are numbered through the whole file.
+
+    Raises:
+        DataError: D101 to D104, D108, D113, and D117 for a JSON array, which has no rows before its end; D105 for a
+            quoted text in a CSV file that is never closed.
+    """
+    _must_exist(path)
+    kind = _format_of(path, format)
+    if path.stat().st_size == 0:
+        raise DataError(Finding("D104", "the file is empty", place=str(path)))
+    reader = _Reader(path, max_rows, drop_bad_rows=True)
+    if kind == "parquet":
+        yield from reader.in_tables(reader.parquet(chunk), kind, chunk)
+        return
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+        begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if kind == "json" and (format == "json" or begins == b"["):
+        message = "a JSON array has no rows before its end, so it cannot be read while a run goes on"
+        raise DataError(Finding("D117", message, path.name, "save it as JSONL, one object a line"))
+    if kind in ("json", "jsonl"):
+        with path.open("rb") as raw:
+            yield from reader.in_tables(reader.json_lines(_decoded_lines(raw)), "jsonl", chunk)
+        return
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        if kind == "text":
+            yield from reader.in_tables(reader.parts(lines), kind, chunk)
+        else:
+            first = head.decode("utf-8-sig", "replace").lstrip("\n").partition("\n")[0]
+            yield from reader.in_tables(reader.delimited(lines, _delimiter(first, kind)), kind, chunk)
+
+
+def _exhaust(steps: Iterator[None]) -> None:
+    collections.deque(steps, maxlen=0)
+
+
+def _decoded_lines(raw: Iterable[bytes]) -> Iterator[str]:
+    """Lines as text; bytes that are no UTF-8 become lone surrogates, which `_Reader` refuses."""
+    for at, line in enumerate(raw):
+        yield (line if at else line.removeprefix(b"\xef\xbb\xbf")).rstrip(b"\n").decode("utf-8", "surrogateescape")
+
+
+def _delimiter(first: str, kind: str) -> str:
+    """What parts the fields of a table whose first line is `first`."""
+    if kind == "tsv":
+        return "\t"
+    if "," not in first:  # spreadsheets of half of Europe write semicolons
+        return next((sign for sign in ";\t" if sign in first), ",")
+    return ","
 
 
 _PARTS = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
@@ -124,7 +187,7 @@ def _read_folder(path: Path, format: str, max_rows: int | None, drop_bad_rows: b
     """The rows of all data files of a folder. Raises as `read_rows`; D102 none there, D114 files that do not belong
     together.
     """
-    files = _files_of(path, format)
+    files = files_of(path, format)
     tables: list[Table] = []
     findings: list[Finding] = []
     rows = 0
@@ -150,20 +213,23 @@ def _read_folder(path: Path, format: str, max_rows: int | None, drop_bad_rows: b
         sha256=whole.hexdigest(),
         columns=tuple(dict.fromkeys(name for table in tables for name in table.columns)),
         rows=[row for table in tables for row in table.rows],
-        places=[_within(path, table, place) for table in tables for place in table.places],
-        rejected=[replace(r, place=_within(path, table, r.place)) for table in tables for r in table.rejected],
+        places=[within(path, table.path, place) for table in tables for place in table.places],
+        rejected=[replace(r, place=within(path, table.path, r.place)) for table in tables for r in table.rejected],
         capped=len(tables) < len(files) or any(table.capped for table in tables),
     )
 
 
-def _within(folder: Path, table: Table, place: str) -> str:
-    """A place in a file with the folders between."""
-    between = table.path.parent.relative_to(folder).as_posix()
+def within(folder: Path, file: Path, place: str) -> str:
+    """A place in a file of `folder` with the folders between."""
+    between = file.parent.relative_to(folder).as_posix()
     return place if between == "." else f"{between}/{place}"
 
 
-def _files_of(path: Path, format: str) -> list[Path]:
-    """The data files of a folder that can be rows of one table."""
+def files_of(path: Path, format: str) -> list[Path]:
+    """The data files of a folder that can be rows of one table, in the order of their names.
+
+    Raises DataError: D102 there is none, D114 they do not belong together.
+    """
     found = [
         file
         for file in sorted(path.rglob("*"))
@@ -200,12 +266,13 @@ class _Reader:
         self.header: list[str] | None = None
         self.digest = ""
         self.lines = 0  # rows met, good or bad
+        self.taken = 0  # good ones in tables that were handed over before
         self.capped = False
 
     @property
     def full(self) -> bool:
         """Whether `max_rows` are in, so that one more would only tell that there were more."""
-        return self.max_rows is not None and len(self.rows) >= self.max_rows
+        return self.max_rows is not None and self.taken + len(self.rows) >= self.max_rows
 
     def add(self, row: Row, place: str) -> None:
         self.lines += 1
@@ -242,21 +309,61 @@ class _Reader:
             capped=self.capped,
         )
 
-    def json_lines(self, text: str) -> None:
-        # Not splitlines(): U+2028 and its like are ordinary characters inside a JSON string.
-        for at, line in enumerate(text.split("\n"), start=1):
+    def in_tables(self, steps: Iterator[None], kind: str, chunk: int) -> Iterator[Table]:
+        """What `steps` bring in, in tables of at most `chunk` rows or faults."""
+        for _ in steps:
+            if len(self.rows) + len(self.faults) >= chunk:
+                yield self._handed_over(kind)
+        if self.rows or self.faults:
+            yield self._handed_over(kind)
+
+    def _handed_over(self, kind: str) -> Table:
+        columns = self.header or list(dict.fromkeys(name for row in self.rows for name in row))
+        rejected = [fault for _, fault in self.faults]
+        table = Table(self.path, kind, "", tuple(columns), self.rows, self.places, rejected, self.capped)
+        self.taken += len(self.rows)
+        self.rows, self.places, self.faults = [], [], []
+        return table
+
+    def readable(self, text: str, place: str) -> bool:
+        """Whether the text is UTF-8; else it is a fault."""
+        if not any("\udc80" <= character <= "\udcff" for character in text):
+            return True
+        self.fault("D106", "not UTF-8", place, text.encode("utf-8", "replace").decode())
+        return False
+
+    def parts(self, file: TextIO) -> Iterator[None]:
+        """A plain text in parts that end with a line, where lines are not longer than a part."""
+        begin = 1
+        while text := file.read(_PART_CHARACTERS):
+            text += file.readline(_PART_CHARACTERS)
+            place = f"{self.path.name}:{begin}"
+            begin += text.count("\n")
+            if self.full:
+                self.capped = True
+                return
+            if text.strip() and self.readable(text, place):
+                self.add({"text": text}, place)
+            yield
+
+    def json_lines(self, lines: Iterable[str]) -> Iterator[None]:
+        for at, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             if self.full:
                 self.capped = True
                 return
             place = f"{self.path.name}:{at}"
+            if not line.isascii() and not self.readable(line, place):
+                yield
+                continue
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 self.fault("D105", _json_message(error), f"{place}:{error.colno}", line, _caret(line, error.colno))
             else:
                 self.json_value(value, place)
+            yield
 
     def json_value(self, value: Any, place: str) -> None:
         if isinstance(value, dict):
@@ -300,17 +407,22 @@ class _Reader:
         except json.JSONDecodeError as error:
             raise _broken_json(error, name) from None
 
-    def delimited(self, text: str, delimiter: str) -> None:
+    def delimited(self, lines: Iterable[str], delimiter: str) -> Iterator[None]:
         name = self.path.name
         csv.field_size_limit(2**31 - 1)
-        first = text.lstrip("\n").partition("\n")[0]
-        if delimiter == "," and "," not in first:  # spreadsheets of half of Europe write semicolons
-            delimiter = next((sign for sign in ";\t" if sign in first), ",")
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        begun = ""  # the first line of the row that is being read
+
+        def kept() -> Iterator[str]:
+            nonlocal begun
+            for line in lines:
+                begun = begun or line
+                yield line
+
+        reader = csv.reader(kept(), delimiter=delimiter, strict=True)
         at = 0
         try:
             for cells in reader:
-                begin, at = at + 1, reader.line_num
+                begin, at, begun = at + 1, reader.line_num, ""
                 if not cells:
                     continue
                 if self.header is None:
@@ -318,6 +430,8 @@ class _Reader:
                 elif self.full:
                     self.capped = True
                     return
+                elif not all(cell.isascii() or self.readable(cell, f"{name}:{begin}") for cell in cells):
+                    pass
                 elif len(cells) == len(self.header):
                     self.add(dict(zip(self.header, cells, strict=True)), f"{name}:{begin}")
                 else:
@@ -326,27 +440,27 @@ class _Reader:
                     if len(cells) > len(self.header) and delimiter == ",":
                         message += '; a text with a comma needs "quotes"'
                     self.fault("D107", message, f"{name}:{begin}", cells, (clip(delimiter.join(cells), _CARET_WIDTH),))
+                yield
         except csv.Error as error:
-            line = (text.split("\n")[at : at + 1] or [""])[0]
+            line = begun.rstrip("\r\n")
             message = "a quoted text is never closed" if "unexpected end" in str(error) else str(error)
             raise DataError(
                 Finding("D105", message, f"{name}:{at + 1}", 'double a quote inside a quoted text: ""', (clip(line),))
             ) from None
 
-    def parquet(self) -> None:
+    def parquet(self, at_once: int = 65_536) -> Iterator[None]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with self.path.open("rb") as file:
-            self.digest = hashlib.file_digest(file, "sha256").hexdigest()
         try:
             with pq.ParquetFile(self.path) as file_:
                 self.header = list(file_.schema_arrow.names)
-                for batch in file_.iter_batches():
+                for batch in file_.iter_batches(at_once):
                     for row in batch.to_pylist():
                         self.add(row, f"{self.path.name} row {self.lines + 1}")
                         if self.capped:
                             return
+                        yield
         except (pa.ArrowException, OSError) as error:
             raise DataError(Finding("D113", clip(str(error), 100), str(self.path))) from None
 

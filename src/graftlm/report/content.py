@@ -120,9 +120,12 @@ def memory(run: RunFolder) -> list[Row]:
     return rows
 
 
+_DATA_LINES = ("line", "loss_line", "eval_line", "stream_line")
+
+
 def data_lines(run: RunFolder) -> list[str]:
     """The data lines as the run said them in a terminal, its columns parted by commas, and the counts of rows."""
-    lines = [re.sub(r"\s{2,}", ", ", run.text(f"data.{key}").strip()) for key in ("line", "loss_line", "eval_line")]
+    lines = [re.sub(r"\s{2,}", ", ", run.text(f"data.{key}").strip()) for key in _DATA_LINES]
     train, evaluation = run.number("data.train_rows"), run.number("data.eval_rows")
     if train is not None:
         held = f", {counted(evaluation, 'row')} kept for evaluation" if evaluation is not None else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import textwrap
@@ -51,6 +52,7 @@ CODES: dict[str, str] = {
 """Every code that the settings can give, with its meaning in one line."""
 
 _SAID_ONE_BY_ONE = 4  # foreign names; more of them share one finding, so that all fit into an error's twelve lines
+_ONLINE = ("grpo", "ppo", "rloo")
 _LISTED = 10  # lines of that list, so that the whole error has twelve
 _FIRST = {"data": "path", "model": "name"}  # what someone means who gives a section one value
 _YES_NO = {"yes": True, "on": True, "y": True, "1": True, "no": False, "off": False, "n": False, "0": False}
@@ -400,11 +402,44 @@ def contradictions(values: Mapping[str, Any]) -> list[Clash]:
     if starts_there and values.get("model.quantize", "unknown") is None:
         message = "start=loftq makes up for what packing lost, and the base is not packed (model.quantize)"
         found.append(Clash(("method", "model.quantize"), message, ("model.quantize", "nf4")))
+    if values.get("train.group_by_length") and values.get("task") in _ONLINE:
+        message = f"train.group_by_length does nothing for {values['task']}: the order of prompts is its own"
+        found.append(Clash(("train.group_by_length", "task"), message, ("train.group_by_length", False)))
+    if values.get("data.stream"):
+        found += _streamed(values)
     greedy = values.get("generate.temperature") == 0
     if greedy and values.get("generate.top_p", 1) < 1:
         top_p = number(values["generate.top_p"])
         message = f"generate.top_p {top_p} does nothing at generate.temperature 0 (greedy)"
         found.append(Clash(("generate.top_p", "generate.temperature"), message, ("generate.temperature", 0.7)))
+    return found
+
+
+def _streamed(values: Mapping[str, Any]) -> list[Clash]:
+    """What a stream of rows cannot be, since its rows are not there at once."""
+    found: list[Clash] = []
+
+    def unless(name: str, wanted: Any, why: str) -> None:
+        if name in values and values[name] != wanted and not (wanted is None and not values[name]):
+            message = f"data.stream and {name} are both set: {why}"
+            found.append(Clash((name, "data.stream"), message, (name, wanted), f"leave out {name} or --stream"))
+
+    unless("train.epochs", None, "how many rows a pass has is not known; say train.steps")
+    if values.keys() >= {"train.steps", "train.epochs"} and values["train.steps"] is values["train.epochs"] is None:
+        message = "data.stream needs train.steps: how many rows a pass has is not known"
+        found.append(Clash(("data.stream", "train.steps"), message, ("train.steps", 1000)))
+    every = "which rows these are is known only when all are read"
+    unless("data.eval_share", None, f"{every}; name a file, data.eval_path")
+    unless("data.group", None, every)
+    unless("data.mixture", {}, every)
+    unless("data.merge_labels", False, "labels are known before rows are read")
+    unless("train.packing", False, "texts are packed when all are there")
+    unless("train.group_by_length", False, "rows are put in order of length when all are there")
+    with contextlib.suppress(TypeError, ValueError):
+        if float(values.get("data.test") or 0) > 0:
+            unless("data.test", None, f"{every}; name a file")
+    if values.get("task") in _ONLINE:
+        unless("task", "sft", "prompts are asked again and again, and are few")
     return found
 
 

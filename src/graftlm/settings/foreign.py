@@ -149,7 +149,7 @@ NO_COUNTERPART: frozenset[str] = frozenset(
     adam_beta1 adam_beta2 adam_epsilon min_lr dataloader_num_workers num_workers
     preprocessing_num_workers dataset_num_proc dataset_processes dataset_prepared_path overwrite_cache
     overwrite_output_dir per_device_eval_batch_size eval_batch_size eval_sample_packing
-    pad_to_sequence_len group_by_length train_on_inputs remove_unused_columns ddp_timeout deepspeed fsdp fsdp_config
+    pad_to_sequence_len train_on_inputs remove_unused_columns ddp_timeout deepspeed fsdp fsdp_config
     local_rank tf32 plot_loss special_tokens fan_in_fan_out inference_mode
     ddp_find_unused_parameters label_smoothing_factor strict tokenizer_type model_type resume_from_checkpoint
     auto_resume_from_checkpoints load_best_model_at_end metric_for_best_model greater_is_better

@@ -127,6 +127,10 @@ class DataSettings(_Section):
         str | None, _text("Column whose equal values stay on one side: all trained on, or all held out", "author")
     ] = None
     max_rows: Annotated[int | None, _count("Most rows that are read, the first of the file", (100, 100_000))] = None
+    stream: Annotated[bool, _about("Read rows while training; needs --steps", "", "--stream")] = False
+    buffer: Annotated[
+        int, _count("Rows of a stream of which the next one is drawn; with 1 they come as in the file", (100, 100_000))
+    ] = 1000
     drop_bad_rows: Annotated[bool, _about("Leave out rows that cannot be used and list them, instead of stopping")] = (
         False
     )
@@ -203,6 +207,9 @@ class TrainSettings(_Section):
         int | None, _count("Most tokens of a row; without one, by the data", (128, 4096), "--max-length")
     ] = None
     packing: Annotated[bool, _about("Put texts one behind the other in one row; they do not see one another")] = False
+    group_by_length: Annotated[
+        bool, _about("Put rows of like length into one batch: less padding, another order of rows")
+    ] = False
     optimizer: Annotated[
         Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"],
         _about("AdamW in 32 or 8 bits, or paged", "adamw", "--optimizer"),

@@ -20,7 +20,8 @@ from graftlm.data import PromptTemplate, look
 from graftlm.data.codes import WAIVABLE
 from graftlm.data.fetching import fetched
 from graftlm.data.prepare import ONLINE
-from graftlm.data.reading import read_rows
+from graftlm.data.reading import Table, read_rows
+from graftlm.data.streaming import Source
 from graftlm.errors import DataError, EnvironmentFault, Finding, GraftError, SettingsError
 from graftlm.models.places import resolve_base
 from graftlm.settings import SETTINGS, Attempted, DataSettings, Resolved, RunSettings
@@ -65,8 +66,11 @@ def data_of(path: str | None) -> Path:
     return Path(name).expanduser()
 
 
-def sources_of(data: DataSettings) -> Path | dict[str | Path, float]:
-    """Where the training rows come from, with weights where there are several."""
+def sources_of(data: DataSettings) -> Path | dict[str | Path, float] | Source:
+    """Where the training rows come from, with weights where there are several; a `Source` where they are streamed."""
+    if data.stream:
+        name = data.path or ""
+        return Source(name if name.startswith("hub:") else str(data_of(data.path)), data.format, data.max_rows)
     if data.mixture:
         return {data_of(path): weight for path, weight in data.mixture.items()}
     return data_of(data.path)
@@ -158,19 +162,25 @@ def early_findings(attempted: Attempted) -> tuple[tuple[Finding, ...], tuple[Fin
             look_at()
 
     def rows() -> None:
-        path = sources_of(data)
+        path: Path | dict[str | Path, float] | Source | Table = sources_of(data)
+        partial = isinstance(path, Source)
+        if isinstance(path, Source):
+            if open_ & _READING:
+                return
+            path = path.head()
         if isinstance(path, Path) and path.is_file() and (open_ & _READING or path.stat().st_size > _MOST_BYTES):
             return
         if open_ & _ROWS or prompt_of(settings) is not None:  # how a prompt writes rows hangs on the base
-            for source in (path,) if isinstance(path, Path) else path:
-                read_rows(source, data.format, data.max_rows, drop_bad_rows=data.drop_bad_rows)
+            for source in path if isinstance(path, dict) else (path,):
+                if isinstance(source, (str, Path)):
+                    read_rows(source, data.format, data.max_rows, drop_bad_rows=data.drop_bad_rows)
             return
         codes = {code.strip() for code in (data.waive or "").split(",")}
         notes.extend(
             look(
                 path, data.eval_path, data.format, data.map, data.eval_share, data.max_rows, data.drop_bad_rows,
                 settings.task, seed=settings.train.seed, merge_labels=data.merge_labels, waived=codes,
-                group=data.group, test=test_of(data),
+                group=data.group, test=test_of(data), partial=partial,
             )
         )  # fmt: skip
 

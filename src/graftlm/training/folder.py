@@ -173,6 +173,11 @@ class RunFolder:
         temporary.write_text(lines_of(rows), encoding="utf-8")
         os.replace(temporary, self.path / name)
 
+    def add_line(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add `row` as a JSON line to the file `name`."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(lines_of([row]))
+
     def cut_metrics(self, after_step: int) -> None:
         """Forget the metrics after `after_step`: resuming will write them again."""
         if self.metrics.exists():

@@ -17,6 +17,7 @@ from graftlm.core import Method
 from graftlm.data import Prepared, prepare
 from graftlm.data.prepare import ONLINE
 from graftlm.data.reading import read_rows
+from graftlm.data.streaming import Source, prepare_streamed
 from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, SettingsError
 from graftlm.methods import Value, read_method
 from graftlm.models import head_of, is_encoder, load_config, load_tokenizer, resolve_base
@@ -114,8 +115,11 @@ def make_ready(settings: RunSettings, origin: Mapping[str, str]) -> Ready:
     path = attempt(lambda: sources_of(data))
     if tokenizer is None or path is None:
         if path is not None:
-            for one in (path,) if isinstance(path, Path) else path:  # faults that need no tokenizer
-                attempt(functools.partial(read_rows, one, data.format, data.max_rows))
+            for one in path if isinstance(path, dict) else (path,):  # faults that need no tokenizer
+                if isinstance(one, Source):
+                    attempt(one.head)
+                else:
+                    attempt(functools.partial(read_rows, one, data.format, data.max_rows))
         raise SettingsError(faults)
     config, tokenizer = tokenizer
     start: Start | None = None
@@ -197,7 +201,7 @@ def _tokenizer(settings: RunSettings, where: str) -> tuple[Any, Any]:
 
 def read_with(
     settings: RunSettings,
-    path: Path | Mapping[str | Path, float],
+    path: Path | Mapping[str | Path, float] | Source,
     tokenizer: Any,
     max_length: int | None,
     config: Any,
@@ -219,23 +223,27 @@ def read_with(
         max_length = room
     # With `auto`, what this kind of base can do with such rows.
     does = {"lm": "mlm"} if encoder else {"sft": "seq2seq"} if getattr(config, "is_encoder_decoder", False) else {}
+    options |= {
+        "eval_path": eval_path,
+        "format": data.format,
+        "mapping": data.map,
+        "test": test_of(data),
+        "drop_bad_rows": data.drop_bad_rows,
+        "tokenizer": tokenizer,
+        "max_length": max_length,
+        "seed": settings.train.seed,
+        "waived": {code.strip() for code in (data.waive or "").split(",")},
+        "instead": does,
+        "by_head": encoder,
+        "apart": bool(getattr(config, "is_encoder_decoder", False)),
+    }
+    if isinstance(path, Source):
+        return prepare_streamed(path, buffer=data.buffer, **options)
     return prepare(
         path,
-        eval_path=eval_path,
-        format=data.format,
-        mapping=data.map,
         eval_share=data.eval_share,
-        test=test_of(data),
         group=data.group,
         max_rows=data.max_rows,
-        drop_bad_rows=data.drop_bad_rows,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        seed=settings.train.seed,
         merge_labels=data.merge_labels,
-        waived={code.strip() for code in (data.waive or "").split(",")},
-        instead=does,
-        by_head=encoder,
-        apart=bool(getattr(config, "is_encoder_decoder", False)),
         **options,
     )

@@ -23,7 +23,9 @@ from transformers import TrainerCallback, TrainingArguments
 import graftlm
 from graftlm.core import Adapter, Method, Samples, attach, parameter_count, summary, use
 from graftlm.data import MaskingCollator, Prepared
+from graftlm.data.collating import length_of
 from graftlm.data.prepare import ONLINE
+from graftlm.data.reading import Rejected
 from graftlm.data.tokenising import histogram
 from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, RunError, SettingsError
 from graftlm.evaluation import losses
@@ -57,6 +59,7 @@ from graftlm.training.folder import RunFolder, free_folder, lines_of, resolved_o
 from graftlm.training.foresight import does_not_fit
 from graftlm.training.opening import Opened
 from graftlm.training.optimizers import named_for_trainer
+from graftlm.training.order import Streamed
 from graftlm.training.progress import Progress, Voice, clock
 from graftlm.training.ready import Ready, make_ready, read_with
 from graftlm.training.rewards import Reward as RewardFunction
@@ -71,7 +74,7 @@ __all__ = ["Run", "held_out_of", "train", "train_resolved"]
 
 _EVAL_ROWS_WHILE_TRAINING = 200
 _REWARDED_WHILE_TRAINING = 64
-_ROWS = "data/rows.jsonl"
+_ROWS, _REJECTED = "data/rows.jsonl", "data/rejected.jsonl"
 #: Operations from which on it is worth a few seconds to learn how fast the device is.
 _WORTH_A_CLOCK = 20e12
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -293,9 +296,9 @@ class _Work:
         trainer, progress = self._trainer(prepared, model, adapter)
         self.folder.write_record(self.record)  # first of all files: from here on the run can be resumed
         self.voice.keep_in(self.folder.log)
-        self.folder.write_lines(
-            "data/rejected.jsonl", [{"place": r.place, "reason": r.reason} for r in prepared.rejected]
-        )
+        self.folder.write_lines(_REJECTED, [{"place": r.place, "reason": r.reason} for r in prepared.rejected])
+        if prepared.stream is not None:
+            prepared.stream.tell = self._left_out
         stopped = self._train(trainer, progress, adapter)
         return self._finish(prepared, model, tokenizer, adapter, trainer, began_s, stopped)
 
@@ -345,7 +348,8 @@ class _Work:
 
     def _say_data(self, prepared: Prepared, limit: int | None) -> None:
         self.voice.say("data", prepared.line)
-        self.voice.say("", f"{len(prepared.train):,} rows to train on, {prepared.eval_line} never trained on")
+        count = f"{len(prepared.train):,} rows" if prepared.stream is None else "rows as they come"
+        self.voice.say("", f"{count} to train on, {prepared.eval_line} never trained on")
         for finding in prepared.notes:
             self.voice.say("note", str(finding))
         self.voice.say("loss on", prepared.supervision.line.removeprefix("loss on "))
@@ -355,7 +359,7 @@ class _Work:
             "line": prepared.line,
             "loss_line": prepared.supervision.line,
             "eval_line": prepared.eval_line,
-            "train_rows": len(prepared.train),
+            "train_rows": len(prepared.train) if prepared.stream is None else None,
             "eval_rows": len(prepared.eval),
             "test_rows": len(prepared.test),
             "sha256": prepared.sha256,
@@ -446,6 +450,10 @@ class _Work:
             raise RunError(Finding("U109", message, fix="put them back, or leave out --resume and give another -o"))
         self.record |= {"started": before["started"], "resumed": self.record["started"]}
 
+    def _left_out(self, row: Rejected) -> None:
+        """Note a row that a stream could not use; taken up again, a run meets it again."""
+        self.folder.add_line(_REJECTED, {"place": row.place, "reason": row.reason})
+
     # --- training ---
 
     def _trainer(self, prepared: Prepared, model: Any, adapter: Adapter) -> tuple[GraftTrainer, Progress]:
@@ -465,6 +473,8 @@ class _Work:
         epoch_steps = -(-len(prepared.train) // (micro * train.accumulate))
         updates = decide_updates(prepared.task, self.settings.reinforcement.updates)
         epoch_steps *= updates
+        if prepared.stream is not None:  # how many steps a pass has is not known
+            epoch_steps = -(-(train.steps or 1) // 10)
         eval_steps = train.eval_every or epoch_steps
         self.record["decided"] = {"learning_rate": self.learning_rate, "epochs": None if train.steps else epochs}
         if online:
@@ -536,7 +546,8 @@ class _Work:
             ),
             recompute=train.recompute,
             rollout=rollout,
-            train_dataset=prepared.train,
+            lengths=[length_of(item) for item in prepared.train] if train.group_by_length else None,
+            train_dataset=prepared.train if prepared.stream is None else Streamed(prepared.stream),
             eval_dataset=held,
             data_collator=self.collate,
             callbacks=callbacks,
@@ -621,6 +632,9 @@ class _Work:
             for sample in samples[:2]:
                 for part in ("prompt", "base", "tuned"):
                     self.voice.say("sample" if part == "prompt" else "", f"{part:<7}{_clip(sample[part])}")
+        if prepared.stream is not None:
+            counts = prepared.stream.counts
+            self.record["data"] |= {"train_rows": counts.used, "stream": counts.to_dict(), "stream_line": counts.line}
         self.record |= {
             "status": "stopped" if stopped else "done",
             "finished": _now(),
@@ -643,6 +657,8 @@ class _Work:
         self.voice.say(how, f"{steps} steps in {clock(seconds)}, scores on {results['eval_rows']:,} held-out rows:")
         for score in results["scores"]:
             self.voice.say("", f"  {score['title']:<30} {score_line(score, results)}")
+        if "stream_line" in self.record["data"]:
+            self.voice.say("rows", self.record["data"]["stream_line"])
         if "test" in results:
             self.voice.say("test", f"{results['test']['rows']:,} rows, looked at once: {results['test']['line']}")
 

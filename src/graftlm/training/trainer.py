@@ -14,13 +14,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
@@ -30,6 +32,7 @@ from graftlm.errors import Finding, RunError
 from graftlm.kernels import Recompute, fuse
 from graftlm.objectives import Objective, Reference, settle
 from graftlm.training import checkpoint
+from graftlm.training.order import ByLength
 from graftlm.training.rollout import RepeatedPrompts, Rollout
 
 __all__ = ["GraftTrainer"]
@@ -45,7 +48,8 @@ class GraftTrainer(Trainer):
 
     `evaluate_with` gives the held-out scores when the Trainer asks for an evaluation. `learning_rate_of` gives each
     part of a sum of methods its own rate; without it all have that of the arguments. While it trains, the model is
-    fused (`graftlm.kernels.fuse`), and `recompute` says what is computed twice to hold less.
+    fused (`graftlm.kernels.fuse`), and `recompute` says what is computed twice to hold less. With `lengths`, in tokens,
+    rows of like length share a batch.
     """
 
     #: `compute_loss` divides by the count of the whole step already.
@@ -62,11 +66,13 @@ class GraftTrainer(Trainer):
         learning_rate_of: Callable[[Method], float] | None = None,
         recompute: Recompute = "none",
         rollout: Rollout | None = None,
+        lengths: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         self.adapter: Adapter = adapter
         self.objective: Objective = objective
         self.rollout = rollout
+        self.lengths = lengths
         self.evaluate_with, self.learning_rate_of = evaluate_with, learning_rate_of
         self.recompute: Recompute = recompute
         #: The model before training, for objectives that compare with it.
@@ -100,7 +106,21 @@ class GraftTrainer(Trainer):
         with fuse(self.adapter.model, recompute=self.recompute):
             return super().train(*args, **options)
 
+    def get_train_dataloader(self) -> Any:
+        """The batches; of a stream each process takes its own in turn."""
+        rows: Any = self.train_dataset
+        if not isinstance(rows, IterableDataset):
+            return super().get_train_dataloader()
+        size = self.args.per_device_train_batch_size
+        if self.args.world_size > 1:
+            rows = IterableDatasetShard(
+                rows, batch_size=size, num_processes=self.args.world_size, process_index=self.args.process_index
+            )
+        return DataLoader(rows, batch_size=size, collate_fn=self.data_collator)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.lengths is not None:
+            return ByLength(self.lengths, self.get_total_train_batch_size(self.args), self.args.seed)
         if self.rollout is None or self.rollout.updates == 1:
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -19,11 +19,13 @@ from graftlm.comparison.bench import Bench, flops_of, open_bench
 from graftlm.comparison.budgets import count, sized
 from graftlm.comparison.comparing import next_factor
 from graftlm.comparison.incontext import in_context, prompted
+from graftlm.comparison.measures import MEASURES, measure_of
 from graftlm.comparison.settings import ComparisonSettings, read_budget
 from graftlm.comparison.summary import break_even, pareto, summarised
-from graftlm.errors import GraftError
+from graftlm.errors import Finding, GraftError, RunError
 from graftlm.methods import read_method
-from training.tiny_runs import answered_rows, labelled_rows, texts, write_jsonl
+from graftlm.training import trainer
+from training.tiny_runs import answered_rows, labelled_rows, rows_for, texts, write_jsonl
 
 Compare = Callable[..., Comparison]
 
@@ -142,7 +144,7 @@ def test_another_task_is_asked_with_the_adapter_on(
 
     def noting(model: Any, known: Any, asked: Any, collate: Any) -> list[int]:
         ids = {key: collate(asked[:2])[key] for key in ("input_ids", "attention_mask")}
-        seen.setdefault(len(asked), []).append(float(model.base_model(**ids)[0].square().sum()))
+        seen.setdefault(len(asked), []).append(float(model.base_model(**ids)[0].detach().square().sum()))
         return [0] * len(asked)
 
     monkeypatch.setattr(bench, "probe_baseline", noting)
@@ -164,6 +166,27 @@ def test_the_test_rows_are_scored_once_and_no_learning_rate_is_chosen_by_them(
     monkeypatch.setattr(Bench, "scored", noting)
     small()
     assert seen == ["validation"] * 4 + ["test"] * 4
+
+
+def test_a_rate_that_breaks_training_down_is_out_and_the_comparison_goes_on(
+    small: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = Bench.fitted
+
+    def breaking(self: Bench, method: Any, *, factor: float = 1.0, **options: Any) -> Any:
+        if factor == 3.0:
+            raise RunError(Finding("U113", "the loss is nan at step 2"))
+        return fitted(self, method, factor=factor, **options)
+
+    monkeypatch.setattr(Bench, "fitted", breaking)
+    found = small()
+    assert [c["factor"] for c in found.contestants if c["kind"] == "trained"] == [1.0, 1.0]
+    assert "the loss is nan at step 2" in (found.folder / "log.txt").read_text()
+
+
+def test_a_loss_that_explodes_does_not_stop_a_comparison(small: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_TIMES", -100)  # every loss is an explosion
+    assert len(small(steps=9, trials=1, seeds=1).contestants) == 5
 
 
 def test_a_folder_with_another_comparison_is_left_alone(small: Compare, tmp_path: Path) -> None:
@@ -322,6 +345,49 @@ def test_answers_with_prompting_forgetting_and_full_fine_tuning(tiny_base: Path,
     assert (found.folder / "table.md").read_text().count("\n") == 2 + len(found.contestants)
 
 
+# --- tasks ---
+
+_BASES = {"seq2seq": "tiny_t5", "dpo": "tiny_base", "tfew": "tiny_base", "lm": "tiny_base", "sft": "tiny_base"}
+
+
+@pytest.mark.parametrize("task", sorted(MEASURES))
+def test_every_task_is_compared(task: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    made = [{"text": text} for text in texts(24).split("\n\n")] if task in ("lm", "mlm") else rows_for(task, 24)
+    rows = write_jsonl(tmp_path / "rows.jsonl", made)
+    found = compare(
+        rows, base=request.getfixturevalue(_BASES.get(task, "tiny_bert")), methods=["lora(rank=2)"], seeds=2, trials=2,
+        steps=2, batch=4, task=task, quiet=True, output=tmp_path / "out", threads=1, waive=("D129", "D131"),
+    )  # fmt: skip
+    by_name = {row["name"]: row for row in found.contestants}
+    assert {"lora-rank-2", "full"} < by_name.keys(), "no baseline"
+    assert by_name["full"]["score"] != by_name["lora-rank-2"]["score"] or MEASURES[task].higher_is_better
+    assert found.record["base"]["sha256_before"] == found.record["base"]["sha256_after"]
+    assert by_name["lora-rank-2"]["cost"]["query_flops"] > 0
+    assert MEASURES[task].title in found.report.read_text()
+
+
+def test_rows_with_several_labels_are_compared(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [
+        {"text": row["text"], "labels": [row["label"], "urgent"] if at % 3 else []}
+        for at, row in enumerate(labelled_rows(24))
+    ]
+    found = compare(
+        write_jsonl(tmp_path / "rows.jsonl", rows), base=tiny_bert, methods=["bitfit"], seeds=1, trials=1, steps=2,
+        batch=4, quiet=True, output=tmp_path / "out", waive=("D129",),
+    )  # fmt: skip
+    assert found.record["summary"]["measure"] == "share of labels right"
+    assert {row["name"] for row in found.contestants} == {"bitfit", "full", "majority"}
+
+
+def test_tasks_in_which_a_row_has_no_score_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", rows_for("kto", 24))
+    with pytest.raises(GraftError, match="rows are for kto") as caught:
+        compare(rows, base=tiny_base, methods=["lora", "ia3"], output=tmp_path / "out", quiet=True)
+    assert caught.value.findings[0].code == "U150"
+    with pytest.raises(GraftError, match="fix: --task reward"):
+        ComparisonSettings(task="rewards")
+
+
 # --- the summary ---
 
 
@@ -341,7 +407,7 @@ def test_the_summary_sees_what_is_there_and_not_what_is_not() -> None:
     runs.append(run("majority", 0, difficulty < 0.5))
     lines = [{"name": name, "title": name, "kind": "trained"} for name in ("bad", "good", "same")]
     lines.append({"name": "majority", "title": "majority", "kind": "baseline"})
-    found = summarised(lines, runs, truth=[0] * 300, labels=1)
+    found = summarised(lines, runs, measure_of("classify"), truth=[0] * 300, labels=1)
     verdicts = {frozenset((pair["one"], pair["other"])): pair["verdict"] for pair in found["pairs"]}
     assert verdicts[frozenset(("good", "same"))] == "not distinguishable"
     assert verdicts[frozenset(("good", "bad"))] != "not distinguishable"

@@ -13,7 +13,7 @@ from graftlm.core import Samples, adapters, attach, use
 from graftlm.errors import MethodError, NotMergeable
 from graftlm.methods import AdaLoRA, LoRA, Prune, ReZero, Sparse, VeRA
 from graftlm.methods.prune import lowest
-from graftlm.methods.scoring import FROM_DATA, best
+from graftlm.methods.scoring import FROM_DATA, best, scores_from_data
 from graftlm.methods.sparse import SparseDelta
 from models_for_tests import inputs_for, logits_of, loss_of, perturb, tiny
 
@@ -455,3 +455,12 @@ def test_a_merge_that_keeps_the_zeros(model_name):
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
     pruned.merge()
     assert max(zeros()) < 0.1
+
+
+def test_the_fisher_information_of_a_number_is_not_nothing():
+    """Labels of a model with one output are drawn around it: by a softmax every score would be zero."""
+    model = tiny("bert")
+    model.classifier = torch.nn.Linear(model.config.hidden_size, 1)
+    data = [{**batch, "labels": torch.randn(3)} for batch in batches(model)]
+    (score,) = scores_from_data(model, [model.bert.encoder.layer[0].output.dense.weight], "fisher", Samples(data))
+    assert float(score.sum()) > 0

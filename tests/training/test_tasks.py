@@ -97,6 +97,32 @@ def test_one_table_says_all_tasks() -> None:
     assert all(task.measure.key != task.second.key for task in TASKS.values())
 
 
+@pytest.mark.parametrize("score", ["snip", "fisher"])
+@pytest.mark.parametrize(
+    ("rows", "asked", "base"),
+    [
+        ("dpo", "auto", "tiny_base"), ("dpo", "auto", "tiny_t5"), ("dpo", "reward", "tiny_bert"),
+        ("kto", "auto", "tiny_base"), ("choice", "auto", "tiny_bert"), ("choice", "tfew", "tiny_base"),
+        ("multi", "auto", "tiny_bert"), ("regress", "auto", "tiny_bert"), ("tag", "auto", "tiny_bert"),
+        ("seq2seq", "auto", "tiny_t5"),
+    ],
+    ids=lambda value: value,
+)  # fmt: skip
+def test_what_to_train_is_chosen_by_the_rows_of_every_task(
+    rows: str, asked: str, base: str, score: str, tiny: Tiny, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", rows_for(rows))
+    run = tiny(data, task=asked, base=request.getfixturevalue(base), method=f"sparse(score={score})", steps=1)
+    assert all(row["loss"] > 0 for row in metrics_of(run.folder) if "loss" in row)
+
+
+def test_what_is_chosen_by_answers_is_refused_where_there_are_none_yet(tiny: Tiny, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Which one, {at}?"} for at in range(12)])
+    with pytest.raises(GraftError, match="rows of rloo have none yet") as caught:
+        tiny(data, task="rloo", method="sparse(score=gradient)", reward="regex:o")
+    assert caught.value.findings[0].code == "T122"
+
+
 @pytest.mark.parametrize(
     ("asked", "base"), [("auto", "tiny_base"), ("auto", "tiny_bert"), ("tfew", "tiny_base"), ("tfew", "tiny_t5")]
 )

@@ -47,6 +47,7 @@ _TIMES = {"s": 1, "min": 60, "h": 3600}
 @click.option("--max-rows", type=click.IntRange(6), metavar="COUNT", help="Most rows that are read.")
 @click.option("--max-length", type=click.IntRange(2), metavar="COUNT", help="Most tokens of a row.")
 @click.option("--map", "mapping", metavar="ROLE=COLUMN", help="Which column of DATA plays which role.")
+@click.option("--task", metavar="TASK", help="What is learnt, as for train; without one, what the rows look like.")
 @click.option("--waive", metavar="CODES", help="Findings on the data that are not to stop it.")
 @click.option("--threads", type=click.IntRange(1), metavar="COUNT", help="Processor threads; without one, all.")
 @click.option("-o", "--out", "output", metavar="FOLDER", help="Keep every trial there, in choice.json.")

@@ -51,7 +51,7 @@ __all__ = ["verb"]
 @click.option("--max-rows", type=click.IntRange(6), metavar="COUNT", help="Most rows of each file that are read.")
 @click.option("--max-length", type=click.IntRange(2), metavar="COUNT", help="Most tokens of a row.")
 @click.option("--map", "mapping", metavar="ROLE=COLUMN", help="Which column of DATA plays which role.")
-@click.option("--task", type=click.Choice(["auto", "lm", "sft", "classify"]), default="auto", help="What is learnt.")
+@click.option("--task", metavar="TASK", help="What is learnt, as for train; without one, what the rows look like.")
 @click.option("--general", metavar="FILE", help="Texts on which it is measured what each method forgets.")
 @click.option("--other", metavar="FILE", help="Rows of another task on which the same is measured.")
 @click.option(

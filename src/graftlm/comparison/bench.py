@@ -22,48 +22,29 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from graftlm.comparison.measures import MEASURES, Scored, measure_of
 from graftlm.comparison.settings import ComparisonSettings
 from graftlm.core import Adapter, Method, Samples, WholeParameterDelta, attach, use
-from graftlm.data import Collator, Labels, Template, prepare
+from graftlm.data import Collator, MaskingCollator, Prepared, prepare
+from graftlm.data.collating import length_of
 from graftlm.data.splitting import split
 from graftlm.errors import Finding, RunError
 from graftlm.evaluation import losses, probe_baseline
-from graftlm.evaluation.classes import class_probabilities
+from graftlm.evaluation.losses import Collate
 from graftlm.methods import Head
-from graftlm.models import load_base, load_config, load_tokenizer, resolve_base
-from graftlm.objectives import OBJECTIVES, CausalLM, Objective
+from graftlm.models import head_of, load_base, load_config, load_tokenizer, resolve_base
+from graftlm.objectives import CausalLM, Objective, Reference, settle
+from graftlm.objectives.reference import Standing
 from graftlm.training import GraftTrainer
+from graftlm.training.callbacks import OtherTokensEachEpoch
 from graftlm.training.decisions import decide_epochs, decide_learning_rates, decide_length, with_head
 from graftlm.training.early import context_of
+from graftlm.training.ready import kind_of
+from graftlm.training.tasks import Learnt
 
-__all__ = ["Bench", "Cost", "Scored", "flops_of", "open_bench"]
+__all__ = ["Bench", "Cost", "flops_of", "open_bench"]
 
-TASKS = ("classify", "sft", "lm")
 _COUNTED = 4  # batches whose operations are counted
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scores of one model on some rows, row by row.
-
-    `values` [rows] are 1 for right and 0 for wrong, or summed losses in nats over `counts` tokens; `predicted` are
-    class ids, None for texts.
-    """
-
-    values: np.ndarray
-    counts: np.ndarray
-    nats: np.ndarray
-    predicted: list[int] | None
-
-    @property
-    def mean(self) -> float:
-        """Accuracy, or loss in nats per token."""
-        return float(self.values.sum() / self.counts.sum())
-
-    @property
-    def mean_nats(self) -> float:
-        """Loss in nats per row or token."""
-        return float(self.nats.sum() / self.counts.sum())
 
 
 @dataclass(frozen=True)
@@ -90,13 +71,11 @@ class Bench:
         self,
         model: Any,
         tokenizer: Any,
-        task: str,
+        prepared: Prepared,
         train: list[Any],
         validation: list[Any],
-        test: list[Any],
         *,
-        labels: Labels | None,
-        template: Template | None,
+        test: list[Any],
         max_length: int,
         settings: ComparisonSettings,
         sha256: Mapping[str, str],
@@ -104,13 +83,24 @@ class Bench:
         general: Sequence[Any] = (),
         other: tuple[Sequence[Any], Sequence[Any]] = ((), ()),
     ) -> None:
-        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.tokenizer, self.task, self.labels = tokenizer, prepared.task, prepared.labels
         self.train, self.validation, self.test, self.general = train, validation, test, list(general)
-        self.other = other
-        self.labels, self.template, self.max_length, self.settings = labels, template, max_length, settings
+        self.other, self.template = other, prepared.template
+        self.max_length, self.settings = max_length, settings
         self.sha256, self.lines = dict(sha256), tuple(lines)
-        self.collate = Collator(tokenizer.pad_token_id, max_length=context_of(model.config))
-        self.objective: Objective = CausalLM.of(model) if OBJECTIVES[task] is CausalLM else OBJECTIVES[task]()
+        self.learnt = Learnt(
+            prepared.task,
+            model,
+            tokenizer,
+            labels=prepared.labels,
+            scale=prepared.scale,
+            template=prepared.template,
+            longest=context_of(model.config),
+        )
+        self.model = model
+        self.measure = measure_of(prepared.task, prepared.labels)
+        self.collate = self.learnt.collator()  # hides the same tokens each time, where tokens are hidden
+        self.objective: Objective = self.learnt.objective()
         self.width = int(model.get_input_embeddings().weight.shape[-1])
         per_epoch = -(-len(train) // settings.batch)
         epochs = settings.epochs or decide_epochs(len(train))
@@ -120,9 +110,14 @@ class Bench:
         self.last_step_seconds = 0.0
 
     @property
-    def is_classification(self) -> bool:
-        """Whether rows have labels."""
-        return self.task == "classify"
+    def has_classes(self) -> bool:
+        """Whether every row has one label of some."""
+        return self.task == "classify" and self.labels is not None and not self.labels.several
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether the task needs a head that the base does not bring."""
+        return head_of(self.task, self.learnt.model.config) in ("sequence", "token")
 
     @property
     def base_parameters(self) -> int:
@@ -134,7 +129,7 @@ class Bench:
         digest = hashlib.sha256()
         prefix = self.model.base_model_prefix + "."
         for name, tensor in sorted(self.model.state_dict().items()):
-            if not self.is_classification or name.startswith(prefix):
+            if not self.has_new_head or name.startswith(prefix):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -142,8 +137,8 @@ class Bench:
     # --- training ---
 
     def whole(self, method: Method) -> Method:
-        """`method` with the head that a classifier needs."""
-        return with_head(method) if self.is_classification else method
+        """`method` with the head that the task needs."""
+        return with_head(method) if self.has_new_head else method
 
     @contextlib.contextmanager
     def fitted(
@@ -158,6 +153,8 @@ class Bench:
         torch.manual_seed(seed)
         with self._fresh_head(seed):
             adapter = attach(self.model, method, name="contestant", samples=self._samples(method, seed))
+            if "reference" in self.objective.needs:
+                self.learnt = replace(self.learnt, reference=Reference(adapter))
             try:
                 memory, flops = self._step_cost(adapter) if counted else (0, 0)
                 total = steps or self.steps
@@ -165,6 +162,7 @@ class Bench:
                 seconds = time.perf_counter() - began_s
                 yield adapter, self._cost(adapter, memory, flops * total, seconds) if counted else _NOTHING
             finally:
+                self.learnt = replace(self.learnt, reference=None)
                 use(self.model, None)
                 adapter.detach()
 
@@ -196,13 +194,17 @@ class Bench:
                 remove_unused_columns=False,
                 dataloader_pin_memory=False,
             )
+            collate = self.learnt.collator()
             trainer = GraftTrainer(
                 adapter,
                 self.objective,
                 args,
+                reference=self.learnt.reference,
+                stops_explosions=False,  # a rate that is too high shall score as badly as it does
                 learning_rate_of=lambda part: by_part[id(part)],
                 train_dataset=self.train,
-                data_collator=self.collate,
+                data_collator=collate,
+                callbacks=[OtherTokensEachEpoch(collate)] if isinstance(collate, MaskingCollator) else [],
             )
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)
@@ -221,7 +223,8 @@ class Bench:
         return Samples([self.batch([self.train[at] for at in part]) for part in parts], self.loss)
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The objective's mean loss of a batch."""
+        """The objective's mean loss of a batch; before anything is attached the model is its own reference."""
+        settle(model, self.objective, [cast(dict[str, Any], batch)], self.learnt.reference or Standing())
         found = self.objective.loss_sum(self.objective.outputs(model, batch), batch)
         return found / max(self.objective.count(batch), 1)
 
@@ -231,8 +234,8 @@ class Bench:
 
     @contextlib.contextmanager
     def _fresh_head(self, seed: int) -> Iterator[None]:
-        """New values in what a classifier adds to the base, a regression's or drawn; put back after the block."""
-        if not self.is_classification:
+        """New values in the head that the task adds to the base, a regression's or drawn; put back after the block."""
+        if not self.has_new_head:
             yield
             return
         prefix = self.model.base_model_prefix + "."
@@ -244,7 +247,7 @@ class Bench:
             for p in fresh.values():
                 drawn = torch.randn(p.shape, generator=generator) * (deviation if p.dim() > 1 else 0.0)
                 p.copy_(drawn)
-            if self.settings.head == "probe":
+            if self.settings.head == "probe" and self.has_classes:
                 for name, value in self._probed_head().items():
                     fresh[name].copy_(value)
         try:
@@ -279,7 +282,7 @@ class Bench:
             adapter.detach()
 
     def _held_bytes(self, adapter: Adapter) -> int:
-        by_length = sorted(range(len(self.train)), key=lambda at: -len(self.train[at]["input_ids"]))
+        by_length = sorted(range(len(self.train)), key=lambda at: -length_of(self.train[at]))
         longest = self.batch([self.train[at] for at in by_length[: self.settings.batch]])
         kept = _kept_bytes(self.model, lambda: self.loss(self.model, longest))
         trained = sum(p.numel() * p.element_size() for p in adapter.parameters())
@@ -309,7 +312,7 @@ class Bench:
             size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
         heads = sum(p.numel() for part in adapter.parts if part.method.name == "head" for p in part.delta.parameters())
         some = self.test[: 4 * _COUNTED]
-        bare = replace(self.collate, pad_to_multiple_of=1)  # the query is counted, not its padding
+        bare = _unpadded(self.collate)  # the query is counted, not its padding
 
         def queries() -> None:
             with torch.inference_mode():
@@ -332,12 +335,7 @@ class Bench:
 
     def scored(self, items: Sequence[Any]) -> Scored:
         """The model as it stands on `items`."""
-        if self.is_classification:
-            chances = class_probabilities(self.model, items, self.collate)
-            truth = np.array([int(item["labels"]) for item in items])
-            return scored_classes(chances, truth)
-        found = losses(self.model, self.objective, items, self.collate)
-        return Scored(found.sums, found.counts, found.sums, None)
+        return self.measure.score(self.learnt, items)
 
     def on_general(self) -> float | None:
         """The loss in nats per token on the general texts; None without any."""
@@ -348,27 +346,28 @@ class Bench:
     def on_other(self) -> float | None:
         """The score on the rows of another task; None without any.
 
-        For a classifier the accuracy of a logistic regression on what its body makes of them: what the body still knows
-        of a task that has another head. For language models the loss in nats per token.
+        With a new head the accuracy of a logistic regression on what the body makes of them: what it still knows of a
+        task that has another head. Without one the score of this task.
         """
         known, asked = self.other
         if not asked:
             return None
-        if not self.is_classification:
+        if not self.has_new_head:
             return self.scored(asked).mean
-        predicted = probe_baseline(self.model, known, asked, self.collate)
+        collate = Collator(self.tokenizer.pad_token_id, max_length=context_of(self.model.config))
+        predicted = probe_baseline(self.model, known, asked, collate)
         return float(np.mean([int(item["labels"]) == at for item, at in zip(asked, predicted, strict=True)]))
 
 
 _NOTHING = Cost(0, 0, 0, 0, 0, 0, 0.0)
 
 
-def scored_classes(chances: np.ndarray, truth: np.ndarray) -> Scored:
-    """Scores out of probabilities [rows, classes]."""
-    predicted = chances.argmax(1)
-    nats = -np.log(np.maximum(chances[np.arange(len(truth)), truth], 1e-12))
-    right = (predicted == truth).astype(float)
-    return Scored(right, np.ones(len(truth), dtype=int), nats, [int(at) for at in predicted])
+def _unpadded(collate: Collate) -> Collate:
+    """The collator without rounding widths up."""
+    if isinstance(collate, Collator):
+        return replace(collate, pad_to_multiple_of=1)
+    found: Collate = replace(cast(Any, collate), inner=_unpadded(cast(Any, collate).inner))
+    return found
 
 
 def flops_of(work: Callable[[], Any]) -> int:
@@ -434,11 +433,14 @@ def open_bench(settings: ComparisonSettings) -> Bench:
         tokenizer=tokenizer,
         max_length=max_length,
         waived=settings.waive,
+        **kind_of(config),
     )
-    if prepared.task not in TASKS:
-        raise RunError(Finding("U150", f"a comparison is of {', '.join(TASKS)}; these rows are for {prepared.task}"))
+    if prepared.task not in MEASURES:
+        raise RunError(Finding("U150", f"a comparison is of {', '.join(MEASURES)}; these rows are for {prepared.task}"))
+    labels = prepared.labels
     examples = [item["example"] for item in prepared.train]
-    names = [str(example.label) for example in examples] if prepared.task == "classify" else None
+    by_label = prepared.task == "classify" and labels is not None and not labels.several
+    names = [str(example.label) for example in examples] if by_label else None
     inside, held = split([example.key for example in examples], names, share=settings.validation_share, seed=1)
     train, validation = ([prepared.train[at] for at in part] for part in (inside, held))
     test = prepared.eval
@@ -449,7 +451,6 @@ def open_bench(settings: ComparisonSettings) -> Bench:
         message = f"{len(train)} rows to train on, {len(validation)} to validate, {len(test)} to test: wanted 2 of each"
         raise RunError(Finding("U157", message, fix="more rows"))
     torch.manual_seed(0)
-    labels = prepared.labels
     model, tokenizer = load_base(
         settings.base,
         task=prepared.task,
@@ -459,29 +460,30 @@ def open_bench(settings: ComparisonSettings) -> Bench:
     general: list[Any] = []
     sha256 = dict(prepared.sha256)
     if settings.general:
-        if prepared.task == "classify":
-            message = "forgetting is measured by a language model's loss on texts, and a classifier has none"
+        if head_of(prepared.task, config) != "causal":
+            what = "a classifier" if prepared.task == "classify" else f"a model for {prepared.task}"
+            message = f"forgetting is measured by a language model's loss on texts, and {what} has none"
             raise RunError(Finding("U156", message, fix="--other FILE, rows of another task with labels"))
         texts = prepare(data_of(settings.general), eval_share=0, task="lm", tokenizer=tokenizer, max_length=max_length)
         general = texts.train
         sha256 |= texts.sha256
     other: tuple[Sequence[Any], Sequence[Any]] = ((), ())
     if settings.other:
-        other, hashes = _other_rows(settings, prepared.task, tokenizer, max_length)
+        asked = "classify" if head_of(prepared.task, config) in ("sequence", "token") else prepared.task
+        other, hashes = _other_rows(settings, asked, tokenizer, max_length, config)
         sha256 |= hashes
     lines = (
         prepared.line,
         f"{len(train):,} rows to train on, {len(validation):,} to choose learning rates by, {len(test):,} to test once",
     )
     return Bench(
-        model, tokenizer, prepared.task, train, validation, test,
-        labels=labels, template=prepared.template, max_length=max_length, settings=settings, sha256=sha256, lines=lines,
-        general=general, other=other,
+        model, tokenizer, prepared, train, validation, test=test, max_length=max_length, settings=settings,
+        sha256=sha256, lines=lines, general=general, other=other,
     )  # fmt: skip
 
 
 def _other_rows(
-    settings: ComparisonSettings, task: str, tokenizer: Any, max_length: int
+    settings: ComparisonSettings, task: str, tokenizer: Any, max_length: int, config: Any
 ) -> tuple[tuple[Sequence[Any], Sequence[Any]], dict[str, str]]:
     """Rows of another task, with labels halved into those to learn from and those to ask; with the files' hashes."""
     from graftlm.training.early import data_of
@@ -493,8 +495,9 @@ def _other_rows(
         tokenizer=tokenizer,
         max_length=max_length,
         waived=settings.waive,
+        **kind_of(config),
     )
     if found.task != task:
-        message = f"{settings.other} is read as rows for {found.task}, and what is compared is {task}"
+        message = f"{settings.other} is read as rows for {found.task}, and what is asked of it is {task}"
         raise RunError(Finding("U156", message, fix=f"--other with a file for {task}"))
     return ((found.train, found.eval) if task == "classify" else ((), found.train)), dict(found.sha256)

@@ -131,7 +131,7 @@ def choose(
     command = f"graftlm train {data or ''} -m {base} --method '{winner.name}' --lr {rate:g}"
     record = {
         "command": " ".join(command.split()),
-        "measure": "accuracy" if bench.is_classification else "loss in nats per token",
+        "measure": bench.measure.title,
         "chosen": {"method": winner.name, "learning_rate": rate, "parameters": winner.parameters,
                    "memory_bytes": winner.memory_bytes, "test_score": test},
         "final": final,
@@ -234,7 +234,7 @@ def _trial(bench: Bench, candidate: _Candidate, steps: int, seed: int) -> dict[s
         "steps": steps,
         "seed": seed,
         "score": scored.mean,
-        "value": 1 - scored.mean + 1e-3 * scored.mean_nats if bench.is_classification else scored.mean,
+        "value": bench.measure.to_be_small(scored),
         "step_seconds": bench.last_step_seconds,
         "scoring_seconds": scoring_s,
         "rows": scored.values / scored.counts.mean(),
@@ -247,7 +247,7 @@ def _final(bench: Bench, alive: Sequence[_Candidate], say: Callable[[str], None]
     for candidate in alive:
         rows = [_trial(bench, candidate, bench.steps, seed)["rows"] for seed in range(_SEEDS)]
         tables.append((candidate, np.stack(rows)))
-    sign = -1 if bench.is_classification else 1
+    sign = -1 if bench.measure.higher_is_better else 1
     tables.sort(key=lambda entry: sign * entry[1].mean())
     lines = []
     for candidate, table in tables:
@@ -264,6 +264,6 @@ def _final(bench: Bench, alive: Sequence[_Candidate], say: Callable[[str], None]
             "margin_low": difference.low,
             "margin_high": difference.high,
             "p_value": difference.p_value,
-            "verdict": verdict_on(difference, higher_is_better=bench.is_classification),
+            "verdict": verdict_on(difference, higher_is_better=bench.measure.higher_is_better),
         }
     return found

@@ -6,7 +6,7 @@ __all__ = ["CODES"]
 
 CODES: dict[str, str] = {
     "E131": "the library that chooses learning rates is not installed",
-    "U150": "methods can be compared on labels, answers and texts, not on this task",
+    "U150": "methods cannot be compared on this task: a row by itself has no score",
     "U151": "a method is above the budget even at its smallest size",
     "U152": "the folder holds another comparison, or other files",
     "U153": "in-context prompting needs a causal base, rows to show and room in its context",

@@ -36,8 +36,8 @@ from graftlm.comparison.incontext import in_context, prompted
 from graftlm.comparison.settings import ComparisonSettings, read_budget
 from graftlm.comparison.summary import break_even, summarised
 from graftlm.core import Method
+from graftlm.data.collating import length_of
 from graftlm.errors import EnvironmentFault, Finding, GraftError, RunError
-from graftlm.evaluation import majority_baseline, probe_baseline, tfidf_baseline
 from graftlm.formats.atomic import write_json
 from graftlm.methods import Full, read_method
 from graftlm.models import fingerprint, load_base
@@ -52,6 +52,7 @@ __all__ = ["Comparison", "Contestant", "compare", "compare_with"]
 
 _RECORD = "comparison.json"
 _LADDER = 3  # trials that need no estimator
+_OUT = 1e9  # the value of a rate with which training breaks down
 _RANGE = 8.0  # learning rates are looked for from an eighth to eight times the method's own
 
 
@@ -184,8 +185,9 @@ class _Work:
             more, shown = self._prompted(bench, prompts)
             listed, runs = [*listed, *more], [*runs, *shown]
 
-        truth = [int(item["labels"]) for item in bench.test] if bench.is_classification else None
-        found = summarised(listed, runs, truth, len(bench.labels) if bench.labels else 0)
+        truth = [int(item["labels"]) for item in bench.test] if bench.has_classes else None
+        count = len(bench.labels) if bench.labels else 0
+        found = summarised(listed, runs, bench.measure, truth=truth, labels=count)
         record["summary"] = _with_break_even(found)
         record["status"] = "done"
         record["seconds"] = round(record.get("seconds", 0.0) + time.monotonic() - began_s, 1)
@@ -220,6 +222,7 @@ class _Work:
             "command": self.command,
             "settings": self.settings.to_dict(),
             "task": bench.task,
+            "new_head": bench.has_new_head,
             "labels": [bench.labels.name(at) for at in range(len(bench.labels))] if bench.labels else None,
             "steps": bench.steps,
             "rows": {"train": len(bench.train), "validation": len(bench.validation), "test": len(bench.test)},
@@ -255,16 +258,21 @@ class _Work:
             found = _kept(place)
             if found is None:
                 factor = next_factor(history)
-                with bench.fitted(contestant.method, seed=0, factor=factor):
-                    scored = bench.scored(bench.validation)
-                # Accuracy decides, the loss between equals; for texts the loss is the score.
-                value = 1 - scored.mean + 1e-3 * scored.mean_nats if bench.is_classification else scored.mean
-                found = {"factor": factor, "value": value, "score": scored.mean, "nats": scored.mean_nats}
+                try:
+                    with bench.fitted(contestant.method, seed=0, factor=factor):
+                        scored = bench.scored(bench.validation)
+                    found = {"factor": factor, "value": bench.measure.to_be_small(scored), "score": scored.mean}
+                    found["nats"] = scored.mean_nats
+                except RunError as error:  # a loss that is no number any more: the rate is out of the question
+                    if number == 0:
+                        raise
+                    found = {"factor": factor, "value": _OUT, "failed": error.findings[0].message}
                 found["learning_rates"] = bench.rates(contestant.method, factor)
                 keep(place, found)
                 self.fitted += 1
             history.append((found["factor"], found["value"]))
-            self._progress(f"{contestant.name}: rate x {found['factor']:.3g}, validation {found['score']:.4f}")
+            told = f"validation {found['score']:.4f}" if "score" in found else found["failed"]
+            self._progress(f"{contestant.name}: rate x {found['factor']:.3g}, {told}")
         return min(history, key=lambda pair: pair[1])[0]
 
     # --- runs ---
@@ -292,43 +300,25 @@ class _Work:
 
     def _baselines(self, bench: Bench) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Yardsticks that learn from the same training rows, or from none."""
-        if not bench.is_classification:
-            scored, general, other = bench.scored(bench.test), bench.on_general(), bench.on_other()
-            line = {"name": "base", "title": "untouched base", "kind": "baseline"}
-            return [line], [_run("base", 0, scored) | {"general": general, "other": other}]
-        known = [int(item["labels"]) for item in bench.train]
-        truth = np.array([int(item["labels"]) for item in bench.test])
-        texts = [[item["example"].text for item in part] for part in (bench.train, bench.test)]
-        rivals: list[tuple[str, str, Callable[[], list[int]]]] = [
-            (
-                "probe",
-                "frozen base + trained head",
-                lambda: probe_baseline(bench.model, bench.train, bench.test, bench.collate),
-            ),
-            ("tfidf", "TF-IDF + logistic regression", lambda: tfidf_baseline(texts[0], known, texts[1])),
-            ("majority", "always the commonest label", lambda: majority_baseline(known, len(truth))),
-        ]
+        rivals = bench.measure.rivals(bench.learnt, bench.train, bench.test)
         runs = []
-        for name, _, predict in rivals:
-            place = self.folder / "runs" / f"{name}.json"
+        for rival in rivals:
+            place = self.folder / "runs" / f"{rival.name}.json"
             found = _kept(place)
             if found is None:
-                predicted = np.asarray(predict())
-                right = [float(hit) for hit in predicted == truth]
-                found = {"contestant": name, "seed": 0, "values": right, "counts": [1] * len(truth)}
-                found["predicted"] = [int(at) for at in predicted]
-                if name == "probe":  # the body as it was
-                    found["other"] = bench.on_other()
+                found = _run(rival.name, 0, rival.scored())
+                if rival.name in ("base", "probe"):  # the body as it was
+                    found |= {"general": bench.on_general(), "other": bench.on_other()}
                 keep(place, found)
             runs.append(found)
-        return [{"name": name, "title": title, "kind": "baseline"} for name, title, _ in rivals], runs
+        return [{"name": rival.name, "title": rival.title, "kind": "baseline"} for rival in rivals], runs
 
     def _causal(self, bench: Bench, *, tokens_only: bool = False) -> Bench:
         """The bench, on whose base a language model can be prompted."""
-        if bench.task == "lm":
-            message = "--shots is for labels and answers; texts have no questions to show"
+        if bench.task != "sft" and not bench.has_classes:
+            message = f"--shots is for labels and answers in chats, and these rows are for {bench.task}"
             raise RunError(Finding("U153", message, fix="leave --shots out"))
-        if tokens_only and bench.is_classification and not hasattr(bench.model, "score"):
+        if tokens_only and bench.has_new_head and not hasattr(bench.model, "score"):
             message = f"{self.settings.base} is an encoder: it cannot be prompted with examples"
             raise RunError(Finding("U153", message, fix="leave --shots out"))
         return bench
@@ -345,7 +335,7 @@ class _Work:
                 place = self.folder / "runs" / f"{name}-{seed}.json"
                 found = _kept(place)
                 if found is None:
-                    if bench.is_classification and model is bench.model:
+                    if bench.has_new_head and model is bench.model:
                         # One base in memory: the classifier has had its turn.
                         bench.model = bench.model.to("meta")
                         model, _ = load_base(self.settings.base, task="lm", dtype=self.settings.dtype)
@@ -471,7 +461,7 @@ def planned(bench: Bench) -> list[Contestant]:
             method = asked if budget is None or is_full else sized(bench.model, asked, budget, longest=longest)
             taken = positions_taken(method)
             rows = (bench.train, bench.validation, bench.test)
-            most = max(len(item["input_ids"]) for part in rows for item in part)
+            most = max(length_of(item) for part in rows for item in part)
             if most + taken > context_of(bench.model.config):
                 message = f"{method} takes {taken} positions, and rows have up to {most} tokens"
                 raise RunError(Finding("U151", message, fix=f"--max-length {context_of(bench.model.config) - taken}"))

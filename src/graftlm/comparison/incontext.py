@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from graftlm.comparison.bench import Bench, Scored, flops_of, scored_classes
+from graftlm.comparison.bench import Bench, flops_of
+from graftlm.comparison.measures import Scored, scored_classes
 from graftlm.data import Collator, Template
 from graftlm.data.checking import Notes
 from graftlm.data.tokenising import IGNORED, encode_chats
@@ -115,7 +116,7 @@ def in_context(model: Any, bench: Bench, asked: Prompted) -> InContext:
         chances = np.exp(-each) / np.exp(-each).sum(1, keepdims=True)
         scored = scored_classes(chances, np.array([int(item["labels"]) for item in bench.test]))
     else:
-        scored = Scored(plain.sums, plain.counts, plain.sums, None)
+        scored = Scored(plain.sums, plain.counts, plain.sums)
     return InContext(
         scored=scored,
         query_flops=flops // counted,

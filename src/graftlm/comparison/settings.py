@@ -6,9 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from graftlm.errors import Finding, SettingsError
+from graftlm.errors import Finding, SettingsError, nearest
 
-__all__ = ["ComparisonSettings", "read_budget"]
+__all__ = ["TASKS", "ComparisonSettings", "read_budget"]
+
+#: What can be compared: a row by itself has a score there.
+TASKS = ("auto", "choice", "classify", "dpo", "lm", "mlm", "regress", "reward", "seq2seq", "sft", "tag", "tfew")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class ComparisonSettings:
                 0 < self.validation_share < 1,
                 f"validation_share is {self.validation_share}, wanted between 0 and 1",
                 "validation_share=0.2",
+            ),
+            (
+                self.task in TASKS,
+                f"task is {self.task!r}, wanted one of {', '.join(TASKS)}",
+                f"--task {(nearest(self.task, TASKS) or ['auto'])[0]}",
             ),
             (self.head in ("probe", "fresh"), f"head is {self.head!r}, wanted probe or fresh", 'head="probe"'),
             (all(k >= 0 for k in self.shots), f"shots are {self.shots}, wanted 0 or more", "--shots 4"),

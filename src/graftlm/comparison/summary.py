@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from graftlm.comparison.measures import Measure
 from graftlm.evaluation import Estimate, crossed_mean, crossed_test, holm, verdict_on
 from graftlm.evaluation.classes import macro_f1
 
@@ -30,14 +31,20 @@ Run = Mapping[str, Any]
 
 
 def summarised(
-    contestants: Sequence[Mapping[str, Any]], runs: Sequence[Run], truth: Sequence[int] | None, labels: int = 0
+    contestants: Sequence[Mapping[str, Any]],
+    runs: Sequence[Run],
+    measure: Measure,
+    *,
+    truth: Sequence[int] | None = None,
+    labels: int = 0,
 ) -> dict[str, Any]:
     """The table, the pairs and the fronts.
 
     Args:
         contestants: `name`, `title`, `kind` (trained, in-context or baseline) and what else is to stand in the table.
         runs: of all contestants and seeds; those of one contestant must have the same rows.
-        truth: class ids of the test rows; None for texts, whose score is the loss per token.
+        measure: what a row's value is, and whether more of it is better.
+        truth: class ids of the test rows, where they have classes: F1 is told beside the score.
         labels: how many classes there are.
 
     Returns:
@@ -45,8 +52,8 @@ def summarised(
         with `p_value`, `p_corrected` by Holm over all of them and `verdict` on the first of the two), `best_baseline`,
         `against_baseline` (the same against the strongest baseline, corrected by themselves), `fronts` by cost.
     """
-    higher = truth is not None
-    tables = {c["name"]: _scores(runs, c["name"], higher) for c in contestants}
+    higher = measure.higher_is_better
+    tables = {c["name"]: _scores(runs, c["name"]) for c in contestants}
     rows = []
     for contestant in contestants:
         name = contestant["name"]
@@ -77,7 +84,7 @@ def summarised(
     against = _tested([(name, baselines[0]) for name in rivals], tables, higher) if baselines else []
     trained = [row for row in rows if row["kind"] == "trained" and "cost" in row]
     return {
-        "measure": "accuracy" if higher else "loss in nats per token",
+        "measure": measure.title,
         "higher_is_better": higher,
         "contestants": rows,
         "pairs": pairs,
@@ -89,11 +96,12 @@ def summarised(
     }
 
 
-def _scores(runs: Sequence[Run], name: str, higher: bool) -> np.ndarray:
+def _scores(runs: Sequence[Run], name: str) -> np.ndarray:
     """[seeds, rows], the mean of which is the score: losses are divided by the mean number of tokens of a row."""
     own = sorted((run for run in runs if run["contestant"] == name), key=lambda run: run["seed"])
     values = np.array([run["values"] for run in own], dtype=float)
-    return values if higher else values / np.mean(own[0]["counts"])
+    each: np.ndarray = values / np.mean(own[0]["counts"])
+    return each
 
 
 def _tested(pairs: Sequence[tuple[str, str]], tables: Mapping[str, np.ndarray], higher: bool) -> list[dict[str, Any]]:

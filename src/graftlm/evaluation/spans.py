@@ -16,7 +16,7 @@ from graftlm.evaluation.losses import Collate, batches, evaluating
 from graftlm.evaluation.statistics import with_interval
 from graftlm.objectives import Tagging
 
-__all__ = ["commonest_tags", "f1_of", "predicted_tags", "span_scores", "tag_words"]
+__all__ = ["commonest_tags", "f1_of", "predicted_tags", "row_f1", "span_scores", "tag_words"]
 
 
 def predicted_tags(
@@ -73,6 +73,29 @@ def span_scores(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str
         >>> round(span_scores([["B-a", "I-a", "O"]], [["B-a", "O", "O"]])["accuracy"], 2)
         0.67
     """
+    counts, right, total = _span_counts(truth, predicted)
+    both, told, true = counts.sum(0)
+    return with_interval("span_f1", list(counts.T), f1_of) | {
+        "precision": float(both / told) if told else 0.0,
+        "recall": float(both / true) if true else 0.0,
+        "accuracy": right / max(total, 1),
+    }
+
+
+def row_f1(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> np.ndarray:
+    """The F1 of each row's own spans; 1 where there are none and none were told.
+
+    Example:
+        >>> row_f1([["B-a", "O"], ["O"], ["O"]], [["B-a", "B-a"], ["O"], ["B-a"]]).round(2).tolist()
+        [0.67, 1.0, 0.0]
+    """
+    counts, _, _ = _span_counts(truth, predicted)
+    both, told, true = counts.T
+    return np.where(told + true > 0, 2 * both / np.maximum(told + true, 1), 1.0)
+
+
+def _span_counts(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> tuple[np.ndarray, int, int]:
+    """Of each row the spans told rightly, told and true, [rows, 3]; the words with the right tag, and all words."""
     get_entities = _entities()
     padded = [
         [*(got[: len(want)]), *["O"] * (len(want) - len(got))] for want, got in zip(truth, predicted, strict=True)
@@ -84,13 +107,7 @@ def span_scores(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str
         counts[at] = len(true & told), len(told), len(true)
         right += sum(a == b for a, b in zip(want, got, strict=True))
         total += len(want)
-
-    both, told, true = counts.sum(0)
-    return with_interval("span_f1", list(counts.T), f1_of) | {
-        "precision": float(both / told) if told else 0.0,
-        "recall": float(both / true) if true else 0.0,
-        "accuracy": right / max(total, 1),
-    }
+    return counts, right, total
 
 
 def _entities() -> Any:

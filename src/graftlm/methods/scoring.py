@@ -24,6 +24,10 @@ FROM_DATA = ("gradient", "snip", "empirical-fisher", "fisher")
 SCORES = ("magnitude", "random", *FROM_DATA)
 
 
+#: What objectives read of a batch and models do not.
+_NO_INPUTS = ("labels", "group", "target", "row", "reference")
+
+
 def scores_from_data(model: nn.Module, parameters: Sequence[nn.Parameter], kind: str, samples: Samples) -> list[Tensor]:
     """The score of every entry of `parameters`, float32, each of its parameter's shape; the model is left as it was.
 
@@ -61,7 +65,9 @@ def _score(kind: str, weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The batch as batches of one row."""
+    """The batch as batches of one row; of one item with all its answers, where rows have several."""
+    if isinstance(groups := batch.get("group"), Tensor):
+        return [_item(batch, groups, number) for number in groups.unique().tolist()]
     count = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim())
     return [
         {
@@ -72,13 +78,25 @@ def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _item(batch: Mapping[str, Any], groups: Tensor, number: int) -> dict[str, Any]:
+    """The sequences of one item: `group` says of each to which it belongs, `target` and `row` are by item."""
+    own = (groups == number).nonzero()[:, 0]
+    found = {
+        name: value.index_select(0, own) if isinstance(value, Tensor) and len(value) == len(groups) else value
+        for name, value in batch.items()
+        if name not in ("target", "row")
+    }
+    found |= {name: batch[name][number : number + 1] for name in ("target", "row") if name in batch}
+    return found | {"group": torch.zeros_like(own)}
+
+
 def _own_loss(model: nn.Module, row: Mapping[str, Any]) -> Tensor:
     """Minus the mean log-probability of labels drawn from the model's own distribution.
 
     Where the row has labels, only where they stand (a causal model's logits speak of the next token).
     """
     labels = row.get("labels")
-    logits: Tensor = model(**{name: value for name, value in row.items() if name != "labels"}).logits
+    logits: Tensor = model(**{name: value for name, value in row.items() if name not in _NO_INPUTS}).logits
     logits = logits.float()
     if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1] and labels.dim() > 1:
         causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -86,6 +104,8 @@ def _own_loss(model: nn.Module, row: Mapping[str, Any]) -> Tensor:
         logits = logits[:, :-1][labels[:, 1:] != -100] if causal else logits[labels != -100]
     else:
         logits = logits.reshape(-1, logits.shape[-1])
+    if logits.shape[-1] == 1:  # a number, or a reward: drawn from a normal distribution around it
+        return (logits * torch.randn_like(logits)).mean()
     drawn = torch.multinomial(logits.detach().softmax(dim=-1), 1)[:, 0]
     return F.cross_entropy(logits, drawn)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from graftlm.core import Adapter, in_eval_mode, use
 from graftlm.objectives.objective import Objective
 
-__all__ = ["Reference", "settle"]
+__all__ = ["Reference", "Standing", "settle"]
 
 
 class Reference:
@@ -53,11 +53,19 @@ class Reference:
             self.adapter.load_state(now)
 
 
+class Standing:
+    """The model as it stands: its own reference, before there is an adapter that could be told from it."""
+
+    def acting(self) -> AbstractContextManager[None]:
+        """Nothing changes for the block."""
+        return nullcontext()
+
+
 def settle(
     model: Any,
     objective: Objective,
     batches: Sequence[dict[str, Any]],
-    reference: Reference | None,
+    reference: Reference | Standing | None,
     *,
     total: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> None:

@@ -71,7 +71,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _table(record: Mapping[str, Any]) -> list[list[str]]:
     """Head and lines: name, score, interval, and what it took."""
     summary = record["summary"]
-    labels = summary["higher_is_better"]
+    labels = any("macro_f1" in row for row in summary["contestants"])
     head = ["", summary["measure"], "95 %", *(["macro-F1"] if labels else []), *(name for _, name, _ in _COSTS)]
     lines = [head]
     for row in summary["contestants"]:
@@ -165,6 +165,7 @@ def _view(folder: Path, record: Mapping[str, Any], rows: list[list[str]]) -> dic
         "general": _short(str(record["settings"].get("general"))),
         "other": _short(str(record["settings"].get("other"))),
         "record": record,
+        "new_head": record.get("new_head", record["task"] == "classify"),
         "summary": summary,
         "verdict": _verdict(record),
         "table": rows,

@@ -146,6 +146,15 @@ def make_ready(settings: RunSettings, origin: Mapping[str, str]) -> Ready:
     if prepared is not None and prepared.task in ONLINE:
         known = prepared.reading.known
         attempt(lambda: look_at_reward(settings.reinforcement.reward, known))
+        faults += [
+            Finding(
+                "T122",
+                f"{part} looks at answers before training, and rows of {prepared.task} have none yet",
+                fix=f"--method {'sparse(score=magnitude)' if part.name == 'sparse' else 'lora'}",
+            )
+            for part in (method.parts if method is not None else ())
+            if part.needs_samples
+        ]
     attempt(lambda: waived(data.waive))
     attempt(lambda: check_optimizer(train.optimizer))
     if faults or prepared is None or method is None:
@@ -214,15 +223,12 @@ def read_with(
     options: dict[str, Any] = {"task": settings.task, "template": data.template, "packing": settings.train.packing}
     options["prompt"] = prompt_of(settings)
     options |= known
-    encoder = is_encoder(config)
     if options["task"] in ONLINE and max_length is not None:
         room = max_length - settings.generate.max_new_tokens
         if room < 2:
             message = f"answers of {settings.generate.max_new_tokens} tokens leave no room in {max_length} for a prompt"
             raise SettingsError(Finding("U143", message, fix=f"--set generate.max_new_tokens={max_length // 2}"))
         max_length = room
-    # With `auto`, what this kind of base can do with such rows.
-    does = {"lm": "mlm"} if encoder else {"sft": "seq2seq"} if getattr(config, "is_encoder_decoder", False) else {}
     options |= {
         "eval_path": eval_path,
         "format": data.format,
@@ -233,9 +239,7 @@ def read_with(
         "max_length": max_length,
         "seed": settings.train.seed,
         "waived": {code.strip() for code in (data.waive or "").split(",")},
-        "instead": does,
-        "by_head": encoder,
-        "apart": bool(getattr(config, "is_encoder_decoder", False)),
+        **kind_of(config),
     }
     if isinstance(path, Source):
         return prepare_streamed(path, buffer=data.buffer, **options)
@@ -247,3 +251,11 @@ def read_with(
         merge_labels=data.merge_labels,
         **options,
     )
+
+
+def kind_of(config: Any) -> dict[str, Any]:
+    """What `prepare` must know of the base: which tasks it does in place of others, and how it reads questions."""
+    encoder, apart = is_encoder(config), bool(getattr(config, "is_encoder_decoder", False))
+    # With `auto`, what this kind of base can do with such rows.
+    does = {"lm": "mlm"} if encoder else {"sft": "seq2seq"} if apart else {}
+    return {"instead": does, "by_head": encoder, "apart": apart}

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
@@ -36,7 +36,8 @@ from graftlm.models import (
     fingerprint,
     load_base,
 )
-from graftlm.objectives import OBJECTIVES, Reference
+from graftlm.objectives import OBJECTIVES, Reference, settle
+from graftlm.objectives.reference import Standing
 from graftlm.planning import said_time, time_of
 from graftlm.planning.memory import available_bytes
 from graftlm.report import write_card, write_report
@@ -399,6 +400,7 @@ class _Work:
         objective = self.learnt.objective()
 
         def loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+            settle(model, objective, [cast(dict[str, Any], batch)], Standing())
             return objective.loss_sum(objective.outputs(model, batch), batch) / max(objective.count(batch), 1)
 
         on_device = [{k: v.to(model.device) for k, v in batch.items() if k != "row"} for batch in batches]

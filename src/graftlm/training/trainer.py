@@ -67,6 +67,7 @@ class GraftTrainer(Trainer):
         recompute: Recompute = "none",
         rollout: Rollout | None = None,
         lengths: Sequence[int] | None = None,
+        stops_explosions: bool = True,
         **options: Any,
     ) -> None:
         self.adapter: Adapter = adapter
@@ -86,6 +87,7 @@ class GraftTrainer(Trainer):
         self._rows: list[int] = []
         #: The size of the loss of the step so far, of the first steps, and how many steps in a row were far above them.
         self._loss, self._first, self._above = 0.0, list[float](), 0
+        self.stops_explosions = stops_explosions
         # With several devices in sight the Trainer would copy the model to each, and the copies would lose the adapter.
         if args.n_gpu > 1:
             args._n_gpu = 1
@@ -196,6 +198,8 @@ class GraftTrainer(Trainer):
     def _watch(self, size: float) -> None:
         """Raise RunError where losses of this `size` have been exploding for some steps; U115."""
         self._loss = 0.0
+        if not self.stops_explosions:
+            return
         if len(self._first) < _FIRST_STEPS:
             self._first.append(size)
             return

@@ -1,0 +1,251 @@
+"""What a test row is worth, by task: right or wrong, its loss, its error; row by row, so that contestants are paired.
+
+Measures that exist for a whole set alone (Pearson's r, F1 over all spans) cannot be paired so. What a row adds to a
+mean stands in their place: the squared error, the row's own F1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from graftlm.data import Labels
+from graftlm.evaluation import losses, majority_baseline, probe_baseline, tfidf_baseline
+from graftlm.evaluation.answers import answer_probabilities, rewards_of
+from graftlm.evaluation.baselines import tfidf_numbers
+from graftlm.evaluation.classes import class_probabilities, label_probabilities
+from graftlm.evaluation.numbers import predicted_numbers
+from graftlm.evaluation.spans import commonest_tags, predicted_tags, row_f1
+from graftlm.objectives import Choice
+from graftlm.training.tasks import Learnt
+
+__all__ = ["MEASURES", "Measure", "Rival", "Scored", "measure_of", "scored_classes"]
+
+Items = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of one model on some rows, row by row.
+
+    `values` [rows] over `counts` are the score: 1 for right and 0 for wrong, or summed losses in nats over so many
+    tokens. `nats` decide between equals. `predicted` are class ids, None where there are no classes.
+    """
+
+    values: np.ndarray
+    counts: np.ndarray
+    nats: np.ndarray
+    predicted: list[int] | None = None
+
+    @property
+    def mean(self) -> float:
+        """The score."""
+        return float(self.values.sum() / self.counts.sum())
+
+    @property
+    def mean_nats(self) -> float:
+        """Loss in nats per row or token."""
+        return float(self.nats.sum() / self.counts.sum())
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A baseline: its name, what it is, and how it scores on the test rows when it is asked; nothing is attached."""
+
+    name: str
+    title: str
+    scored: Callable[[], Scored]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The score of a task: its title for people, its direction, how rows get it, and what a model must beat."""
+
+    title: str
+    higher_is_better: bool
+    score: Callable[[Learnt, Items], Scored]
+    rivals: Callable[[Learnt, Items, Items], list[Rival]]
+
+    def to_be_small(self, scored: Scored) -> float:
+        """The score as trials are ordered by it: less is better, and of equal ones the smaller loss."""
+        return 1 - scored.mean + 1e-3 * scored.mean_nats if self.higher_is_better else scored.mean
+
+
+def measure_of(task: str, labels: Labels | None = None) -> Measure:
+    """The measure of a task; of classifiers whose rows may have several labels another one."""
+    return _SEVERAL if labels is not None and labels.several else MEASURES[task]
+
+
+def scored_classes(chances: np.ndarray, truth: np.ndarray) -> Scored:
+    """Scores out of probabilities [rows, classes]."""
+    predicted = chances.argmax(1)
+    nats = -np.log(np.maximum(chances[np.arange(len(truth)), truth], 1e-12))
+    right = (predicted == truth).astype(float)
+    return Scored(right, np.ones(len(truth), dtype=int), nats, [int(at) for at in predicted])
+
+
+def _by_row(values: Any, nats: Any = None) -> Scored:
+    values = np.asarray(values, dtype=float)
+    return Scored(values, np.ones(len(values), dtype=int), np.zeros(len(values)) if nats is None else np.asarray(nats))
+
+
+# --- labels ---
+
+
+def _truth(items: Items) -> np.ndarray:
+    return np.array([int(item["labels"]) for item in items])
+
+
+def _classes(learnt: Learnt, items: Items) -> Scored:
+    return scored_classes(class_probabilities(learnt.model, items, learnt.collator()), _truth(items))
+
+
+def _class_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
+    known, truth = [int(item["labels"]) for item in train], _truth(test)
+    texts = [[item["example"].text for item in part] for part in (train, test)]
+
+    def hits(predicted: Sequence[int]) -> Scored:
+        right = (np.asarray(predicted) == truth).astype(float)
+        return Scored(right, np.ones(len(truth), dtype=int), np.zeros(len(truth)), [int(at) for at in predicted])
+
+    return [
+        Rival(
+            "probe",
+            "frozen base + trained head",
+            lambda: hits(probe_baseline(learnt.model, train, test, learnt.collator())),
+        ),
+        Rival("tfidf", "TF-IDF + logistic regression", lambda: hits(tfidf_baseline(texts[0], known, texts[1]))),
+        Rival("majority", "always the commonest label", lambda: hits(majority_baseline(known, len(truth)))),
+    ]
+
+
+def _label_sets(learnt: Learnt, items: Items) -> Scored:
+    chances = np.asarray(label_probabilities(learnt.model, items, learnt.collator()))
+    truth = np.asarray([item["labels"] for item in items]) > 0.5
+    right = np.clip(np.where(truth, chances, 1 - chances), 1e-12, None)
+    return _by_row(((chances > 0.5) == truth).mean(1), -np.log(right).mean(1))
+
+
+def _label_set_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
+    del learnt
+    often = np.asarray([item["labels"] for item in train]).mean(0) > 0.5
+    truth = np.asarray([item["labels"] for item in test]) > 0.5
+    return [Rival("majority", "labels that most rows have", lambda: _by_row((truth == often).mean(1)))]
+
+
+# --- tags, numbers ---
+
+
+def _tags(learnt: Learnt, items: Items) -> Scored:
+    assert learnt.labels is not None
+    collate = learnt.collator()
+    found = losses(learnt.model, learnt.objective(), items, collate)
+    truth = [list(item["example"].tags) for item in items]
+    told = predicted_tags(learnt.model, items, collate, learnt.labels)
+    return _by_row(row_f1(truth, told), found.sums / np.maximum(found.counts, 1))
+
+
+def _tag_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
+    del learnt
+    truth = [list(item["example"].tags) for item in test]
+    return [Rival("words", "each word's commonest tag", lambda: _by_row(row_f1(truth, commonest_tags(train, test))))]
+
+
+def _numbers(items: Items) -> np.ndarray:
+    return np.array([float(item["example"].label) for item in items])
+
+
+def _errors(learnt: Learnt, items: Items) -> Scored:
+    assert learnt.scale is not None
+    told = predicted_numbers(learnt.model, items, learnt.collator(), learnt.scale)
+    return _by_row((told - _numbers(items)) ** 2)
+
+
+def _number_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
+    del learnt
+    known, truth = _numbers(train), _numbers(test)
+    texts = [[item["example"].text for item in part] for part in (train, test)]
+    return [
+        Rival(
+            "tfidf",
+            "TF-IDF + ridge regression",
+            lambda: _by_row((np.asarray(tfidf_numbers(texts[0], list(known), texts[1])) - truth) ** 2),
+        ),
+        Rival("mean", "always the mean", lambda: _by_row((known.mean() - truth) ** 2)),
+    ]
+
+
+# --- answers ---
+
+
+def _choices(learnt: Learnt, items: Items) -> Scored:
+    objective = learnt.objective()
+    assert isinstance(objective, Choice)
+    chances = answer_probabilities(learnt.model, objective, items, learnt.collator())
+    wanted = [int(item["target"]) for item in items]
+    right = [float(row.argmax() == want) for row, want in zip(chances, wanted, strict=True)]
+    return _by_row(right, [-np.log(max(row[want], 1e-12)) for row, want in zip(chances, wanted, strict=True)])
+
+
+def _choice_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
+    objective = learnt.objective()
+    assert isinstance(objective, Choice)
+    wanted = np.array([int(item["target"]) for item in test])
+    common = majority_baseline([int(item["target"]) for item in train], len(test))
+    place = Rival("majority", "always the commonest place", lambda: _by_row(np.asarray(common) == wanted))
+    # A head that was never trained says nothing.
+    return [place] if objective.by_head else [_untouched(learnt, test, _choices), place]
+
+
+def _pairs(learnt: Learnt, items: Items) -> Scored:
+    objective, collate = learnt.objective(), learnt.collator()
+    rewards = rewards_of(learnt.model, objective, items, collate, reference=learnt.reference)
+    gap = rewards[:, 0] - rewards[:, 1]
+    return _by_row((gap > 0) + 0.5 * (gap == 0), np.logaddexp(0.0, -gap))
+
+
+def _pair_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
+    del learnt, train
+    long = np.asarray([[len(answer) for answer in item["example"].answers] for item in test], dtype=float)
+    gap = long[:, 0] - long[:, 1]
+    return [Rival("longer", "always the longer answer", lambda: _by_row((gap > 0) + 0.5 * (gap == 0)))]
+
+
+# --- texts ---
+
+
+def _losses(learnt: Learnt, items: Items) -> Scored:
+    found = losses(learnt.model, learnt.objective(), items, learnt.collator())
+    return Scored(found.sums, found.counts, found.sums)
+
+
+def _text_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
+    del train
+    return [_untouched(learnt, test, _losses)]
+
+
+def _untouched(learnt: Learnt, test: Items, score: Callable[[Learnt, Items], Scored]) -> Rival:
+    return Rival("base", "untouched base", lambda: score(learnt, test))
+
+
+_LOSS = Measure("loss in nats per token", False, _losses, _text_rivals)
+_CHOICES = Measure("accuracy", True, _choices, _choice_rivals)
+_PAIRS = Measure("pairs in order", True, _pairs, _pair_rivals)
+_SEVERAL = Measure("share of labels right", True, _label_sets, _label_set_rivals)
+
+MEASURES: dict[str, Measure] = {
+    "choice": _CHOICES,
+    "classify": Measure("accuracy", True, _classes, _class_rivals),
+    "dpo": _PAIRS,
+    "lm": _LOSS,
+    "mlm": _LOSS,
+    "regress": Measure("mean squared error", False, _errors, _number_rivals),
+    "reward": _PAIRS,
+    "seq2seq": _LOSS,
+    "sft": _LOSS,
+    "tag": Measure("mean span F1 of a row", True, _tags, _tag_rivals),
+    "tfew": _CHOICES,
+}

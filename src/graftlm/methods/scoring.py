@@ -67,7 +67,7 @@ def _score(kind: str, weight: Tensor, gradient: Tensor) -> Tensor:
 def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The batch as batches of one row; of one item with all its answers, where rows have several."""
     if isinstance(groups := batch.get("group"), Tensor):
-        return [_item(batch, groups, number) for number in groups.unique().tolist()]
+        return [_item(batch, groups, number) for number in sorted(set(groups.tolist()))]
     count = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim())
     return [
         {

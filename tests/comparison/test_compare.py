@@ -388,6 +388,18 @@ def test_tasks_in_which_a_row_has_no_score_are_refused(tiny_base: Path, tmp_path
         ComparisonSettings(task="rewards")
 
 
+def test_what_rows_add_to_a_ratio_is_the_ratio_and_has_its_error() -> None:
+    draw = np.random.default_rng(0)
+    counts = draw.integers(0, 5, size=(4000, 60))
+    values = draw.binomial(counts, 0.6)
+    measure = MEASURES["tag"]
+    scores = values.sum(1) / counts.sum(1)
+    by_row = np.array([measure.by_row(v, c) for v, c in zip(values, counts, strict=True)])
+    np.testing.assert_allclose(by_row.mean(1), scores)
+    errors = by_row.std(1, ddof=1) / np.sqrt(60)
+    assert errors.mean() == pytest.approx(scores.std(), rel=0.05)
+
+
 # --- the summary ---
 
 

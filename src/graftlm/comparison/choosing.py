@@ -237,7 +237,7 @@ def _trial(bench: Bench, candidate: _Candidate, steps: int, seed: int) -> dict[s
         "value": bench.measure.to_be_small(scored),
         "step_seconds": bench.last_step_seconds,
         "scoring_seconds": scoring_s,
-        "rows": scored.values / scored.counts.mean(),
+        "rows": bench.measure.by_row(scored.values, scored.counts),
     }
 
 

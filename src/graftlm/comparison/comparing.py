@@ -294,7 +294,7 @@ class _Work:
             }
             keep(place, found)
             self.fitted += 1
-        score = float(np.sum(found["values"]) / np.sum(found["counts"]))
+        score = float(np.sum(found["values"]) / max(np.sum(found["counts"]), 1))
         self._progress(f"{contestant.name}, seed {seed}: test {score:.4f}")
         return found
 
@@ -350,7 +350,7 @@ class _Work:
                     }  # fmt: skip
                     keep(place, found)
                 own.append(found)
-                score = float(np.sum(found["values"]) / np.sum(found["counts"]))
+                score = float(np.sum(found["values"]) / max(np.sum(found["counts"]), 1))
                 self._say("prompt", f"{shots} examples, seed {seed}: test {score:.4f}")
             runs += own
             keys = ("query_flops", "cached_query_flops", "cache_bytes", "query_seconds", "cached_query_seconds")

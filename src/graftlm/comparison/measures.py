@@ -1,13 +1,13 @@
 """What a test row is worth, by task: right or wrong, its loss, its error; row by row, so that contestants are paired.
 
-Measures that exist for a whole set alone (Pearson's r, F1 over all spans) cannot be paired so. What a row adds to a
-mean stands in their place: the squared error, the row's own F1.
+A measure over a whole set that is a ratio of sums (F1 of spans: twice the right ones over those told and those true)
+is divided among the rows to first order. One that is none (Pearson's r) has another in its place: the squared error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from graftlm.evaluation.answers import answer_probabilities, rewards_of
 from graftlm.evaluation.baselines import tfidf_numbers
 from graftlm.evaluation.classes import class_probabilities, label_probabilities
 from graftlm.evaluation.numbers import predicted_numbers
-from graftlm.evaluation.spans import commonest_tags, predicted_tags, row_f1
+from graftlm.evaluation.spans import commonest_tags, predicted_tags, span_counts
 from graftlm.objectives import Choice
 from graftlm.training.tasks import Learnt
 
@@ -31,8 +31,8 @@ Items = Sequence[Mapping[str, Any]]
 class Scored:
     """Scores of one model on some rows, row by row.
 
-    `values` [rows] over `counts` are the score: 1 for right and 0 for wrong, or summed losses in nats over so many
-    tokens. `nats` decide between equals. `predicted` are class ids, None where there are no classes.
+    The sum of `values` [rows] over that of `counts` is the score: 1 for right and 0 for wrong, or summed losses in nats
+    over so many tokens. `nats` decide between equals. `predicted` are class ids, None where there are no classes.
     """
 
     values: np.ndarray
@@ -43,12 +43,12 @@ class Scored:
     @property
     def mean(self) -> float:
         """The score."""
-        return float(self.values.sum() / self.counts.sum())
+        return float(self.values.sum() / max(self.counts.sum(), 1))
 
     @property
     def mean_nats(self) -> float:
-        """Loss in nats per row or token."""
-        return float(self.nats.sum() / self.counts.sum())
+        """Loss in nats per row."""
+        return float(self.nats.mean())
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,27 @@ class Rival:
 
 @dataclass(frozen=True)
 class Measure:
-    """The score of a task: its title for people, its direction, how rows get it, and what a model must beat."""
+    """The score of a task: its title for people, its direction, how rows get it, and what a model must beat.
+
+    `counts_vary`: what a row counts for depends on what was told of it, so that the score is a ratio of two sums.
+    """
 
     title: str
     higher_is_better: bool
     score: Callable[[Learnt, Items], Scored]
     rivals: Callable[[Learnt, Items, Items], list[Rival]]
+    counts_vary: bool = False
+
+    def by_row(self, values: Any, counts: Any) -> np.ndarray:
+        """What each row adds to the score, [rows]; their mean is the score.
+
+        For a ratio to first order (the delta method): the score, and by how much the row moves it.
+        """
+        values, counts = np.asarray(values, dtype=float), np.asarray(counts, dtype=float)
+        each = max(counts.mean(), 1e-12)
+        score = values.mean() / each if self.counts_vary else 0.0
+        found: np.ndarray = score + (values - score * counts) / each
+        return found
 
     def to_be_small(self, scored: Scored) -> float:
         """The score as trials are ordered by it: less is better, and of equal ones the smaller loss."""
@@ -145,13 +160,18 @@ def _tags(learnt: Learnt, items: Items) -> Scored:
     found = losses(learnt.model, learnt.objective(), items, collate)
     truth = [list(item["example"].tags) for item in items]
     told = predicted_tags(learnt.model, items, collate, learnt.labels)
-    return _by_row(row_f1(truth, told), found.sums / np.maximum(found.counts, 1))
+    return replace(_spans(truth, told), nats=found.sums / np.maximum(found.counts, 1))
+
+
+def _spans(truth: Sequence[Sequence[str]], told: Sequence[Sequence[str]]) -> Scored:
+    right, found, true = span_counts(truth, told).T
+    return Scored(2 * right, found + true, np.zeros(len(truth)))
 
 
 def _tag_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
     del learnt
     truth = [list(item["example"].tags) for item in test]
-    return [Rival("words", "each word's commonest tag", lambda: _by_row(row_f1(truth, commonest_tags(train, test))))]
+    return [Rival("words", "each word's commonest tag", lambda: _spans(truth, commonest_tags(train, test)))]
 
 
 def _numbers(items: Items) -> np.ndarray:
@@ -246,6 +266,6 @@ MEASURES: dict[str, Measure] = {
     "reward": _PAIRS,
     "seq2seq": _LOSS,
     "sft": _LOSS,
-    "tag": Measure("mean span F1 of a row", True, _tags, _tag_rivals),
+    "tag": Measure("span F1", True, _tags, _tag_rivals, counts_vary=True),
     "tfew": _CHOICES,
 }

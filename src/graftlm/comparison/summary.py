@@ -53,7 +53,7 @@ def summarised(
         `against_baseline` (the same against the strongest baseline, corrected by themselves), `fronts` by cost.
     """
     higher = measure.higher_is_better
-    tables = {c["name"]: _scores(runs, c["name"]) for c in contestants}
+    tables = {c["name"]: _scores(runs, c["name"], measure) for c in contestants}
     rows = []
     for contestant in contestants:
         name = contestant["name"]
@@ -96,12 +96,10 @@ def summarised(
     }
 
 
-def _scores(runs: Sequence[Run], name: str) -> np.ndarray:
+def _scores(runs: Sequence[Run], name: str, measure: Measure) -> np.ndarray:
     """[seeds, rows], the mean of which is the score: losses are divided by the mean number of tokens of a row."""
     own = sorted((run for run in runs if run["contestant"] == name), key=lambda run: run["seed"])
-    values = np.array([run["values"] for run in own], dtype=float)
-    each: np.ndarray = values / np.mean(own[0]["counts"])
-    return each
+    return np.array([measure.by_row(run["values"], run["counts"]) for run in own])
 
 
 def _tested(pairs: Sequence[tuple[str, str]], tables: Mapping[str, np.ndarray], higher: bool) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from graftlm.evaluation.losses import Collate, batches, evaluating
 from graftlm.evaluation.statistics import with_interval
 from graftlm.objectives import Tagging
 
-__all__ = ["commonest_tags", "f1_of", "predicted_tags", "row_f1", "span_scores", "tag_words"]
+__all__ = ["commonest_tags", "f1_of", "predicted_tags", "span_counts", "span_scores", "tag_words"]
 
 
 def predicted_tags(
@@ -73,41 +73,36 @@ def span_scores(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str
         >>> round(span_scores([["B-a", "I-a", "O"]], [["B-a", "O", "O"]])["accuracy"], 2)
         0.67
     """
-    counts, right, total = _span_counts(truth, predicted)
+    counts = span_counts(truth, predicted)
+    pairs = [
+        pair for rows in zip(truth, _of_equal_length(truth, predicted), strict=True) for pair in zip(*rows, strict=True)
+    ]
     both, told, true = counts.sum(0)
     return with_interval("span_f1", list(counts.T), f1_of) | {
         "precision": float(both / told) if told else 0.0,
         "recall": float(both / true) if true else 0.0,
-        "accuracy": right / max(total, 1),
+        "accuracy": sum(want == got for want, got in pairs) / max(len(pairs), 1),
     }
 
 
-def row_f1(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> np.ndarray:
-    """The F1 of each row's own spans; 1 where there are none and none were told.
+def span_counts(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> np.ndarray:
+    """Of each row the spans that were told rightly, that were told, and that are true, [rows, 3].
 
     Example:
-        >>> row_f1([["B-a", "O"], ["O"], ["O"]], [["B-a", "B-a"], ["O"], ["B-a"]]).round(2).tolist()
-        [0.67, 1.0, 0.0]
+        >>> span_counts([["B-a", "O"], ["O"]], [["B-a", "B-a"], ["B-a"]]).tolist()
+        [[1.0, 2.0, 1.0], [0.0, 1.0, 0.0]]
     """
-    counts, _, _ = _span_counts(truth, predicted)
-    both, told, true = counts.T
-    return np.where(told + true > 0, 2 * both / np.maximum(told + true, 1), 1.0)
-
-
-def _span_counts(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> tuple[np.ndarray, int, int]:
-    """Of each row the spans told rightly, told and true, [rows, 3]; the words with the right tag, and all words."""
     get_entities = _entities()
-    padded = [
-        [*(got[: len(want)]), *["O"] * (len(want) - len(got))] for want, got in zip(truth, predicted, strict=True)
-    ]
     counts = np.zeros((len(truth), 3))
-    right = total = 0
-    for at, (want, got) in enumerate(zip(truth, padded, strict=True)):
+    for at, (want, got) in enumerate(zip(truth, _of_equal_length(truth, predicted), strict=True)):
         true, told = set(get_entities(_prefixed(want))), set(get_entities(_prefixed(got)))
         counts[at] = len(true & told), len(told), len(true)
-        right += sum(a == b for a, b in zip(want, got, strict=True))
-        total += len(want)
-    return counts, right, total
+    return counts
+
+
+def _of_equal_length(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The predictions with O where words have none."""
+    return [[*(got[: len(want)]), *["O"] * (len(want) - len(got))] for want, got in zip(truth, predicted, strict=True)]
 
 
 def _entities() -> Any:

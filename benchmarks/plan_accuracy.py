@@ -1,21 +1,24 @@
-"""How near plans come: planned against measured peak memory, each case in a process of its own.
+"""How near plans come: planned against measured memory and time, each case in processes of its own.
 
-    python -m benchmarks.plan_accuracy --keep cases.jsonl               # the whole grid, an hour on one core
-    python -m benchmarks.plan_accuracy --keep cases.jsonl --first 60    # sixty cases, well spread
+    taskset -c 1 python -m benchmarks.plan_accuracy --keep cases.jsonl               # 144 cases, 20 minutes of one core
+    taskset -c 1 python -m benchmarks.plan_accuracy --keep cases.jsonl --first 648   # the whole grid
 
-The grid is shuffled once, so that its first cases are spread over it; those that `--keep` holds are not run again.
+Results go to benchmarks/results/plan_accuracy.json, the plot to docs/figures/plan.svg. `--keep` holds what was measured
+and is not measured again; everything is planned anew. The grid is 3 architectures, 5 methods, 4 sizes, 3 levels of
+recomputing and 4 kinds of numbers; it is in an order whose first part has every pair of these many times.
 
-The C library is told to give freed blocks of a quarter of a megabyte back at once (M_MMAP_THRESHOLD): left alone
-it keeps holes, and the resident set of these small models is up to twice what they allocate. `--holes` leaves it alone.
-
-A case is a child of a process that has imported everything. Its peak is the highest resident set of two training steps
-(Linux: VmHWM), less what the process held before the model was made, so Python and the libraries do not flatter the
-figure. Time is processor time of the second step. One thread.
+A case is measured by two children of a process that has imported everything. One takes two training steps: its peak is
+its highest resident set (Linux: VmHWM), less what it held before the model was made, so Python and the libraries do not
+flatter the figure. There the C library is told to give freed blocks of a quarter of a megabyte back at once
+(M_MMAP_THRESHOLD): left alone it keeps holes, and the resident set of these small models is up to twice what they
+allocate; `--holes` leaves it alone. The other child takes four steps with the allocator as it is: time is the median
+processor time of the last three. One thread. The device's speed is measured by processor time too.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -25,6 +28,8 @@ import random
 import statistics
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +42,15 @@ import transformers as tf
 from graftlm.core import attach
 from graftlm.kernels import RECOMPUTE, fuse
 from graftlm.methods import read_method
-from graftlm.planning import plan
+from graftlm.planning import Speed, plan
 from graftlm.planning.memory import RUNTIME_BYTES
-from graftlm.planning.plan import Plan
 from graftlm.planning.step import objective_of
 from graftlm.quantisation import quantize
 
-__all__ = ["Case", "Measured", "cases", "measure"]
+__all__ = ["Case", "Measured", "Planned", "cases"]
+
+ROOT = Path(__file__).parents[1]
+RESULT, FIGURE = ROOT / "benchmarks" / "results" / "plan_accuracy.json", ROOT / "docs" / "figures" / "plan.svg"
 
 CONFIGS: dict[str, Any] = {
     "llama": lambda: tf.LlamaConfig(
@@ -81,57 +88,90 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was planned and seen, in bytes; a step's processor time; `at_rest` is what the process held before."""
+    """What was seen of a case: bytes over those `at_rest`, which the process held before, and seconds of a step."""
 
     case: Case
-    planned_bytes: int
     peak_bytes: int
     at_rest_bytes: int
     step_s: float
-    flops: int
-    moved_bytes: int
-    calls: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What was planned for a case, beside what was seen."""
+
+    seen: Measured
+    planned_bytes: int
+    planned_s: float
 
     @property
-    def error(self) -> float:
-        """Planned over measured, less one: negative where the plan was too small."""
-        return self.planned_bytes / self.peak_bytes - 1
+    def memory_error(self) -> float:
+        """Planned over measured memory, less one: negative where the plan was too small."""
+        return self.planned_bytes / self.seen.peak_bytes - 1
+
+    @property
+    def time_error(self) -> float:
+        """Planned over measured time, less one."""
+        return self.planned_s / self.seen.step_s - 1
 
 
 def cases() -> list[Case]:
-    """The whole grid, in an order that does not change."""
+    """The whole grid, in an order that does not change: any first part of it covers as many pairs of levels as it can.
+
+    The first 25 have every pair of levels, the first 144 (the default) every pair many times and 99 % of all triples.
+    """
     kinds = (("float32", None), ("bfloat16", None), ("float32", "nf4"), ("bfloat16", "nf4"))
     grid = itertools.product(CONFIGS, METHODS, SIZES, RECOMPUTE, kinds)
-    every = [
-        Case(architecture, method, rows, length, recompute, dtype, quantize)
-        for architecture, method, (rows, length), recompute, (dtype, quantize) in grid
-        if not (method == "full" and quantize)
-    ]
-    random.Random(0).shuffle(every)
-    return every
+    left = [each for each in grid if not (each[1] == "full" and each[4][1])]
+    random.Random(0).shuffle(left)
+    seen: Counter[Any] = Counter()
+    found = []
+    while left:
+        # The case whose pairs, then triples, were seen least; the first of equals.
+        best = min(left, key=lambda each: [sum(seen[group] for group in _groups(each, size)) for size in (2, 3)])
+        left.remove(best)
+        seen.update(group for size in (2, 3) for group in _groups(best, size))
+        architecture, method, (rows, length), recompute, (dtype, quantize) = best
+        found.append(Case(architecture, method, rows, length, recompute, dtype, quantize))
+    return found
 
 
-def planned(case: Case) -> Plan:
-    """The plan of a case."""
-    return plan(
+def _groups(levels: tuple[Any, ...], size: int) -> Iterator[Any]:
+    return itertools.combinations(enumerate(levels), size)
+
+
+def planned(seen: Measured, speed: Speed) -> Planned:
+    """Bytes besides those of the process at rest, and seconds of a step on this machine."""
+    case = seen.case
+    told = plan(
         CONFIGS[case.architecture](), case.method, dtype=case.dtype, batch=case.rows, length=case.length,
         task=case.task, recompute=case.recompute, quantize=case.quantize,
     )  # fmt: skip
+    return Planned(seen, told.total_bytes - RUNTIME_BYTES["cpu"], speed.step_s(told))
 
 
-def measure(case: Case) -> tuple[int, int, float]:
-    """Peak and rest in bytes, and the processor time of a step; run in a process of its own."""
+def measured_bytes(case: Case, *, holes: bool = False) -> tuple[int, int]:
+    """Peak and rest; run in a process of its own."""
+    import ctypes
+
+    if not holes:
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
     torch.manual_seed(0)
-    warm = replace(case, rows=1, length=16)
-    _steps(warm, 1)  # what a library makes when it is first used is no part of a step
+    _steps(replace(case, rows=1, length=16), 1)  # what a library makes when it is first used is no part of a step
     gc.collect()
     _trim()
     rest = _status("VmRSS")
-    took_s = _steps(case, 2)
-    return _status("VmHWM"), rest, took_s
+    _steps(case, 2)
+    return _status("VmHWM"), rest
 
 
-def _steps(case: Case, count: int) -> float:
+def measured_s(case: Case) -> float:
+    """The processor time of a step, with the allocator as a run has it; run in a process of its own."""
+    torch.manual_seed(0)
+    return statistics.median(_steps(case, 4)[1:])
+
+
+def _steps(case: Case, count: int) -> list[float]:
     config = CONFIGS[case.architecture]()
     kind: Any = tf.AutoModelForSequenceClassification if case.task == "classify" else tf.AutoModelForCausalLM
     config.pad_token_id = 0
@@ -159,15 +199,15 @@ def _steps(case: Case, count: int) -> float:
         optimizer.zero_grad()
         times.append(time.process_time() - began_s)
     fused.undo()
-    return min(times[1:] or times)
+    return times
 
 
-def in_child(case: Case) -> tuple[int, int, float] | None:
-    """`measure` in a child of this process; None where it failed."""
+def in_child(work: Callable[[Case], Any], case: Case) -> Any:
+    """`work(case)` in a child of this process; None where it failed."""
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         try:
-            os.write(write, json.dumps(measure(case)).encode())
+            os.write(write, json.dumps(work(case)).encode())
             os._exit(0)
         except BaseException as error:
             print(case, repr(error)[:300], file=sys.stderr)
@@ -176,10 +216,7 @@ def in_child(case: Case) -> tuple[int, int, float] | None:
     with os.fdopen(read) as pipe:
         said = pipe.read()
     os.waitpid(child, 0)
-    if not said:
-        return None
-    peak, rest, took_s = json.loads(said)
-    return peak, rest, took_s
+    return json.loads(said) if said else None
 
 
 def _status(field: str) -> int:
@@ -196,87 +233,131 @@ def _trim() -> None:
 
 
 def main() -> None:
-    """Run the grid, print each case and the distribution."""
-    reader = argparse.ArgumentParser()
-    reader.add_argument("--first", type=int, help="take so many cases of the shuffled grid")
-    reader.add_argument("--dtype", help="take cases of this type only: bfloat16 is slow on many processors")
+    """Measure what is not known yet, plan all of it, print each case and the distributions."""
+    reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reader.add_argument("--first", type=int, default=144, help="take so many cases of the grid, all of its 648 at most")
     reader.add_argument("--holes", action="store_true", help="leave the allocator as it is")
-    reader.add_argument("--keep", type=Path, help="file with a line for each case; what it holds is not run again")
+    reader.add_argument("--keep", type=Path, help="file with a line for each case; what it holds is not measured again")
     reader.add_argument("--minutes", type=float, default=1e9, help="begin no case after so many minutes")
-    reader.add_argument("--again", action="store_true", help="plan the cases of --keep anew beside what was measured")
     given = reader.parse_args()
     torch.set_num_threads(1)
-    if not given.holes:
-        import ctypes
-
-        ctypes.CDLL("libc.so.6").mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
-    known = {one.case: one for one in kept(given.keep)}
-    found: list[Measured] = []
     began_s = time.monotonic()
-    chosen = [case for case in cases() if given.dtype in (None, case.dtype)]
-    for case in chosen[: given.first]:
-        if case in known and not given.again:
-            found.append(known[case])
-            continue
-        if time.monotonic() - began_s > 60 * given.minutes or (given.again and case not in known):
-            continue
-        told = planned(case)
-        seen = (known[case].peak_bytes + known[case].at_rest_bytes, known[case].at_rest_bytes, known[case].step_s) if (
-            given.again
-        ) else in_child(case)  # fmt: skip
-        if seen is None:
-            print("FAILED", case)
-            continue
-        peak, rest, took_s = seen
-        work = [sum(each.values()) for each in (told.traced.flops, told.traced.moved_bytes, told.traced.calls)]
-        one = Measured(case, told.total_bytes - RUNTIME_BYTES["cpu"], peak - rest, rest, took_s, *work)
-        found.append(one)
-        print(
-            f"{case.architecture:6} {case.method:34} {case.rows:3}x{case.length:<4} {case.dtype:9} "
-            f"{case.quantize or '-':4} {case.recompute:11} planned {one.planned_bytes / 1e6:7.1f} MB  "
-            f"measured {one.peak_bytes / 1e6:7.1f} MB  {100 * one.error:+6.1f} %   {took_s:.2f} s",
-            flush=True,
-        )
-        if given.keep and not given.again:
-            with given.keep.open("a") as file:
-                file.write(json.dumps(asdict(one)) + "\n")
-    if given.keep and given.again:
-        given.keep.write_text("".join(json.dumps(asdict(one)) + "\n" for one in found))
+    known = {one.case: one for one in kept(given.keep)}
+    seen: list[Measured] = []
+    for case in cases()[: given.first]:
+        if case not in known:
+            if time.monotonic() - began_s > 60 * given.minutes:
+                continue
+            memory = in_child(functools.partial(measured_bytes, holes=given.holes), case)
+            step_s = in_child(measured_s, case)
+            if memory is None or step_s is None:
+                print("FAILED", case)
+                continue
+            known[case] = Measured(case, memory[0] - memory[1], memory[1], step_s)
+            if given.keep:
+                with given.keep.open("a") as file:
+                    file.write(json.dumps(asdict(known[case])) + "\n")
+        seen.append(known[case])
+    speed = Speed.measured("cpu", clock=time.process_time)
+    found = [planned(one, speed) for one in seen]
     print(table(found))
-    print(distribution(found))
+    errors = {"memory": [one.memory_error for one in found], "time": [one.time_error for one in found]}
+    for what, values in errors.items():
+        print(distribution(what, values))
+    RESULT.write_text(
+        json.dumps(
+            {
+                "machine": machine(),
+                "cases": [
+                    asdict(one.seen.case)
+                    | {
+                        "peak_mb": round(one.seen.peak_bytes / 1e6, 2),
+                        "planned_mb": round(one.planned_bytes / 1e6, 2),
+                        "step_s": round(one.seen.step_s, 4),
+                        "planned_s": round(one.planned_s, 4),
+                    }
+                    for one in found
+                ],
+            },
+            indent=0,
+        )
+        + "\n"
+    )
+    draw(errors)
+
+
+def machine() -> str:
+    """The processor and the libraries."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    amx = " with AMX" if any("amx_bf16" in line for line in lines) else ""
+    return f"{name}{amx}, torch {torch.__version__}, transformers {tf.__version__}"
 
 
 def kept(place: Path | None) -> list[Measured]:
     """The cases of a file of an earlier run."""
     lines = place.read_text().splitlines() if place and place.exists() else []
-    return [Measured(**{**fields, "case": Case(**fields["case"])}) for fields in map(json.loads, lines)]
+    return [
+        Measured(Case(**fields["case"]), *(fields[name] for name in ("peak_bytes", "at_rest_bytes", "step_s")))
+        for fields in map(json.loads, lines)
+    ]
 
 
-def table(found: list[Measured]) -> str:
+def table(found: list[Planned]) -> str:
     """The cases as a table of Markdown."""
-    head = ["model", "method", "rows x tokens", "type", "computed twice", "planned", "measured", "error"]
-    lines = [" | ".join(head), " | ".join(["---"] * 5 + ["---:"] * 3)]
-    for one in sorted(found, key=lambda one: (one.case.architecture, one.case.method, one.case.dtype)):
-        case = one.case
+    head = ["model", "method", "rows x tokens", "type", "computed twice", "MB planned", "measured", "error"]
+    head += ["s planned", "measured", "error"]
+    lines = [" | ".join(head), " | ".join(["---"] * 5 + ["---:"] * 6)]
+    for one in sorted(found, key=lambda one: (one.seen.case.architecture, one.seen.case.method, one.seen.case.dtype)):
+        case = one.seen.case
         lines.append(
             f"{case.architecture} | {case.method.partition('(')[0]} | {case.rows} x {case.length} | "
             f"{case.dtype}{', ' + case.quantize if case.quantize else ''} | {case.recompute} | "
-            f"{one.planned_bytes / 1e6:.1f} | {one.peak_bytes / 1e6:.1f} | {100 * one.error:+.1f} %"
+            f"{one.planned_bytes / 1e6:.1f} | {one.seen.peak_bytes / 1e6:.1f} | {100 * one.memory_error:+.1f} % | "
+            f"{one.planned_s:.3f} | {one.seen.step_s:.3f} | {100 * one.time_error:+.1f} %"
         )
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def distribution(found: list[Measured]) -> str:
+def distribution(what: str, values: list[float]) -> str:
     """The errors, a mark for each case, and in a line."""
-    errors = sorted(one.error for one in found)
+    errors = sorted(values)
     mean = statistics.fmean(abs(error) for error in errors)
+    within = sum(abs(error) <= 0.25 for error in errors)
     bars = []
     for low in range(5 * math.floor(20 * errors[0]), 5 * math.floor(20 * errors[-1]) + 5, 5):
         bars.append(f"{low:+4d} to {low + 5:+4d} %  " + "#" * sum(low <= 100 * error < low + 5 for error in errors))
     return "\n".join(bars) + (
-        f"\n{len(errors)} cases: mean absolute error {100 * mean:.1f} %, from {100 * errors[0]:+.1f} % to "
-        f"{100 * errors[-1]:+.1f} %, {sum(error < -0.05 for error in errors)} under by more than 5 %"
+        f"\n{what}, {len(errors)} cases: mean absolute error {100 * mean:.1f} %, from {100 * errors[0]:+.1f} % to "
+        f"{100 * errors[-1]:+.1f} %, {sum(error < -0.05 for error in errors)} under by more than 5 %, "
+        f"{within} ({100 * within / len(errors):.0f} %) within 25 %"
     )
+
+
+def draw(errors: dict[str, list[float]]) -> None:
+    """A histogram of the errors of memory, and one of those of time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "graftlm"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained")
+    limits = {"memory": ((-5, 10), 1), "time": ((-25, 25), 5)}
+    for plot, (what, values) in zip(axes, errors.items(), strict=True):
+        (low, high), width = limits[what]
+        percent = [100 * value for value in values]
+        first = width * math.floor(min([low, *percent]) / width)
+        last = width * math.ceil(max([high, *percent]) / width)
+        plot.hist(percent, bins=range(first, last + width, width), color="#0f9d8a", edgecolor="#ffffff", linewidth=0.5)
+        for limit in (low, high):
+            plot.axvline(limit, color="#c2571a", linewidth=1, linestyle="--")
+        plot.set_xlabel(f"{what}: planned over measured, less one, %", fontsize=8, color="#7b8490")
+        plot.tick_params(colors="#7b8490", labelsize=8)
+        for spine in plot.spines.values():
+            spine.set_color("#9aa3ad")
+    axes[0].set_ylabel("cases", fontsize=8, color="#7b8490")
+    figure.savefig(FIGURE, transparent=True, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -83,8 +83,9 @@ def test_changes_come_cheapest_first(roomy: Fitting) -> None:
     ]  # fmt: skip
     assert changes[-3:-1] == ["--method 'ia3'", "--method 'full'"]
     assert "examples in the prompt" in changes[-1]
-    # Of the cumulative ladder every step needs less than the one before.
-    ladder = [o.total_bytes for o in roomy.options if "train.accumulate=4" in o.changes]
+    # Of the cumulative ladder every step needs less than the one before, but for what libraries hold (code of products in
+    # bfloat16, more than so small a model).
+    ladder = [o.total_bytes - o.plan.terms["runtime"] for o in roomy.options if "train.accumulate=4" in o.changes]
     assert ladder == sorted(ladder, reverse=True)
     assert len(ladder) == 3
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["attention_forward", "block_bytes", "blocked_attention", "plain_attention"]
+__all__ = ["attention_forward", "block_bytes", "block_shapes", "blocked_attention", "plain_attention"]
 
 _QUERIES = 64
 #: The scores of a block take no more memory than this, so that they stay where they are used.
@@ -55,6 +55,15 @@ def block_bytes(query: Tensor, key: Tensor, *, backward: bool = False) -> int:
     if backward:  # with the last block's chances and gradient until they are replaced
         return (2 * q + 2 * k + max((3 if one else 4) * scores, 2 * scores + max(k, q))) * query.element_size()
     return (q + 2 * k + max(2 * scores, q + scores)) * query.element_size()
+
+
+def block_shapes(query: Tensor, key: Tensor, causal: bool) -> int:
+    """How many blocks of different shapes a call with such queries and keys has; a plan counts with it."""
+    blocks = _Blocks(query, key, 1.0, causal, None)
+    by_rows = 2 if blocks.rows % blocks.some else 1
+    by_heads = 2 if blocks.kv_heads % blocks.heads else 1
+    many = -(-blocks.tokens // _QUERIES)
+    return by_rows * by_heads * (many if causal else min(many, 2 if blocks.tokens % _QUERIES else 1))
 
 
 class _Blocked(torch.autograd.Function):

@@ -6,13 +6,13 @@ Example:
     71680
 """
 
-from graftlm.planning.calibration import Speed, calibrate, said_time, speed_of, time_of
+from graftlm.planning.calibration import Speed, said_time, speed_of, time_of
 from graftlm.planning.fitting import Fitting, Option, fitting
 from graftlm.planning.memory import memory_bytes, said
 from graftlm.planning.plan import TERMS, Asked, Plan, asked, plan
 from graftlm.planning.serving import Serving, serving
 
 __all__ = [
-    "TERMS", "Asked", "Fitting", "Option", "Plan", "Serving", "Speed", "asked", "calibrate", "fitting", "memory_bytes",
+    "TERMS", "Asked", "Fitting", "Option", "Plan", "Serving", "Speed", "asked", "fitting", "memory_bytes",
     "plan", "said", "said_time", "serving", "speed_of", "time_of",
 ]  # fmt: skip

@@ -1,11 +1,11 @@
-"""How fast this device is: a small model's real steps, measured once and kept, tell the time of any planned step.
+"""How fast this device is: each operation of a planned step is made again here, once, and its time is kept.
 
-    seconds = products / their rate + bytes of all else / the memory's rate + random numbers x what one takes
-              + operations x the cost of calling one
+    seconds of a step = sum over its operations of (how often x (what one takes + what a call from a model takes))
+                        + the optimizer's seconds
 
-The memory's rate is that of sums of two large tensors; random numbers are those of dropout, dear on a processor. The
-other two figures come from two steps of a small Llama with LoRA, one of many tokens and one of few: what these
-operations really cost, in the arrangement in which training calls them, is thereby in the figures.
+A step of a model of any size has some dozens of different operations. Each is made with values of the same shapes,
+types and layouts; long ones are measured with their dimensions halved until they take a few milliseconds, and scaled
+by their work. What a call takes beside the operation (modules, hooks, autograd) comes from a step of a tiny Llama.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,44 +27,105 @@ import torch
 from graftlm.core import attach
 from graftlm.kernels import fuse
 from graftlm.methods import read_method
+from graftlm.planning.operations import Operation, again, forward_of, given_tensors, is_attention, smaller
 from graftlm.planning.plan import Asked, Plan
 from graftlm.planning.step import Shape, Traced, objective_of
 
-__all__ = ["Speed", "calibrate", "said_time", "speed_of", "time_of"]
+__all__ = ["Speed", "said_time", "speed_of", "time_of"]
 
 _METHOD = "lora(rank=8,targets=all-linear)"
-_MANY, _FEW = (4, 128), (1, 8)  # rows and tokens a row
-_REPEATS = 3
-_MOVED_NUMBERS = 1 << 22  # of each tensor: more than the caches next to a core hold
-_VERSION = 2
+_FEW = (1, 8)  # rows and tokens a row of the step that calls much and computes little
+_VERSION = 3
+
+#: An operation is made smaller until it has no more work than this, a thread: some milliseconds on a processor.
+_MOST_FLOPS, _MOST_BYTES = {"cpu": 3e8, "cuda": 1e11}, {"cpu": 1.6e8, "cuda": 5e8}
+_ATTENTION = 10  # as much more of attention, which takes rows together
+#: An operation meets tensors that were not touched a moment ago: it is made on so many copies in turn, or on as many
+#: as take so many bytes.
+_COPIES, _COPIED_BYTES = 8, 1.6e7
+_BATCHES, _BATCH_S, _CALLS = 5, 1e-3, 64
+#: Operations kept of a device; those that were measured first go first.
+_KEPT = 20_000
 
 
-@dataclass(frozen=True)
+@dataclass
 class Speed:
-    """What a device does in a second: operations of products, bytes of all else, random numbers; seconds a call."""
+    """What a device takes for an operation, measured when it is first asked for and then known.
 
-    flops_per_s: float
-    bytes_per_s: float
-    numbers_per_s: float
+    `call_s` is what a call of an operation takes beside it, `update_s` and `tensor_s` what an optimizer's step with
+    clipping takes a number and a tensor. `seconds` holds what is known of operations. `clock` tells the seconds.
+    """
+
+    device: str
     call_s: float
+    update_s: float
+    tensor_s: float
+    seconds: dict[Operation, float] = field(default_factory=dict)
+    clock: Callable[[], float] = time.perf_counter
+
+    @classmethod
+    def measured(cls, device: str, *, clock: Callable[[], float] = time.perf_counter) -> Speed:
+        """Measure calls and the optimizer now, by `clock`. Leaves random numbers as they were."""
+        found = cls(device, 0.0, 0.0, 0.0, clock=clock)
+        with _same_random_numbers():
+            traced, took_s = _tiny_step(device, clock)
+            computed_s = found._sum_s(traced)
+            calls = sum(each.total() for each in traced.operations.values())
+            found.call_s = max(took_s - computed_s, 0.0) / calls
+            found.update_s, found.tensor_s = _optimizer_s(device, clock)
+        return found
 
     def step_s(self, plan: Plan) -> float:
         """The seconds of one optimizer step of `plan`, all its parts together.
 
         Example:
             >>> from graftlm import plan
-            >>> Speed(1e11, 1e10, 1e8, 1e-5).step_s(plan("bundled", "lora(rank=8)", batch=4, length=128)) < 1
+            >>> speed = Speed("cpu", call_s=1e-5, update_s=1e-9, tensor_s=1e-6)
+            >>> 0 < speed.step_s(plan("bundled", "lora(rank=8)", batch=2, length=16)) < 10
             True
         """
-        found = plan.traced
-        once = sum(self._seconds(found, phase) for phase in ("forward", "backward"))
-        # AdamW reads the gradient, reads and writes the number and its moments; clipping reads and writes the gradient.
-        return once * plan.accumulate + 4 * 9 * plan.trainable / self.bytes_per_s
+        traced = plan.traced
+        update_s = self.update_s * traced.trainable + self.tensor_s * traced.trained_tensors
+        return self._sum_s(traced) * plan.accumulate + update_s
 
-    def _seconds(self, found: Traced, phase: str) -> float:
-        products = found.flops[phase] / self.flops_per_s
-        rest = found.moved_bytes[phase] / self.bytes_per_s + found.drawn[phase] / self.numbers_per_s
-        return products + rest + found.calls[phase] * self.call_s
+    def _sum_s(self, traced: Traced) -> float:
+        with _same_random_numbers():
+            return sum(
+                count * (self.of(operation) + self.call_s)
+                for phase in ("forward", "backward")
+                for operation, count in traced.operations[phase].items()
+            )
+
+    def of(self, operation: Operation) -> float:
+        """The seconds of one operation; none where it cannot be made again, as where values decide."""
+        if operation not in self.seconds:
+            self.seconds[operation] = self._measured(operation)
+        return self.seconds[operation]
+
+    def _measured(self, operation: Operation) -> float:
+        threads = torch.get_num_threads() if self.device == "cpu" else 1
+        try:
+            most_flops = _MOST_FLOPS[self.device] * threads * (_ATTENTION if is_attention(operation.name) else 1)
+            less, share = smaller(operation, most_flops, _MOST_BYTES[self.device])
+            took_s = _seconds(less, self.device, self.clock)
+            if (forward := forward_of(less)) is not None:
+                took_s = max(took_s - _seconds(forward, self.device, self.clock), 0.0)
+        except Exception:  # an operation of a model may want values that it is not given here
+            return 0.0
+        return took_s * share
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, to be kept."""
+        kept = list(self.seconds.items())[-_KEPT:]
+        known = {f"{one.name} {one.given}": took_s for one, took_s in kept}
+        return {"call_s": self.call_s, "update_s": self.update_s, "tensor_s": self.tensor_s, "seconds": known}
+
+    @classmethod
+    def from_dict(cls, device: str, kept: dict[str, Any]) -> Speed:
+        """What `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        known = {Operation(*text.split(" ", 1)): float(took_s) for text, took_s in kept["seconds"].items()}
+        call_s, update_s, tensor_s = (float(kept[name]) for name in ("call_s", "update_s", "tensor_s"))
+        return cls(device, call_s, update_s, tensor_s, seconds=known)
 
 
 def time_of(step: Asked, plan: Plan) -> tuple[float, float] | None:
@@ -74,7 +135,8 @@ def time_of(step: Asked, plan: Plan) -> tuple[float, float] | None:
     """
     if step.device == "cuda" and not torch.cuda.is_available():
         return None
-    step_s = speed_of(step.device, step.shape.dtype).step_s(plan)
+    with speed_of(step.device) as speed:
+        step_s = speed.step_s(plan)
     return step_s, step_s * step.mean_share * step.steps
 
 
@@ -91,66 +153,74 @@ def said_time(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def speed_of(device: str, dtype: torch.dtype) -> Speed:
-    """The speed of this device with numbers of that type: measured in a few seconds, then kept in the user's cache.
+@contextlib.contextmanager
+def speed_of(device: str) -> Any:
+    """The speed of this device, as it is kept in the user's cache; what is measured in the block is kept too.
 
     What is kept is of this processor (or CUDA device), number of threads and version of torch. The folder is that of
     XDG_CACHE_HOME, or ~/.cache; where it cannot be written, the figures are measured anew each time.
     """
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    kind = str(dtype).removeprefix("torch.")
-    threads = torch.get_num_threads()
-    key = f"{_VERSION} {device} {name} {kind} {threads} threads torch {torch.__version__}"
+    key = f"{_VERSION} {device} {name} {torch.get_num_threads()} threads torch {torch.__version__}"
     place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graftlm" / "speed.json"
     try:
-        kept = json.loads(place.read_text(encoding="utf-8"))
-        return Speed(**kept[key])
-    except (OSError, ValueError, KeyError, TypeError):
-        kept = {}
-    found = calibrate(device, dtype)
+        found = Speed.from_dict(device, _kept(place)[key])
+    except (KeyError, ValueError, TypeError, AttributeError):
+        found = Speed.measured(device)
+    known = len(found.seconds) if key in _kept(place) else -1
+    yield found
+    if len(found.seconds) == known:
+        return
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(ValueError, OSError):
-            kept = dict(json.loads(place.read_text(encoding="utf-8")))
         with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False, encoding="utf-8") as file:
-            json.dump(kept | {key: asdict(found)}, file, indent=1)
+            json.dump(_kept(place) | {key: found.to_dict()}, file)
         Path(file.name).replace(place)
-    return found
 
 
-def calibrate(device: str, dtype: torch.dtype, *, clock: Callable[[], float] = time.perf_counter) -> Speed:
-    """Measure now: the median of a few steps of two sizes, by `clock`. Leaves random numbers as they were."""
+def _kept(place: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Any:
     state = torch.random.get_rng_state()
     try:
-        bytes_per_s = _memory_rate(device, clock)
-        x = torch.empty(_MOVED_NUMBERS // 4, device=device)
-        drawn_s = statistics.median(_timed(x.bernoulli_, device, clock) for _ in range(_REPEATS))
-        steps = [_measured(device, dtype, *size, clock) for size in (_MANY, _FEW)]
+        yield
     finally:
         torch.random.set_rng_state(state)
-    rest = []
-    for found, took_s in steps:
-        flops, moved, calls = (found.flops.total(), found.moved_bytes.total(), found.calls.total())
-        rest.append((flops, calls, max(took_s - moved / bytes_per_s, took_s / 4)))
-    (many, calls, many_s), (few, few_calls, few_s) = rest
-    # Two equations: seconds = flops / rate + calls x cost.
-    whole = many * few_calls - few * calls
-    second = max((many_s * few_calls - few_s * calls) / whole, many_s / many / 4)
-    return Speed(
-        1 / second, bytes_per_s, x.numel() / max(drawn_s, 1e-9), max(few_s - few * second, few_s / 4) / few_calls
-    )
 
 
-def _memory_rate(device: str, clock: Callable[[], float]) -> float:
-    x, y = (torch.ones(_MOVED_NUMBERS, device=device) for _ in range(2))
-    z = torch.empty_like(x)
-    times = [_timed(lambda: torch.add(x, y, out=z), device, clock) for _ in range(5)]
-    return 3 * x.numel() * x.element_size() / max(statistics.median(times), 1e-9)
+def _seconds(operation: Operation, device: str, clock: Callable[[], float]) -> float:
+    """The median of some batches of calls; a batch is short, so that other work on the machine spoils few of them."""
+    copies = max(1, min(_COPIES, round(_COPIED_BYTES / max(sum(_storages(operation)), 1))))
+    calls = [again(operation, device) for _ in range(copies)]
+    _timed(calls[0], device, clock)  # what is made when it is first called is no part of it
+    once_s = max(_timed(calls[-1], device, clock), 1e-7)
+    many = max(1, min(round(_BATCH_S / once_s), _CALLS))
+    times = []
+    for batch in range(_BATCHES):
+        if operation.name.split(".")[1:2] and operation.name.split(".")[1].endswith("_"):
+            calls = [again(operation, device) for _ in calls]  # of ones; what is halved again and again gets slow
+        turn = [calls[(batch * many + at) % len(calls)] for at in range(many)]
+        times.append(_timed(lambda turn=turn: [call() for call in turn], device, clock) / many)  # type: ignore[misc]
+    return statistics.median(times)
 
 
-def _measured(
-    device: str, dtype: torch.dtype, rows: int, length: int, clock: Callable[[], float]
-) -> tuple[Traced, float]:
+def _storages(operation: Operation) -> list[int]:
+    """The bytes of each tensor that the operation is given."""
+    spans = [
+        (1 + sum((size - 1) * stride for size, stride in zip(spec["t"], spec["s"], strict=True)), spec["d"])
+        for spec in given_tensors(operation)
+    ]
+    return [span * int(getattr(torch, kind).itemsize) for span, kind in spans]
+
+
+def _tiny_step(device: str, clock: Callable[[], float]) -> tuple[Traced, float]:
     import transformers as tf
 
     config = tf.LlamaConfig(
@@ -158,10 +228,11 @@ def _measured(
         vocab_size=2048, pad_token_id=0,
     )  # fmt: skip
     method = read_method(_METHOD)
-    shape = Shape(rows=rows, length=length, dtype=dtype, on_processor=device == "cpu")
+    rows, length = _FEW
+    shape = Shape(rows=rows, length=length, on_processor=device == "cpu")
     traced = Asked(config, method, "lm", shape, device=device).plan().traced
     kind: Any = tf.AutoModelForCausalLM
-    model = kind.from_config(config, dtype=dtype).to(device)
+    model = kind.from_config(config).to(device)
     attach(model, method)
     objective = objective_of("lm", model)
     ids = torch.full((rows, length), 5, device=device)
@@ -172,8 +243,29 @@ def _measured(
         torch.autograd.backward(loss)
 
     with fuse(model.train()):
-        step()  # what is made when it is first called is no part of a step
-        return traced, statistics.median(_timed(step, device, clock) for _ in range(_REPEATS))
+        step()
+        return traced, statistics.median(_timed(step, device, clock) for _ in range(9))
+
+
+def _optimizer_s(device: str, clock: Callable[[], float]) -> tuple[float, float]:
+    """What AdamW with clipping takes a number and a tensor: from many small tensors and from few large ones."""
+    found = []
+    for count, size in ((64, 64), (8, 1 << 18)):
+        trained = [torch.nn.Parameter(torch.zeros(size, device=device)) for _ in range(count)]
+        optimizer = torch.optim.AdamW(trained, lr=1e-9, fused=True)
+
+        def update(trained: Any = trained, optimizer: Any = optimizer) -> None:
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        update()
+        found.append((count, count * size, statistics.median(_timed(update, device, clock) for _ in range(5))))
+    (few, small, small_s), (some, large, large_s) = found
+    update_s = max(large_s * few - small_s * some, 0.0) / (large * few - small * some)
+    return update_s, max(small_s - small * update_s, 0.0) / few
 
 
 def _timed(work: Callable[[], Any], device: str, clock: Callable[[], float]) -> float:

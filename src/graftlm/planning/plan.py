@@ -16,7 +16,7 @@ from graftlm.kernels import Recompute
 from graftlm.methods import read_method
 from graftlm.models import load_config, resolve_base
 from graftlm.models.loading import generates
-from graftlm.planning.memory import RUNTIME_BYTES, memory_bytes, said
+from graftlm.planning.memory import RUNTIME_BYTES, memory_bytes, said, workspace_bytes
 from graftlm.planning.stacking import traced as traced_of
 from graftlm.planning.step import Shape, Traced, like
 
@@ -28,9 +28,8 @@ __all__ = ["TERMS", "Asked", "Plan", "asked", "config_of", "plan"]
 TERMS = ("weights", "quantisation", "deltas", "gradients", "optimizer", "activations", "logits", "runtime")
 """What memory goes to, in the order in which it is shown."""
 
-#: What an allocator holds between blocks: on a processor small ones only (docs/plan.md), on CUDA a share of what a step
-#: allocates, a rule of thumb.
-_HELD_BYTES, _HELD_SHARE = 5_000_000, 0.05
+#: What an allocator holds between blocks on CUDA: a share of what a step allocates, a rule of thumb.
+_HELD_SHARE = 0.05
 
 #: Tasks of which a row has two answers.
 _PAIRS = ("dpo", "reward")
@@ -285,8 +284,9 @@ class Asked:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise PlanError(Finding("P102", f"a step of {name} ({self.task}) cannot be planned: {why}")) from error
         highest = max(peak.total() for phase, peak in traced.peaks.items() if phase != "rest")
-        held = _HELD_BYTES if self.device == "cpu" else int(_HELD_SHARE * (highest - traced.sizes["weights"]))
-        runtime = RUNTIME_BYTES[self.device] + held
+        every = {one for found in traced.operations.values() for one in found}
+        share = int(_HELD_SHARE * (highest - traced.sizes["weights"]))
+        runtime = RUNTIME_BYTES[self.device] + (workspace_bytes(every) if self.device == "cpu" else share)
         phases = {phase: peak.total() for phase, peak in traced.peaks.items() if phase != "rest"}
         if self.accumulate > 1:  # from the second part on, the gradients of the first are there
             phases["forward"] += traced.sizes["gradients"]

@@ -54,7 +54,7 @@ def _extended(few: Traced, more: Traced, depth: int) -> Traced:
     def line(low: int, high: int) -> int:
         return low + (high - low) * (depth - _FEW) // (_MORE - _FEW)
 
-    def counter(low: Counter[str], high: Counter[str]) -> Counter[str]:
+    def counter(low: Counter[Any], high: Counter[Any]) -> Counter[Any]:
         return Counter({name: line(low[name], high[name]) for name in {**low, **high}})
 
     roles = {role: line(few.trained_by_role.get(role, 0), count) for role, count in more.trained_by_role.items()}
@@ -63,10 +63,9 @@ def _extended(few: Traced, more: Traced, depth: int) -> Traced:
         sizes=counter(few.sizes, more.sizes),
         peaks={phase: counter(few.peaks[phase], peak) for phase, peak in more.peaks.items()},
         flops=counter(few.flops, more.flops),
-        moved_bytes=counter(few.moved_bytes, more.moved_bytes),
-        drawn=counter(few.drawn, more.drawn),
-        calls=counter(few.calls, more.calls),
+        operations={phase: counter(few.operations[phase], found) for phase, found in more.operations.items()},
         trainable=line(few.trainable, more.trainable),
+        trained_tensors=line(few.trained_tensors, more.trained_tensors),
         parameters=line(few.parameters, more.parameters),
         adapter_bytes=line(few.adapter_bytes, more.adapter_bytes),
         trained_by_role=roles,

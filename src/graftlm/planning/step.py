@@ -19,6 +19,7 @@ from graftlm.data import MaskingCollator
 from graftlm.kernels import Recompute, fuse
 from graftlm.models import HEADS, head_of
 from graftlm.objectives import OBJECTIVES, CausalLM, Objective
+from graftlm.planning.operations import Operation
 from graftlm.planning.tracing import Trace
 from graftlm.quantisation import PACKED, as_format, quantized, reserve
 
@@ -59,15 +60,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Traced:
-    """What one step took: `peaks` are bytes by phase and kind, `sizes` the bytes of what stays, by kind."""
+    """What one step took: `peaks` are bytes by phase and kind, `sizes` the bytes of what stays, by kind.
+
+    `operations` has by phase how often each operation is called.
+    """
 
     sizes: Counter[str]
     peaks: dict[str, Counter[str]]
     flops: Counter[str]
-    moved_bytes: Counter[str]
-    drawn: Counter[str]
-    calls: Counter[str]
+    operations: dict[str, Counter[Operation]]
     trainable: int
+    trained_tensors: int
     parameters: int
     adapter_bytes: int
     trained_by_role: dict[str, int] = field(default_factory=dict)
@@ -168,10 +171,9 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
         sizes=sizes + Counter(gradients=sum(map(_bytes, trained))),
         peaks=counted.peaks,
         flops=counted.flops,
-        moved_bytes=counted.moved_bytes,
-        drawn=counted.drawn,
-        calls=counted.calls,
+        operations=dict(counted.operations),
         trainable=sum(parameter.numel() for parameter in trained),
+        trained_tensors=len(trained),
         parameters=parameters,
         adapter_bytes=sum(map(_bytes, adapter.baked().state().values())) if adapter else 0,
         trained_by_role=_by_role(adapter) if adapter else {},

@@ -11,10 +11,9 @@ Small tensors that decide shapes (labels, masks) may have values: they stay real
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,16 +21,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import flop_registry
 
 from graftlm.kernels import attention as blocks
+from graftlm.planning.operations import BLOCKED, BLOCKED_BACKWARD, Operation, is_view, tensors, work
 
 __all__ = ["Trace"]
 
 _aten = torch.ops.aten
 #: Operations that ask for a value, which a meta tensor does not have: a mask is told to hide nothing.
 _READS = {_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.equal.default}
-_DRAWS = {_aten.bernoulli_, _aten.bernoulli, _aten.native_dropout}
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 
 
@@ -39,9 +37,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is alive while it is entered; `vocabulary` tells logits from other activations by their width.
 
     `alive` are bytes by kind; `peaks` the largest sum seen in each phase, with its bytes by kind; `flops` the
-    floating-point operations of matrix products and attention by phase (a multiplication and an addition are two),
-    `moved_bytes` what all other operations read and write, `drawn` the random numbers (of dropout), `calls` how many
-    operations there were.
+    floating-point operations of matrix products and attention by phase (a multiplication and an addition are two);
+    `operations` has by phase every operation that computes or moves something, and how often there was each.
 
     Example:
         >>> trace = Trace()
@@ -58,9 +55,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
         self.flops: Counter[str] = Counter()
-        self.moved_bytes: Counter[str] = Counter()
-        self.drawn: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
+        self.operations: dict[str, Counter[Operation]] = defaultdict(Counter)
         self._phase = "rest"
         self._now = 0
         self._most: Counter[str] = Counter()
@@ -103,7 +98,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operation on shapes and count it."""
         del types
         kwargs = kwargs or {}
-        leaves = _tensors((*args, *kwargs.values()))
+        leaves = tensors((*args, *kwargs.values()))
         meta = [leaf.is_meta for leaf in leaves]
         if func in _READS and any(meta):
             return func is not _aten.equal.default
@@ -112,7 +107,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(meta) and not all(meta):
             args, kwargs = _joined(func, args, kwargs)
         out = _grouped(*args, **kwargs) if func in _GROUPED and any(meta) else func(*args, **kwargs)
-        results = _tensors((out,))
+        results = tensors((out,))
         self._work(func, args, kwargs, leaves, results, out)
         grown = [self._enter(result, self._kind_of(result)) for result in results]
         if any(grown):
@@ -120,18 +115,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _work(self, func: Any, args: Any, kwargs: Any, leaves: list[Tensor], results: list[Tensor], out: Any) -> None:
-        packet = func._overloadpacket
-        if packet in flop_registry:
-            self.flops[self._phase] += _flops_of(packet)(*args, **kwargs, out_val=out)
-        elif packet in _OTHER_FLOPS:
-            self.flops[self._phase] += _OTHER_FLOPS[packet](*args)
-        elif _is_view(func):
+        if is_view(func):
             return
-        else:
-            if packet in _DRAWS:
-                self.drawn[self._phase] += results[0].numel()
-            self.moved_bytes[self._phase] += sum(_bytes(tensor) for tensor in (*leaves, *results))
-        self.calls[self._phase] += 1
+        self.flops[self._phase] += work(func, args, kwargs, leaves, results, out)[0]
+        self.operations[self._phase][Operation.of(func, args, kwargs, name=_name)] += 1
 
     def _kind_of(self, tensor: Tensor) -> str:
         is_logits = self.vocabulary is not None and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
@@ -159,33 +146,6 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         peak = self.peaks.get(self._phase)
         if peak is None or self._now > peak.total():
             self.peaks[self._phase] = +self.alive
-
-
-def _flops_of(packet: Any) -> Callable[..., int]:
-    """Torch's own count of an operation."""
-    found: Any = flop_registry[packet]
-    return lambda *args, **kwargs: int(found(*args, **kwargs))
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors among the arguments or results of an operation, those in lists too; `tree_flatten` takes longer."""
-    found: list[Tensor] = []
-    for each in values:
-        if isinstance(each, Tensor):
-            found.append(each)
-        elif isinstance(each, (list, tuple)):
-            found += _tensors(each)
-    return found
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-@functools.cache
-def _is_view(func: Any) -> bool:
-    """Whether the operation's result is another look at its input, so that nothing is moved."""
-    return any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
 
 
 def _joined(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -265,9 +225,10 @@ class _Blocked(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.causal = scale, causal
         inside = _inside(query, key)
-        output: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=None, scale=scale
-        )[0]
+        with _named(BLOCKED):
+            output: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, causal, attn_mask=None, scale=scale
+            )[0]
         del inside
         return output
 
@@ -276,28 +237,31 @@ class _Blocked(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         inside = _inside(query, key, backward=True)
         output, sums = (query.new_empty(1).expand(shape) for shape in (query.shape, query.shape[:3]))
-        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            above, query, key, value, output, sums, 0.0, ctx.causal, attn_mask=None, scale=ctx.scale
-        )
+        with _named(BLOCKED_BACKWARD):
+            grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                above, query, key, value, output, sums, 0.0, ctx.causal, attn_mask=None, scale=ctx.scale
+            )
         del inside
         return (*(grad.view(like.shape) for grad, like in zip(grads, (query, key, value), strict=True)), None, None)
+
+
+_name = ""
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What happens in the block is counted under that name: torch's operation stands for one of graftlm's own."""
+    global _name
+    before, _name = _name, name
+    try:
+        yield
+    finally:
+        _name = before
 
 
 def _inside(query: Tensor, key: Tensor, *, backward: bool = False) -> Tensor:
     size = blocks.block_bytes(query, key, backward=backward)
     return torch.empty(size, dtype=torch.uint8, device=query.device)
-
-
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    """Scores and weighted sum: two products of all pairs; causal attention is counted in full, as torch counts it."""
-    pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-    return int(2 * pairs * (query.shape[-1] + value.shape[-1]))
-
-
-def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> int:
-    """The scores again, and the gradients of both products: five products of all pairs."""
-    del grad
-    return _attention_flops(query, key, value, *rest) * 5 // 2
 
 
 # --- experts ---
@@ -312,23 +276,4 @@ def _grouped(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__:
     return a.new_empty(a.shape[-2], b.shape[-1])
 
 
-def _grouped_flops(a: Tensor, b: Tensor, *_: Any) -> int:
-    """Every row meets one expert."""
-    experts = a.shape[0] if a.dim() == b.dim() == 3 else 1
-    return int(2 * experts * a.shape[-2] * a.shape[-1] * b.shape[-1])
-
-
 _GROUPED = {_aten._grouped_mm.default}
-
-
-def _product_flops(_: Tensor, a: Tensor, b: Tensor) -> int:
-    """A product added in place, which torch does not count."""
-    return int(2 * a.shape[0] * a.shape[1] * b.shape[1])
-
-
-_OTHER_FLOPS: dict[Any, Callable[..., int]] = {
-    _aten.addmm_: _product_flops,
-    _aten._grouped_mm: _grouped_flops,
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}

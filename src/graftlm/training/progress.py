@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from graftlm.training.remaining import Remaining
+
 if TYPE_CHECKING:
     from graftlm.training.trainer import GraftTrainer
 
@@ -67,22 +69,21 @@ class Voice:
 
 
 class Progress(TrainerCallback):
-    """Shows steps, losses, speed and the time left; writes metrics.jsonl."""
+    """Shows steps, losses, speed and the time left until the training ends; writes metrics.jsonl."""
 
-    def __init__(self, voice: Voice, metrics: Path, unit: str) -> None:
+    def __init__(self, voice: Voice, metrics: Path, unit: str, remaining: Remaining | None = None) -> None:
         self.voice, self.metrics, self.unit = voice, metrics, unit
+        self.remaining = remaining or Remaining()
         self.trainer: GraftTrainer | None = None
         self._bar: Any = None
         self._task: Any = None
-        self._began_s = self._said_s = 0.0
-        self._first_step, self._first_s = 0, 0.0
+        self._began_s = self._said_s = self._mark_s = 0.0
         self._loss = self._best = self._eval = self._reward = float("nan")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock, and the bar on a terminal."""
         del args, control
-        self._began_s = self._said_s = time.monotonic()
-        self._first_step = state.global_step
+        self._began_s = self._said_s = self._mark_s = time.monotonic()
         if self.voice.console.is_terminal and not self.voice.console.quiet:
             from rich.progress import BarColumn, TaskProgressColumn, TextColumn
             from rich.progress import Progress as Bar
@@ -120,16 +121,30 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move the bar, or say a plain line when it is time."""
-        del args, control
-        if state.global_step == self._first_step + 1:
-            self._first_s = time.monotonic()
+        del control
+        self.remaining.step(self.trainer.step_tokens if self.trainer else 0, self._since())
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, said=self._line(state))
-        elif time.monotonic() - self._said_s > _PLAIN_EVERY_S:
-            self._said_s = time.monotonic()
+            self._bar.update(self._task, completed=state.global_step, said=self._line(args, state))
+        elif self._mark_s - self._said_s > _PLAIN_EVERY_S:
+            self._said_s = self._mark_s
             share = 100 * state.global_step / max(state.max_steps, 1)
-            self.voice.say("", f"{state.global_step}/{state.max_steps}  {share:.0f} %  {self._line(state)}")
+            self.voice.say("", f"{state.global_step}/{state.max_steps}  {share:.0f} %  {self._line(args, state)}")
             sys.stdout.flush()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """How long it took is known now."""
+        del args, state, control
+        self.remaining.pause("evaluation", self._since())
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """How long it took is known now."""
+        del args, state, control
+        self.remaining.pause("checkpoint", self._since())
+
+    def _since(self) -> float:
+        """The seconds since this was last asked, or since the training began."""
+        before, self._mark_s = self._mark_s, time.monotonic()
+        return self._mark_s - before
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take the bar away."""
@@ -145,15 +160,19 @@ class Progress(TrainerCallback):
     def _rate(self) -> float:
         return (self.trainer.counted if self.trainer else 0) / max(time.monotonic() - self._began_s, 1e-9)
 
-    def _left_s(self, step: int, steps: int) -> float:
-        """What is left, by the time of the steps so far; the first is left out: what is made then is made once."""
-        now_s = time.monotonic()
-        done, took_s = step - self._first_step, now_s - self._began_s
-        if done > 1:
-            done, took_s = done - 1, now_s - self._first_s
-        return took_s / max(done, 1) * (steps - step)
+    def _left_s(self, args: Any, state: Any) -> float:
+        """What is left until the last step, its evaluation and its checkpoint are done."""
+        step, steps = state.global_step, state.max_steps
 
-    def _line(self, state: Any) -> str:
+        def due(every: int) -> int:
+            """What is done every so many steps, and after the last one."""
+            return -(-steps // every) - step // every if every else 0
+
+        # At the end of this step both may be due: they are still to come.
+        now = [0 if not every or step % every or not step else 1 for every in (args.eval_steps, args.save_steps)]
+        return self.remaining.seconds(steps - step, due(args.eval_steps) + now[0], due(args.save_steps) + now[1])
+
+    def _line(self, args: Any, state: Any) -> str:
         parts = [f"loss {self._loss:.3f} (best {self._best:.3f})"] if self._loss == self._loss else []
         if self._reward == self._reward:
             parts = [f"reward {self._reward:.3f}"]  # the loss of a step says nothing of how good answers are
@@ -162,6 +181,6 @@ class Progress(TrainerCallback):
             [
                 *parts,
                 f"{self._rate():,.0f} {self.unit}/s",
-                f"ETA {clock(self._left_s(state.global_step, state.max_steps))}",
+                f"ETA {clock(self._left_s(args, state))}",
             ]
         )

@@ -63,6 +63,7 @@ from graftlm.training.optimizers import named_for_trainer
 from graftlm.training.order import Streamed
 from graftlm.training.progress import Progress, Voice, clock
 from graftlm.training.ready import Ready, make_ready, read_with
+from graftlm.training.remaining import Remaining, tokens_of_steps
 from graftlm.training.rewards import Reward as RewardFunction
 from graftlm.training.rewards import read_reward
 from graftlm.training.scoring import write_samples
@@ -517,7 +518,7 @@ class _Work:
             args.metric_for_best_model = None if train.early_stopping is None else "eval_reward"
             args.greater_is_better = True
         args.load_best_model_at_end = train.early_stopping is not None
-        progress = Progress(self.voice, self.folder.metrics, objective.unit)
+        progress = Progress(self.voice, self.folder.metrics, objective.unit, self._remaining(prepared, held, online))
         callbacks: list[TrainerCallback] = [progress, Interrupt(self.voice)]
         if train.track == "tensorboard":
             callbacks.append(tensorboard_callback(self.folder.path / "tensorboard"))
@@ -560,6 +561,16 @@ class _Work:
         trainer.remove_callback(ProgressCallback)
         progress.trainer = trainer
         return trainer, progress
+
+    def _remaining(self, prepared: Prepared, held: Any, online: bool) -> Remaining:
+        """What tells the time left, by the lengths of the rows; answers that are yet to be written have none."""
+        train = self.settings.train
+        if online:
+            return Remaining()
+        several = len(prepared.train[0].get("sequences", [None]))
+        lengths = [length_of(item) for item in prepared.train]
+        tokens = several * tokens_of_steps(lengths, train.batch // train.accumulate, train.accumulate)
+        return Remaining(tokens, several * sum(map(length_of, held)))
 
     def _train(self, trainer: GraftTrainer, progress: Progress, adapter: Adapter) -> bool:
         start, damaged = checkpoint.latest(self.folder.checkpoints) if self.resume else (None, [])

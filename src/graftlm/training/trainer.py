@@ -84,6 +84,8 @@ class GraftTrainer(Trainer):
         self.penalty: float | None = None
         #: Losses counted since the start of this process (tokens or rows): the measure of speed.
         self.counted = 0
+        #: Tokens that the step computes, padding too: the measure of its time.
+        self.step_tokens = 0
         self._rows: list[int] = []
         #: The size of the loss of the step so far, of the first steps, and how many steps in a row were far above them.
         self._loss, self._first, self._above = 0.0, list[float](), 0
@@ -137,6 +139,7 @@ class GraftTrainer(Trainer):
             settle(self.adapter.model, self.objective, batch_samples, self.reference, total=self._over_processes)
         count = sum(self.objective.count(batch) for batch in batch_samples)
         self.counted += count
+        self.step_tokens = sum(batch["input_ids"].numel() for batch in batch_samples if "input_ids" in batch)
         self._rows = [int(row) for batch in batch_samples for row in batch.get("row", ())]
         return round(float(self._over_processes(torch.tensor(float(count), device=self.args.device))))
 

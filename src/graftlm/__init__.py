@@ -5,10 +5,16 @@ Names are imported when they are first used, so that `import graftlm` costs noth
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# bitsandbytes tells everyone who imports it on a processor that it found no further kernels, and at each call of a map
+# in eight bits that it computes in 16. transformers' Trainer imports it through peft, hence here, before all of them.
+for _speaker in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_speaker).setLevel(logging.ERROR)
 
 _HOMES = {
     "graftlm.core": (

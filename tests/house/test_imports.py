@@ -44,6 +44,15 @@ def test_nothing_heavy_is_imported(code):
     assert heavy_after(code) == []
 
 
+def test_what_is_imported_says_nothing():
+    """Libraries below have their say on a processor with bf16 products: bitsandbytes, through peft and the Trainer."""
+    code = "import graftlm.comparison, graftlm.training.run"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(SRC)}
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_the_check_sees_torch():
     assert "torch" in heavy_after("import graftlm; graftlm.attach")
 

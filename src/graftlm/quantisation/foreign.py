@@ -7,7 +7,6 @@ read themselves; of what is unknown (GPTQ, AWQ), `core.storage` asks the module.
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import torch
@@ -16,11 +15,6 @@ from torch import Tensor, nn
 from graftlm.core.storage import read_storage
 
 __all__ = ["read_all"]
-
-# bitsandbytes tells everyone who imports it on a CPU that it found no further kernels, and at each call of a map in
-# eight bits that it computes in 16.
-for _speaker in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
-    logging.getLogger(_speaker).setLevel(logging.ERROR)
 
 
 def _four_bits(module: nn.Module) -> Tensor:

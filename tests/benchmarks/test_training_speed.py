@@ -39,3 +39,12 @@ def test_a_quick_run_compares_equal_work(tmp_path: Path) -> None:
     (found,) = json.loads((tmp_path / "found.json").read_text()).values()
     assert found["contenders"]["ours"]["losses"][0] == pytest.approx(found["contenders"]["peft"]["losses"][0], abs=1e-4)
     assert found["contenders"]["ours"]["cpu_s"] > 0
+    kept = (tmp_path / "found.json").read_bytes()
+    again = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "training_speed.py"), *words, "--resume"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert again.stdout == done.stdout
+    assert (tmp_path / "found.json").read_bytes() == kept

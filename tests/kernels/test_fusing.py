@@ -132,6 +132,16 @@ def test_dropout_in_training_is_replayed_when_blocks_are_recomputed() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_feed_forward_parts_with_dropout_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama").train()
+    adapter = shaken(model, "lora(rank=3,targets=all-linear,dropout=0.1)")
+    own, calls = fusing.feed_forward, []
+    with fuse(model):
+        monkeypatch.setattr(fusing, "feed_forward", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+        step(model, [adapter], inputs_for(model))
+    assert len(calls) == 2
+
+
 def test_several_adapters_that_drop_entries_drop_them_in_feed_forward_parts_too() -> None:
     model = tiny("llama").train()
     adapters = [shaken(model, "lora(rank=3,targets=ffn,dropout=0.5)", name) for name in ("one", "two")]

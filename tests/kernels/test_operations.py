@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,7 +24,20 @@ from graftlm.kernels import (
     plain_low_rank_linear,
 )
 from graftlm.kernels.linear import dropped
+from graftlm.kernels.native import why_not, without_loops
 from graftlm.kernels.norm import frozen_norm, invertible
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test with the loops of native.c and without."""
+    if request.param == "native":
+        if why_not():
+            pytest.skip(why_not())
+        yield
+    else:
+        with without_loops():
+            yield
 
 
 def change(
@@ -80,7 +94,7 @@ def test_a_feed_forward_part(gated: bool, recompute: bool, kind: torch.dtype, cl
             Map(torch.randn(out, into, dtype=kind) / into**0.5, torch.randn(out, dtype=kind) if at else None, own)
             for at, ((into, out), own) in enumerate(zip(shapes, changes, strict=True))
         ]
-        for activation in (F.silu, F.gelu):
+        for activation in (F.silu, F.gelu, nn.GELU(approximate="tanh").forward, nn.SiLU().forward):
             fused = feed_forward(x, maps[:-1], maps[-1], activation, recompute=recompute)
             plain = plain_feed_forward(x, maps[:-1], maps[-1], activation)
             compare(fused, plain, [x, *tensors_of(*changes)], close, 3 * close)
@@ -167,9 +181,10 @@ def test_a_norm(kind: torch.dtype, close: float, centred: bool) -> None:
             return F.layer_norm(z, (16,), weight, bias, 1e-5)
         return F.rms_norm(z, (16,), weight, 1e-5)
 
-    fused = frozen_norm(x, own, weight, bias, 1e-5, centred)
-    assert torch.equal(fused, own(x))
-    compare(fused, own(x), [x], close, 2 * close)
+    for native in (False, True):
+        fused = frozen_norm(x, own, weight, bias, 1e-5, centred, native=native)
+        assert native or torch.equal(fused, own(x))
+        compare(fused, own(x), [x], close, 2 * close)
     assert invertible(weight, bias)
     weight[3] = 0
     assert not invertible(weight, bias)
@@ -218,6 +233,41 @@ def test_the_gradient_with_dropout_is_that_of_the_mask() -> None:
     mask = dropped(torch.ones_like(x), 0.5, int(torch.randint(2**62, ())))
     plain = x @ weight.T + own.scale * ((x * mask) @ own.down.T) @ own.up.T
     compare(fused, plain, [x, own.down, own.up], 1e-12, 1e-12)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("kind", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+def test_a_feed_forward_part_in_which_each_change_drops_entries_by_itself(
+    gated: bool, recompute: bool, kind: torch.dtype, close: float
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 12, dtype=kind).requires_grad_()
+    shapes = [(12, 20), (12, 20), (20, 12)] if gated else [(12, 20), (20, 12)]
+    scaling = 1 + torch.rand(20, dtype=kind)
+    maps = [
+        Map(torch.randn(out, into, dtype=kind) / into**0.5, None,
+            dataclasses.replace(change(into, out, kind=torch.promote_types(kind, torch.float32)), dropout=share),
+            scaling if at == len(shapes) - 1 else None)
+        for at, ((into, out), share) in enumerate(zip(shapes, (0.5, 0.3, 0.4), strict=False))
+    ]  # fmt: skip
+    state = torch.get_rng_state()
+    fused = feed_forward(x, maps[:-1], maps[-1], F.silu, recompute=recompute)
+    torch.set_rng_state(state)
+    seeds = [int(torch.randint(2**62, ())) for _ in maps]
+
+    def through(z: Tensor, at: int) -> Tensor:
+        own, seed = maps[at].change, seeds[at]
+        assert own is not None
+        mask = dropped(torch.ones_like(z.detach()).flatten(0, 1), own.dropout, seed).view(z.shape)
+        return z @ maps[at].weight.T + own.scale * ((z * mask) @ own.down.to(kind).T) @ own.up.to(kind).T
+
+    product = F.silu(through(x, 0))
+    if gated:
+        product = product * through(x, 1)
+    plain = through(product * scaling, len(maps) - 1)
+    compare(fused, plain, [x, *tensors_of(*(each.change for each in maps))], close, 2 * close)
+    assert not torch.equal(feed_forward(x, maps[:-1], maps[-1], F.silu), fused)
 
 
 def test_what_is_kept_for_the_backward() -> None:

@@ -11,15 +11,18 @@ twice as long in bfloat16 (its backward above all); on other devices it is the b
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from graftlm.kernels.native import MOST_KEYS, loops_for
+
 __all__ = ["attention_forward", "block_bytes", "block_shapes", "blocked_attention", "plain_attention"]
 
-_QUERIES = 64
+_QUERIES = 128
 #: The scores of a block take no more memory than this, so that they stay where they are used.
 _BLOCK_BYTES = 1600 * 2**10
 
@@ -51,10 +54,9 @@ def block_bytes(query: Tensor, key: Tensor, *, backward: bool = False) -> int:
     queries, pairs = min(_QUERIES, blocks.tokens), blocks.some * blocks.heads
     scores = pairs * blocks.shared * queries * blocks.tokens
     q, k = pairs * blocks.shared * queries * query.shape[3], pairs * blocks.tokens * key.shape[3]
-    one = pairs == blocks.rows * blocks.kv_heads and queries == blocks.tokens
-    if backward:  # with the last block's chances and gradient until they are replaced
-        return (2 * q + 2 * k + max((3 if one else 4) * scores, 2 * scores + max(k, q))) * query.element_size()
-    return (q + 2 * k + max(2 * scores, q + scores)) * query.element_size()
+    if backward:  # queries and what comes from above; keys, values and their gradients; chances and their gradient
+        return (2 * q + 4 * k + 2 * scores + max(k, q)) * query.element_size()
+    return (2 * q + 2 * k + scores + k) * query.element_size()
 
 
 def block_shapes(query: Tensor, key: Tensor, causal: bool) -> int:
@@ -71,11 +73,12 @@ class _Blocked(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None
     ) -> Tensor:
-        blocks = _Blocks(query, key, scale, causal, mask)
         output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
-        for block in blocks:
-            q, k, v = block.queries(query), block.keys(key), block.keys(value)
-            block.write(output, torch.bmm(block.chances(q, k), v))
+        for group in _Blocks(query, key, scale, causal, mask):
+            keys, values = group.whole(key), group.whole(value)
+            for block in group:
+                chances = block.chances(block.queries(query), block.seen_of(keys))
+                block.write(output, torch.bmm(chances, values[:, : block.seen]))
         ctx.save_for_backward(query, key, value, mask)
         ctx.scale, ctx.causal = scale, causal
         return output
@@ -84,37 +87,64 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, above: Tensor) -> Any:
         query, key, value, mask = ctx.saved_tensors
-        grad_query = torch.empty_like(query)
-        grad_key, grad_value = (torch.zeros(each.shape, dtype=each.dtype) for each in (key, value))
-        for block in _Blocks(query, key, ctx.scale, ctx.causal, mask):
-            q, k, v, do = block.queries(query), block.keys(key), block.keys(value), block.queries(above)
-            chances = block.chances(q, k)
-            block.add(grad_value, torch.bmm(chances.mT, do))
-            scores = torch._softmax_backward_data(torch.bmm(do, v.mT), chances, -1, chances.dtype)
-            scores *= ctx.scale
-            block.write(grad_query, torch.bmm(scores, k))
-            block.add(grad_key, torch.bmm(scores.mT, q))
+        grad_query, grad_key, grad_value = (torch.empty_like(each) for each in (query, key, value))
+        for group in _Blocks(query, key, ctx.scale, ctx.causal, mask):
+            keys, values = group.whole(key), group.whole(value)
+            to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
+            for block in group:
+                seen = block.seen_of(keys)
+                q, do = block.queries(query), block.queries(above)
+                chances = block.chances(q, seen)
+                to_values[:, : block.seen].baddbmm_(chances.mT, do)
+                scores = block.scores_back(torch.bmm(do, block.seen_of(values).mT), chances)
+                block.write(grad_query, torch.bmm(scores, seen))
+                to_keys[:, : block.seen].baddbmm_(scores.mT, q)
+                del chances, scores, seen
+            group.write(grad_key, to_keys)
+            group.write(grad_value, to_values)
         return grad_query, grad_key, grad_value, None, None, None
 
 
 class _Blocks:
-    """The blocks that a call falls into: some rows, some of their key-value heads with their queries, some queries."""
+    """The groups that a call falls into, each some rows and some of their key-value heads with their queries."""
 
     def __init__(self, query: Tensor, key: Tensor, scale: float, causal: bool, mask: Tensor | None) -> None:
-        self.scale, self.causal, self.mask = scale, causal, mask
+        self.scale, self.causal = scale, causal
+        # Loops take a row of the mask as it lies in memory.
+        self.mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
         self.rows, heads, self.tokens, _ = query.shape
         self.kv_heads = int(key.shape[1])
         self.shared = heads // self.kv_heads  # query heads a key-value head
+        self.loops = loops_for(query) if query.device.type == "cpu" and self.tokens <= MOST_KEYS else None
         each = self.shared * min(_QUERIES, self.tokens) * self.tokens * query.element_size()
         self.heads = max(1, min(self.kv_heads, _BLOCK_BYTES // each))
         whole = self.heads == self.kv_heads
         self.some = max(1, min(self.rows, _BLOCK_BYTES // (each * self.heads))) if whole else 1
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[_Group]:
         for row in range(0, self.rows, self.some):
             for head in range(0, self.kv_heads, self.heads):
-                for start in range(0, self.tokens, _QUERIES):
-                    yield _Block(self, slice(row, row + self.some), slice(head, head + self.heads), start)
+                yield _Group(self, slice(row, row + self.some), slice(head, head + self.heads))
+
+
+class _Group:
+    """Some rows and key-value heads; iterated, the blocks of its queries."""
+
+    def __init__(self, all_of: _Blocks, rows: slice, heads: slice) -> None:
+        self.all, self.rows, self.heads = all_of, rows, heads
+
+    def __iter__(self) -> Iterator[_Block]:
+        for start in range(0, self.all.tokens, _QUERIES):
+            yield _Block(self.all, self.rows, self.heads, start)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The group's keys or values as [rows x key-value heads, tokens, width], in one piece."""
+        return tensor[self.rows, self.heads].flatten(0, 1).contiguous()
+
+    def write(self, tensor: Tensor, part: Tensor) -> None:
+        """The reverse of `whole`."""
+        own = tensor[self.rows, self.heads]
+        own.copy_(part.view(own.shape))
 
 
 class _Block:
@@ -130,35 +160,51 @@ class _Block:
         part = whole[self.rows, self.query_heads, self.start : self.stop]
         return part.reshape(-1, self.all.shared * part.shape[2], part.shape[3])
 
-    def keys(self, whole: Tensor) -> Tensor:
-        """What the block sees of keys or values, as [rows x key-value heads, tokens, width]."""
-        return whole[self.rows, self.heads, : self.seen].flatten(0, 1)
+    def seen_of(self, keys: Tensor) -> Tensor:
+        """What the block sees of its group's keys or values; in one piece, which products of bfloat16 want."""
+        return keys[:, : self.seen].contiguous()
 
     def write(self, whole: Tensor, part: Tensor) -> None:
         """The reverse of `queries`."""
         own = whole[self.rows, self.query_heads, self.start : self.stop]
         own.copy_(part.view(own.shape))
 
-    def add(self, whole: Tensor, part: Tensor) -> None:
-        """Add `part` where `keys` took from."""
-        own = whole[self.rows, self.heads, : self.seen]
-        own += part.view(own.shape)
-
     def chances(self, q: Tensor, k: Tensor) -> Tensor:
         """P [rows x key-value heads, shared x queries, keys]."""
+        mask, loops = self.all.mask, self.all.loops
+        queries, causal = self.stop - self.start, self.all.causal and self.all.mask is None
+        if loops is not None:
+            scores = torch.bmm(q, k.mT)
+            rows = scores.shape[0] * scores.shape[1]
+            beyond: tuple[Any, ...] = (None, 1, 0, 0)
+            if mask is not None:
+                own = mask[self.rows if mask.shape[0] > 1 else slice(None), 0, self.start :]
+                by_row = own.stride(0) if mask.shape[0] > 1 else 0
+                beyond = (own.data_ptr(), rows // len(range(*self.rows.indices(self.all.rows))), by_row, own.stride(1))
+            start = self.start if causal else -1
+            loops.softmax(scores, rows, self.seen, queries, start, float(self.all.scale), *beyond)
+            return scores
         scores = torch.bmm(q * self.all.scale, k.mT)
-        queries = self.stop - self.start
         by_query = scores.view(-1, self.all.shared, queries, self.seen)
-        mask = self.all.mask
         if mask is not None:
             seen = mask[self.rows if mask.shape[0] > 1 else slice(None), 0, self.start : self.stop, : self.seen]
             rows = len(range(*self.rows.indices(self.all.rows)))
             by_query = by_query.view(rows, -1, queries, self.seen)
             by_query.masked_fill_(~seen[:, None], -torch.inf)
-        elif self.all.causal:
+        elif causal:
             later = torch.ones(queries, queries, dtype=torch.bool).triu(1)
             by_query[..., self.start :].masked_fill_(later, -torch.inf)
         return torch.softmax(scores, -1)
+
+    def scores_back(self, above: Tensor, chances: Tensor) -> Tensor:
+        """The gradient of the products of queries and keys for that of P; may take the place of `above`."""
+        if self.all.loops is None:
+            scores = torch._softmax_backward_data(above, chances, -1, chances.dtype)
+            return scores.mul_(self.all.scale)
+        rows, start = above.shape[0] * above.shape[1], self.start if self.all.causal and self.all.mask is None else -1
+        queries = self.stop - self.start
+        self.all.loops.softmax_back(above, chances, rows, self.seen, queries, start, float(self.all.scale))
+        return above
 
 
 class _KnownMask:

@@ -9,6 +9,7 @@ reads are made again. With `recompute`, G and U are made again too: a third of t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +21,18 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from graftlm.core import LowRank
-from graftlm.kernels.linear import add_low_rank, back_low_rank, plain_low_rank_linear, summed
+from graftlm.kernels.linear import (
+    add_dropped,
+    add_low_rank,
+    back_low_rank,
+    dropped,
+    new_seed,
+    plain_low_rank_linear,
+    summed,
+)
+from graftlm.kernels.native import loops_for
 
-__all__ = ["Map", "feed_forward", "plain_feed_forward"]
+__all__ = ["Map", "drop_scratch", "feed_forward", "plain_feed_forward"]
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -67,18 +77,45 @@ def plain_feed_forward(x: Tensor, inner: Sequence[Map], down: Map, activation: A
 def feed_forward(
     x: Tensor, inner: Sequence[Map], down: Map, activation: Activation, *, recompute: bool = False
 ) -> Tensor:
-    """y [..., out] for x [..., in]; `inner` is (gate, up), or (up,). Changes have neither dropout nor a bias.
+    """y [..., out] for x [..., in]; `inner` is (gate, up), or (up,). Changes have no bias.
 
     Gains of `inner` are not next to zero: what they multiplied is had from the product.
     """
     maps = (*inner, down)
-    scales = tuple(each.change.scale if each.change else 0.0 for each in maps)
+    terms = tuple(_Term.of(each.change) for each in maps)
     tensors: list[Tensor | None] = []
     for each in maps:
         change = each.change
         tensors += [each.weight, each.bias, *((change.down, change.up, change.gain) if change else (None,) * 3)]
-    y: Tensor = _FeedForward.apply(x, activation, recompute, scales, down.scaling, *tensors)  # type: ignore[no-untyped-call]
+    y: Tensor = _FeedForward.apply(x, activation, recompute, terms, down.scaling, *tensors)  # type: ignore[no-untyped-call]
     return y
+
+
+@dataclass(frozen=True)
+class _Term:
+    """What is not a tensor of a map's change: its scale, the share that it drops of its input, and by which seed."""
+
+    scale: float = 0.0
+    dropout: float = 0.0
+    seed: int = 0
+
+    @classmethod
+    def of(cls, change: LowRank | None) -> _Term:
+        if change is None:
+            return cls()
+        return cls(change.scale, change.dropout, new_seed() if change.dropout else 0)
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the change reads of x."""
+        return dropped(x, self.dropout, self.seed) if self.dropout else x
+
+    def add_back(self, grad: Tensor, back: Tensor, down: Tensor) -> None:
+        """Add the gradient of x through the change, s (g B) A where it was not dropped, in place."""
+        down = down.to(back.dtype)
+        if self.dropout:
+            add_dropped(grad, back @ down, self.dropout, self.seed)
+        else:
+            grad.addmm_(back, down)
 
 
 #: How many arguments come before the tensors of the maps, and how many tensors a map has.
@@ -90,20 +127,18 @@ _Tensors = tuple[Any, Any, Any, Any, Any]
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, activation: Activation, recompute: bool, scales: tuple[float, ...],
+        ctx: Any, x: Tensor, activation: Activation, recompute: bool, terms: tuple[_Term, ...],
         scaling: Tensor | None, *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
         maps = _by_map(tensors)
-        wide, narrows = _inner(flat, maps[:-1], scales)
-        product = activation(wide[0])
-        for other in wide[1:]:
-            product = product.mul_(other) if product is not wide[0] else product * other
+        wide, narrows = _inner(flat, maps[:-1], terms)
+        product = _product(activation, wide, _scratch(wide[0]))
         if scaling is not None:
             product = product.mul_(scaling.to(product.dtype)) if product is not wide[0] else product * scaling
         weight, bias, down, up, gain = maps[-1]
         y = F.linear(product, weight, bias if gain is None else None)
-        narrow = None if down is None else add_low_rank(y, product, down, up, scales[-1])
+        narrow = None if down is None else add_low_rank(y, terms[-1].read(product), down, up, terms[-1].scale)
         del product
         before = None  # what the last map's gain multiplies
         needs = ctx.needs_input_grad
@@ -116,21 +151,21 @@ class _FeedForward(torch.autograd.Function):
             flat if reads_x else None, *([None] * len(wide) if recompute else wide), *narrows, narrow, before, scaling,
             *tensors,
         )  # fmt: skip
-        ctx.activation, ctx.scales, ctx.shape = activation, scales, x.shape
+        ctx.activation, ctx.terms, ctx.shape = activation, terms, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, above: Tensor) -> Any:
-        count = len(ctx.scales)  # of maps
+        count = len(ctx.terms)  # of maps
         saved = ctx.saved_tensors
         x, wide, narrows = saved[0], list(saved[1:count]), list(saved[count : 2 * count])
         before, scaling = saved[2 * count : 2 * count + 2]
-        maps, scales, needs = _by_map(saved[2 * count + 2 :]), ctx.scales, ctx.needs_input_grad
+        maps, terms, needs = _by_map(saved[2 * count + 2 :]), ctx.terms, ctx.needs_input_grad
         del saved
         above = above.reshape(-1, above.shape[-1])
         if wide[0] is None:
-            wide = _inner(x, maps[:-1], scales, changed=narrows)[0]
+            wide = _inner(x, maps[:-1], terms, changed=narrows)[0]
         grads: list[Tensor | None] = [None] * (_EACH * count)
 
         def through(at: int, above: Tensor, z: Callable[[], Tensor]) -> Tensor:
@@ -145,32 +180,45 @@ class _FeedForward(torch.autograd.Function):
             back: Tensor = above * gain.to(above.dtype)
             return back
 
-        with torch.enable_grad():
-            first = wide[0].detach().requires_grad_()
-            acted = ctx.activation(first)
+        loops, kind = _native(ctx.activation, wide[0])
         other = wide[1] if count == 3 else None
+        acted: Any = None
+        first: Any = None
+        product: Any = None
+        if loops is None:
+            with torch.enable_grad():
+                first = wide[0].detach().requires_grad_()
+                acted = ctx.activation(first)
         weight, _, down, up, _ = maps[-1]
         above = through(count - 1, above, lambda: before)
         grad_product = above @ weight
         grad_scaling = None
         if down is not None or needs[4]:
-            product = acted.detach() if other is None else acted.detach() * other
+            if acted is None:
+                product = _product(ctx.activation, wide)
+            else:
+                product = acted.detach() if other is None else acted.detach() * other
         if down is not None:
-            read = product if scaling is None else product * scaling.to(product.dtype)
+            read = terms[-1].read(product if scaling is None else product * scaling.to(product.dtype))
             at = _EACH * (count - 1)
             needed = (needs[_BEFORE + at + 2], needs[_BEFORE + at + 3])
-            back, grads[at + 2], grads[at + 3] = back_low_rank(above, narrows[-1], read, down, up, scales[-1], needed)
-            del read
-            grad_product.addmm_(back, down.to(back.dtype))
-        if needs[4]:
-            grad_scaling = summed(
-                product.mul_(grad_product) if other is not None else product * grad_product, scaling.dtype
+            back, grads[at + 2], grads[at + 3] = back_low_rank(
+                above, narrows[-1], read, down, up, terms[-1].scale, needed
             )
+            del read
+            terms[-1].add_back(grad_product, back, down)
+        if needs[4]:
+            mine = other is not None or acted is None  # else it is the activation's output
+            grad_scaling = summed(product.mul_(grad_product) if mine else product * grad_product, scaling.dtype)
         if scaling is not None:
             grad_product *= scaling.to(grad_product.dtype)
         product = None
         grad_wide: list[Tensor] = []
-        if other is None:
+        if loops is not None:
+            grad_other = None if other is None else torch.empty_like(other)
+            loops.gated_back(grad_product, wide[0], other, grad_other, grad_product.numel(), kind)
+            grad_wide += [grad_product] if grad_other is None else [grad_product, grad_other]
+        elif other is None:
             grad_wide += torch.autograd.grad(acted, first, grad_product)
         else:
             grad_other = grad_product * acted.detach()
@@ -187,11 +235,63 @@ class _FeedForward(torch.autograd.Function):
             if down is not None:
                 needed = (needs[_BEFORE + _EACH * at + 2], needs[_BEFORE + _EACH * at + 3])
                 back, grads[_EACH * at + 2], grads[_EACH * at + 3] = back_low_rank(
-                    each, narrows[at], x, down, up, scales[at], needed
+                    each, narrows[at], terms[at].read(x) if needed[0] else x, down, up, terms[at].scale, needed
                 )
                 if grad_x is not None:
-                    grad_x.addmm_(back, down.to(back.dtype))
+                    terms[at].add_back(grad_x, back, down)
         return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, grad_scaling, *grads
+
+
+#: Non-linearities that the loops know, by their numbers there.
+_SILU, _GELU_TANH = 0, 1
+
+
+def _kind_of(activation: Activation) -> int | None:
+    """The number of a non-linearity; a module's `forward` is known by its class."""
+    owner, name = getattr(activation, "__self__", None), getattr(activation, "__name__", "")
+    if activation is F.silu or (name == "forward" and type(owner).__name__ in ("SiLU", "SiLUActivation")):
+        return _SILU
+    tanh = name == "forward" and type(owner).__name__ in ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh")
+    tanh = tanh or (type(owner) is torch.nn.GELU and owner.approximate == "tanh")
+    return _GELU_TANH if tanh else None
+
+
+def _native(activation: Activation, like: Tensor) -> tuple[Any, int]:
+    """The loops that make the activation of tensors like this one, with its number; (None, 0) where there are none."""
+    kind = _kind_of(activation)
+    loops = None if kind is None else loops_for(like)
+    return loops, kind or 0
+
+
+_held = threading.local()
+
+
+def _scratch(like: Tensor) -> Tensor | None:
+    """A place on a processor for a product that no backward reads, the same in all parts: holes in memory add up."""
+    if like.device.type != "cpu":
+        return None
+    place: Tensor | None = getattr(_held, "place", None)
+    if place is None or place.dtype != like.dtype or place.numel() < like.numel():
+        place = _held.place = like.new_empty(like.numel())
+    return place[: like.numel()].view(like.shape)
+
+
+def drop_scratch() -> None:
+    """Give back what a thread's feed-forward parts hold between calls."""
+    _held.__dict__.clear()
+
+
+def _product(activation: Activation, wide: Sequence[Tensor], place: Tensor | None = None) -> Tensor:
+    """act(gate) * up, or act(up), in `place` if it can be, as a tensor of its own where there is a gate."""
+    loops, kind = _native(activation, wide[0])
+    if loops is not None:
+        product = torch.empty_like(wide[0]) if place is None else place
+        loops.gated(wide[0], wide[1] if len(wide) > 1 else None, product, product.numel(), kind)
+        return product
+    product = activation(wide[0])
+    for other in wide[1:]:
+        product = product.mul_(other) if product is not wide[0] else product * other
+    return product
 
 
 def _by_map(tensors: Sequence[Any]) -> list[_Tensors]:
@@ -210,18 +310,18 @@ def _ungained(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _inner(
-    x: Tensor, maps: Sequence[_Tensors], scales: Sequence[float], changed: Sequence[Tensor | None] | None = None
+    x: Tensor, maps: Sequence[_Tensors], terms: Sequence[_Term], changed: Sequence[Tensor | None] | None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The outputs of the maps that read x, and their narrow products, which `changed` has already."""
     wide: list[Tensor] = []
     narrows: list[Tensor | None] = []
-    for at, ((weight, bias, down, up, gain), scale) in enumerate(zip(maps, scales, strict=False)):
+    for at, ((weight, bias, down, up, gain), term) in enumerate(zip(maps, terms, strict=False)):
         narrow = None if changed is None else changed[at]
         y = F.linear(x, weight, bias if gain is None else None)
         if narrow is not None:
-            y.addmm_(narrow, up.to(x.dtype).T, alpha=scale)
+            y.addmm_(narrow, up.to(x.dtype).T, alpha=term.scale)
         elif down is not None:
-            narrow = add_low_rank(y, x, down, up, scale)
+            narrow = add_low_rank(y, term.read(x), down, up, term.scale)
         wide.append(y if gain is None else _gained(y, gain, bias))
         narrows.append(narrow)
     return wide, narrows

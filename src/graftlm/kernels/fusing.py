@@ -23,7 +23,7 @@ from graftlm.core.attention import implementation_of, named_attention
 from graftlm.core.junction import MapChange, junction_of
 from graftlm.core.lane import lane_of
 from graftlm.kernels.attention import attention_forward
-from graftlm.kernels.feedforward import Map, feed_forward
+from graftlm.kernels.feedforward import Map, drop_scratch, feed_forward
 from graftlm.kernels.linear import low_rank_linear
 from graftlm.kernels.norm import frozen_norm, invertible
 
@@ -62,6 +62,7 @@ class Fused:
         for path, config in self.configs.items():
             modules[path].config = config
         self.fused, self.configs = {}, {}
+        drop_scratch()
         if self.checkpointing:
             disable = getattr(self.model, "activation_checkpointing_disable", None)
             (disable or self.model.gradient_checkpointing_disable)()
@@ -306,7 +307,9 @@ def _feed_forward_forward(module: nn.Module, plan: _FeedForwardPlan, x: Tensor, 
         for name in (*plan.inner, plan.down):
             child = module._modules[name]
             assert child is not None
-            found = _map_at(child, x) if _is_unwatched(child) else None
+            junction = junction_of(child)
+            apart = junction is not None and _drops_apart(junction)
+            found = _map_at(child, x) if _is_unwatched(child) and not apart else None
             if found is None or not _fits_in(found, last=name == plan.down):
                 break
             maps.append(found)
@@ -326,7 +329,7 @@ def _fits_in(part: Map, *, last: bool) -> bool:
         return False
     if change is None:
         return True
-    if change.dropout or change.bias is not None:
+    if change.bias is not None:
         return False
     # What a gain next to zero multiplied is not had from the product.
     return change.gain is None or last or change.gain.is_meta or float(change.gain.detach().abs().min()) > _LEAST_GAIN
@@ -412,7 +415,8 @@ def _norm_forward(module: nn.Module, plan: _NormPlan, x: Tensor, *args: Any, **k
         and _is_fit(plan, weight, bias)
     ):
         scale = weight + plan.plus if plan.plus else weight
-        return frozen_norm(x, functools.partial(type(module).forward, module), scale, bias, plan.eps, plan.centred)
+        own = functools.partial(type(module).forward, module)
+        return frozen_norm(x, own, scale, bias, plan.eps, plan.centred, native=not plan.plus)
     return type(module).forward(module, x, *args, **kwargs)
 
 

@@ -23,12 +23,13 @@ from torch.utils.checkpoint import checkpoint
 
 from graftlm.core import in_eval_mode, without_adapters
 from graftlm.core.junction import junction_of
+from graftlm.kernels.native import loops_for
 
 __all__ = ["IGNORED", "LossHead", "with_states"]
 
 #: The label of a position that costs nothing.
 IGNORED = -100
-#: A chunk's logits in float32 would take so much memory; below so many rows products become slow.
+#: A chunk's logits take so much memory; below so many rows products become slow.
 _CHUNK_BYTES, _LEAST_ROWS = 32 * 2**20, 32
 
 
@@ -115,7 +116,7 @@ class LossHead:
         def part(states: Tensor, target: Tensor) -> Tensor:
             return F.cross_entropy(self.shaped(head(states)).float(), target, reduction="none")
 
-        rows = _rows_of(int(head.weight.shape[0]))
+        rows = _rows_of(head.weight)
         parts = [
             checkpoint(part, own, to, use_reentrant=False) if torch.is_grad_enabled() else part(own, to)
             for own, to in zip(torch.split(chosen, rows), torch.split(target, rows), strict=True)
@@ -175,13 +176,18 @@ def _is_plain(head: nn.Module, states: Tensor) -> bool:
     )
 
 
-def _rows_of(vocabulary: int) -> int:
-    """How many rows a chunk has."""
-    return max(_LEAST_ROWS, _CHUNK_BYTES // (4 * vocabulary))
+def _rows_of(head: Tensor) -> int:
+    """How many rows a chunk has at a head's weight [vocabulary, width]."""
+    return max(_LEAST_ROWS, _CHUNK_BYTES // (head.element_size() * int(head.shape[0])))
 
 
 def _losses_of(bare: Tensor, target: Tensor, scale: float, cap: float | None, needed: bool) -> Tensor:
     """The losses [N] of bare logits [N, vocabulary] and labels [N, 1]; the logits become their gradient if `needed`."""
+    loops = loops_for(bare) if cap is None and scale > 0 else None
+    if loops is not None:
+        losses = torch.empty(len(bare), dtype=torch.float32)
+        loops.losses(bare, target, losses, len(bare), bare.shape[1], float(scale), int(needed))
+        return losses
     shaped = bare * scale if scale != 1 else bare
     if cap is not None:
         shaped = cap * torch.tanh(shaped / cap)
@@ -208,11 +214,15 @@ class _TokenLosses(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: float, cap: float | None
     ) -> Tensor:
         needed = ctx.needs_input_grad[0]
-        rows, losses = _rows_of(weight.shape[0]), []
+        rows, losses = _rows_of(weight), []
         gradient = torch.empty_like(states) if needed else None
+        place = states.new_empty(min(rows, len(states)), weight.shape[0])  # of all chunks' logits
         for start in range(0, len(states), rows):
             # The product of many rows at once, its float32 of few: the one wants to be large, the other is memory.
-            bare = F.linear(states[start : start + rows], weight, bias)
+            bare = place[: len(states) - start]
+            torch.mm(states[start : start + rows], weight.T, out=bare)
+            if bias is not None:
+                bare += bias
             for own, to in zip(
                 torch.split(bare, _LEAST_ROWS),
                 torch.split(target[start : start + rows, None], _LEAST_ROWS),

@@ -19,8 +19,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from graftlm.core import LowRank
+from graftlm.kernels.native import Unsigned, loops_for
 
-__all__ = ["add_low_rank", "back_low_rank", "low_rank_linear", "plain_low_rank_linear", "summed"]
+__all__ = [
+    "add_dropped", "add_low_rank", "back_low_rank", "dropped", "low_rank_linear", "new_seed", "plain_low_rank_linear",
+    "summed",
+]  # fmt: skip
 
 
 def plain_low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change: LowRank) -> Tensor:
@@ -52,10 +56,30 @@ def new_seed() -> int:
 def dropped(x: Tensor, share: float, seed: int) -> Tensor:
     """x with `share` of its entries zero and the others scaled up, by `seed`; a new tensor.
 
-    Sixteen bits are drawn for an entry, so the share is met to 1/65536, and what is kept is scaled by the share that is
-    really kept.
+    By `native` (see there) an entry's number of 32 bits follows from seed and place. Else sixteen bits are drawn for an entry, so
+    the share is met to 1/65536, and what is kept is scaled by the share that is really kept.
     """
-    return x * _kept(x, share, seed)
+    loops = loops_for(x)
+    if loops is None:
+        return x * _kept(x, share, seed)
+    x = x.contiguous()
+    found = torch.empty_like(x)
+    loops.drop(x, found, x.numel(), seed, *_limit(share))
+    return found
+
+
+def add_dropped(y: Tensor, x: Tensor, share: float, seed: int) -> None:
+    """Add x to y in place where `dropped` keeps an entry, scaled alike."""
+    loops = loops_for(y, x)
+    if loops is None:
+        y.addcmul_(x, _kept(x, share, seed))
+    else:
+        loops.add_dropped(y, x, x.numel(), seed, *_limit(share))
+
+
+def _limit(share: float) -> tuple[Unsigned, float]:
+    """Below which of 2^32 numbers an entry is dropped, and what the others are multiplied by."""
+    return Unsigned(round(share * 2**32)), 1 / (1 - share)
 
 
 def _kept(x: Tensor, share: float, seed: int) -> Tensor:
@@ -125,18 +149,14 @@ class _LowRankLinear(torch.autograd.Function):
         del product
         if gain is not None:
             above = above * gain.to(above.dtype)
-        kept = None
-        if ctx.dropout:
-            like = x if x is not None else above.new_empty(len(above), weight.shape[1])
-            kept = _kept(like, ctx.dropout, ctx.seed)
-        read = x if kept is None or x is None else x * kept
+        read = dropped(x, ctx.dropout, ctx.seed) if ctx.dropout and x is not None else x
         back, grad_down, grad_up = back_low_rank(above, narrow, read, down, up, ctx.scale, (needs[3], needs[4]))
         grad_x = None
         if needs[0]:
             grad_x = above @ weight
-            if kept is None:
-                grad_x.addmm_(back, down.to(back.dtype))
+            if ctx.dropout:
+                add_dropped(grad_x, back @ down.to(back.dtype), ctx.dropout, ctx.seed)
             else:
-                grad_x.addcmul_(back @ down.to(back.dtype), kept)
+                grad_x.addmm_(back, down.to(back.dtype))
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, grad_bias, grad_down, grad_up, grad_shift, grad_gain, None, None, None

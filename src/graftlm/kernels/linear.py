@@ -56,8 +56,8 @@ def new_seed() -> int:
 def dropped(x: Tensor, share: float, seed: int) -> Tensor:
     """x with `share` of its entries zero and the others scaled up, by `seed`; a new tensor.
 
-    By `native` (see there) an entry's number of 32 bits follows from seed and place. Else sixteen bits are drawn for an entry, so
-    the share is met to 1/65536, and what is kept is scaled by the share that is really kept.
+    Sixteen bits are drawn for an entry, so the share is met to 1/65536, and what is kept is scaled by the share that is
+    really kept. In the loops of `native` the bits follow from seed and place.
     """
     loops = loops_for(x)
     if loops is None:
@@ -78,8 +78,9 @@ def add_dropped(y: Tensor, x: Tensor, share: float, seed: int) -> None:
 
 
 def _limit(share: float) -> tuple[Unsigned, float]:
-    """Below which of 2^32 numbers an entry is dropped, and what the others are multiplied by."""
-    return Unsigned(round(share * 2**32)), 1 / (1 - share)
+    """Below which of 2^16 numbers an entry is dropped, and what the others are multiplied by."""
+    limit = round(share * 2**16)
+    return Unsigned(limit), 1 / (1 - limit / 2**16)
 
 
 def _kept(x: Tensor, share: float, seed: int) -> Tensor:

@@ -276,16 +276,24 @@ void NAME(losses)(NUMBER *logits, const int64_t *labels, float *losses, int64_t 
     }
 }
 
-/* x where it is kept, times `times`, else 0; an entry is dropped where its drawn number is below `limit`. */
+/* x where it is kept, times `times`, else 0. An entry of the first half is dropped where the low 16 bits of the number of
+   its place are below `limit`, one of the second half where the high bits of its fellow's are. */
 void NAME(drop)(const NUMBER *x, NUMBER *out, int64_t count, uint64_t seed, uint32_t limit, float times,
                 int64_t threads) {
     const uint32_t low = (uint32_t)seed, high = (uint32_t)(seed >> 32);
-    const int64_t piece = 4096;
+    const int64_t piece = 4096, half = (count + 1) / 2, pairs = count - half;
     PARALLEL
-    for (int64_t start = 0; start < count; start += piece) {
-        int64_t stop = start + piece < count ? start + piece : count;
-        for (int64_t i = start; i < stop; i++)
-            out[i] = NARROW(drawn((uint32_t)i, low, high + (uint32_t)(start >> 32)) < limit ? 0.0f : times * WIDE(x[i]));
+    for (int64_t start = 0; start < half; start += piece) {
+        int64_t stop = start + piece < pairs ? start + piece : pairs;
+        uint32_t far = high + (uint32_t)(start >> 32);
+        for (int64_t i = start; i < stop; i++) {
+            uint32_t number = drawn((uint32_t)i, low, far);
+            out[i] = NARROW((number & 0xffffu) < limit ? 0.0f : times * WIDE(x[i]));
+            out[i + half] = NARROW((number >> 16) < limit ? 0.0f : times * WIDE(x[i + half]));
+        }
+        if (half > pairs && pairs >= start && pairs < start + piece)
+            out[pairs] =
+                NARROW((drawn((uint32_t)pairs, low, far) & 0xffffu) < limit ? 0.0f : times * WIDE(x[pairs]));
     }
 }
 
@@ -293,13 +301,19 @@ void NAME(drop)(const NUMBER *x, NUMBER *out, int64_t count, uint64_t seed, uint
 void NAME(add_dropped)(NUMBER *y, const NUMBER *x, int64_t count, uint64_t seed, uint32_t limit, float times,
                        int64_t threads) {
     const uint32_t low = (uint32_t)seed, high = (uint32_t)(seed >> 32);
-    const int64_t piece = 4096;
+    const int64_t piece = 4096, half = (count + 1) / 2, pairs = count - half;
     PARALLEL
-    for (int64_t start = 0; start < count; start += piece) {
-        int64_t stop = start + piece < count ? start + piece : count;
+    for (int64_t start = 0; start < half; start += piece) {
+        int64_t stop = start + piece < pairs ? start + piece : pairs;
+        uint32_t far = high + (uint32_t)(start >> 32);
         for (int64_t i = start; i < stop; i++) {
-            float more = drawn((uint32_t)i, low, high + (uint32_t)(start >> 32)) < limit ? 0.0f : times * WIDE(x[i]);
-            y[i] = NARROW(WIDE(y[i]) + more);
+            uint32_t number = drawn((uint32_t)i, low, far);
+            y[i] = NARROW(WIDE(y[i]) + ((number & 0xffffu) < limit ? 0.0f : times * WIDE(x[i])));
+            y[i + half] = NARROW(WIDE(y[i + half]) + ((number >> 16) < limit ? 0.0f : times * WIDE(x[i + half])));
+        }
+        if (half > pairs && pairs >= start && pairs < start + piece) {
+            float more = (drawn((uint32_t)pairs, low, far) & 0xffffu) < limit ? 0.0f : times * WIDE(x[pairs]);
+            y[pairs] = NARROW(WIDE(y[pairs]) + more);
         }
     }
 }

@@ -9,7 +9,6 @@ reads are made again. With `recompute`, G and U are made again too: a third of t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,7 @@ from graftlm.kernels.linear import (
 )
 from graftlm.kernels.native import loops_for
 
-__all__ = ["Map", "drop_scratch", "feed_forward", "plain_feed_forward"]
+__all__ = ["Map", "feed_forward", "plain_feed_forward"]
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -133,7 +132,7 @@ class _FeedForward(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         maps = _by_map(tensors)
         wide, narrows = _inner(flat, maps[:-1], terms)
-        product = _product(activation, wide, _scratch(wide[0]))
+        product = _product(activation, wide)
         if scaling is not None:
             product = product.mul_(scaling.to(product.dtype)) if product is not wide[0] else product * scaling
         weight, bias, down, up, gain = maps[-1]
@@ -263,29 +262,11 @@ def _native(activation: Activation, like: Tensor) -> tuple[Any, int]:
     return loops, kind or 0
 
 
-_held = threading.local()
-
-
-def _scratch(like: Tensor) -> Tensor | None:
-    """A place on a processor for a product that no backward reads, the same in all parts: holes in memory add up."""
-    if like.device.type != "cpu":
-        return None
-    place: Tensor | None = getattr(_held, "place", None)
-    if place is None or place.dtype != like.dtype or place.numel() < like.numel():
-        place = _held.place = like.new_empty(like.numel())
-    return place[: like.numel()].view(like.shape)
-
-
-def drop_scratch() -> None:
-    """Give back what a thread's feed-forward parts hold between calls."""
-    _held.__dict__.clear()
-
-
-def _product(activation: Activation, wide: Sequence[Tensor], place: Tensor | None = None) -> Tensor:
-    """act(gate) * up, or act(up), in `place` if it can be, as a tensor of its own where there is a gate."""
+def _product(activation: Activation, wide: Sequence[Tensor]) -> Tensor:
+    """act(gate) * up, or act(up), as a tensor of its own where there is a gate."""
     loops, kind = _native(activation, wide[0])
     if loops is not None:
-        product = torch.empty_like(wide[0]) if place is None else place
+        product = torch.empty_like(wide[0])
         loops.gated(wide[0], wide[1] if len(wide) > 1 else None, product, product.numel(), kind)
         return product
     product = activation(wide[0])

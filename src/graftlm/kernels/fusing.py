@@ -23,7 +23,7 @@ from graftlm.core.attention import implementation_of, named_attention
 from graftlm.core.junction import MapChange, junction_of
 from graftlm.core.lane import lane_of
 from graftlm.kernels.attention import attention_forward
-from graftlm.kernels.feedforward import Map, drop_scratch, feed_forward
+from graftlm.kernels.feedforward import Map, feed_forward
 from graftlm.kernels.linear import low_rank_linear
 from graftlm.kernels.norm import frozen_norm, invertible
 
@@ -62,7 +62,6 @@ class Fused:
         for path, config in self.configs.items():
             modules[path].config = config
         self.fused, self.configs = {}, {}
-        drop_scratch()
         if self.checkpointing:
             disable = getattr(self.model, "activation_checkpointing_disable", None)
             (disable or self.model.gradient_checkpointing_disable)()

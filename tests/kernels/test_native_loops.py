@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -185,3 +187,35 @@ def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     made = built.stat().st_mtime_ns
     assert fresh()[0] is not None
     assert [each.stat().st_mtime_ns for each in (tmp_path / "graftlm").iterdir()] == [made]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
+def test_large_memory_is_given_back_when_it_is_freed() -> None:
+    code = """
+import torch
+from pathlib import Path
+from graftlm import LoRA, attach
+from graftlm.kernels import fuse
+from models_for_tests import tiny
+
+model = tiny("llama")
+attach(model, LoRA(rank=2))
+FUSE
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+for _ in range(2):  # once freed, as much is held on to the next time
+    before = resident()
+    large = torch.ones(5 * 2**20)
+    assert resident() - before > 15 * 2**20
+    del large
+print((resident() - before) // 2**20)
+"""
+
+    def held(fuse: str) -> int:
+        environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "MALLOC_ARENA_MAX": "1"}
+        words = [sys.executable, "-c", code.replace("FUSE", fuse)]
+        return int(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert held("fuse(model)") <= 1
+    assert held("") >= 15

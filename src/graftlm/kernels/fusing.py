@@ -25,6 +25,7 @@ from graftlm.core.lane import lane_of
 from graftlm.kernels.attention import attention_forward
 from graftlm.kernels.feedforward import Map, feed_forward
 from graftlm.kernels.linear import low_rank_linear
+from graftlm.kernels.native import give_back_large_memory
 from graftlm.kernels.norm import frozen_norm, invertible
 
 __all__ = ["RECOMPUTE", "Fused", "Recompute", "fuse"]
@@ -124,6 +125,8 @@ def fuse(model: nn.Module, *, recompute: Recompute = "none", device: str = "") -
             else:
                 done.left[path] = "a feed-forward part of another kind"
     on_processor = (device or next(model.parameters()).device.type) in ("cpu", "meta")
+    if on_processor and not next(model.parameters()).is_meta:
+        give_back_large_memory()
     for site in found.attentions if on_processor else ():
         owner: Any = modules[site.path]
         if implementation_of(owner) == "sdpa" and not _has_prefixes(owner):

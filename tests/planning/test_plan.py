@@ -201,6 +201,34 @@ def test_every_argument_changes_the_plan(change: dict[str, Any], term: str, grow
         assert after != before
 
 
+def test_what_lies_elsewhere_is_not_held() -> None:
+    anew = SMALL | {"recompute": "blocks"}
+    whole = graftlm.plan(**anew)
+    parts = graftlm.plan(**anew, max_memory={"cpu": "8MB", "0": "1GB"})
+    assert parts.traced.largest_bytes > whole.terms["weights"] / 20  # the embedding, or a block
+    assert parts.terms["weights"] == 8_000_000 + parts.traced.largest_bytes
+    assert parts.elsewhere_bytes == whole.terms["weights"] - parts.terms["weights"] > 0
+    assert parts.total_bytes == whole.total_bytes - parts.elsewhere_bytes == max(parts.phases.values())
+    assert "of the base on disk or another device" in str(parts)
+    assert graftlm.plan(**anew, max_memory={"cpu": "1GB"}).terms == whole.terms
+    assert graftlm.plan(**anew, max_memory={"0": "1MB"}).terms == whole.terms
+    kept = graftlm.plan(**SMALL, max_memory={"cpu": "8MB"})  # what a forward fetched is kept for the backward
+    assert kept.terms == graftlm.plan(**SMALL).terms
+
+
+def test_a_run_is_planned_with_what_its_device_holds(cli: Callable[..., Any], tmp_path: Any) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{at} one two three"}) + "\n" for at in range(20)))
+    for data in ([], [str(rows)]):
+        words = ["plan", *data, "--method", "lora(rank=2)", "--batch", "2", "--json", "--set", "train.recompute=blocks"]
+        parts = json.loads(cli(*words, "--device-map", "auto", "--max-memory", "cpu=8MB").out)
+        assert parts["elsewhere_bytes"] > 0
+        assert parts["total_bytes"] < json.loads(cli(*words).out)["total_bytes"]
+        wrong = cli(*words, "--max-memory", "cpu=8MB")
+        assert wrong.code == 2
+        assert "M119" in wrong.err + wrong.out
+
+
 def test_evaluation_has_a_phase_where_it_is_asked_for() -> None:
     assert "evaluation" not in graftlm.plan(**SMALL).phases
     assert graftlm.plan(**SMALL, evaluation_rows=64).phases["evaluation"] > graftlm.plan(**SMALL).total_bytes

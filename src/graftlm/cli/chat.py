@@ -46,12 +46,13 @@ def verb(
     seed: int,
     vs: str | None,
     base: str | None,
+    **placing: Any,
 ) -> None:
     """Talk with a model; its answer appears as it is written.
 
     While talking: /base and /tuned switch who answers, /reset forgets, /exit leaves, Ctrl-C stops an answer.
     """
-    speaker = open_speaker(what, base=base, vs=vs, temperature=temperature, top_p=top_p)
+    speaker = open_speaker(what, base=base, vs=vs, temperature=temperature, top_p=top_p, **placing)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     tuned = "tuned" if speaker.tuned else "base"
     _Talk(speaker, options, ["base", "tuned"] if vs else [tuned]).run()

@@ -10,6 +10,7 @@ import click
 from graftlm.cli.inputs import read_mapping
 from graftlm.cli.output import print_json, print_table
 from graftlm.cli.place import kind_of, must_be_adapter
+from graftlm.cli.placing import PLACING, placing_flags
 from graftlm.cli.usage import UsageFault, Verb
 from graftlm.data.wording import clip, counted
 from graftlm.errors import Finding
@@ -45,6 +46,7 @@ __all__ = ["verb"]
 )
 @click.option("--harness", metavar="LIST", help="Tasks of lm-evaluation-harness instead of DATA: names or files.")
 @click.option("--shots", type=click.IntRange(0), metavar="COUNT", help="Examples shown before a question of --harness.")
+@placing_flags
 @click.option("--json", "as_json", is_flag=True, help="Print JSON only.")
 def verb(run: str, data: str | None, as_json: bool, **options: Any) -> None:
     """Score an adapter beside its untouched base and simple baselines.
@@ -64,6 +66,7 @@ def verb(run: str, data: str | None, as_json: bool, **options: Any) -> None:
     from graftlm.training import evaluate
 
     given: dict[str, Any] = {"base": options["base"], "mapping": roles, "max_rows": options["max_rows"]}
+    given |= {name: options[name] for name in PLACING if options[name] is not None}
     given |= {"against": other, "worst": options["worst"], "generate": options["generate"] or 0}
     results = evaluate(folder, data, **given)
     if as_json:
@@ -81,7 +84,9 @@ def _harness(folder: Path | str, data: str | None, as_json: bool, options: dict[
     tasks = [task.strip() for task in options["harness"].split(",") if task.strip()]
     from graftlm.training import evaluate_harness
 
-    lines = evaluate_harness(folder, tasks, base=options["base"], max_rows=options["max_rows"], shots=options["shots"])
+    asked = {name: options[name] for name in ("base", "max_rows", "shots")}
+    asked |= {name: options[name] for name in PLACING if options[name] is not None}
+    lines = evaluate_harness(folder, tasks, **asked)
     if as_json:
         print_json(lines)
         return

@@ -46,10 +46,11 @@ def verb(
     vs: str | None,
     base: str | None,
     as_json: bool,
+    **placing: Any,
 ) -> None:
     """Answer prompts, or continue texts."""
     asked = prompts_of(prompts, file, asked=f'graftlm generate {what} "a prompt"')
-    speaker = open_speaker(what, base=base, vs=vs, temperature=temperature, top_p=top_p)
+    speaker = open_speaker(what, base=base, vs=vs, temperature=temperature, top_p=top_p, **placing)
     template = None if raw else speaker.template
     if template is None and not raw:
         say("no chat template: the text is continued")

@@ -43,6 +43,7 @@ def verb(
     """
     resolved = resolved_from(config, set, flags)
     settings = resolved.settings
+    from graftlm.models.placing import Placing
     from graftlm.planning import asked, memory_bytes, said_time, serving, time_of
     from graftlm.training.ready import asked_resolved
 
@@ -50,6 +51,7 @@ def verb(
     if settings.data.path is not None:
         step = asked_resolved(resolved)
     else:
+        Placing(settings.model.device_map, settings.model.max_memory or None, settings.model.offload_folder)
         step = asked(
             settings.model.name,
             settings.method,
@@ -62,6 +64,7 @@ def verb(
             quantize=settings.model.quantize,
             optimizer=settings.train.optimizer,
             device=device,
+            max_memory=settings.model.max_memory,
             revision=settings.model.revision,
             trust_remote_code=settings.model.trust_remote_code,
         )

@@ -12,6 +12,7 @@ import click
 from graftlm.cli.inputs import read_mapping, texts_of
 from graftlm.cli.output import json_line, print_table
 from graftlm.cli.place import must_be_adapter
+from graftlm.cli.placing import placing_flags
 from graftlm.cli.usage import UsageFault, Verb
 from graftlm.errors import Finding
 
@@ -38,9 +39,16 @@ _SHOWN = 60  # characters of a text in the table
 @click.option("-o", "--out", metavar="FILE", help="Write JSON lines to this file.")
 @click.option("-m", "--model", "--base", "base", metavar="MODEL", help="The base model, where it is not where it was.")
 @click.option("--map", "mapping", metavar="text=COLUMN", help="Which column of the file has the texts.")
+@placing_flags
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines; this is so by itself off a terminal.")
 def verb(
-    run: str, words: tuple[str, ...], out: str | None, base: str | None, mapping: str | None, as_json: bool
+    run: str,
+    words: tuple[str, ...],
+    out: str | None,
+    base: str | None,
+    mapping: str | None,
+    as_json: bool,
+    **placing: Any,
 ) -> None:
     """Label texts with a trained classifier, with the probability of every label.
 
@@ -52,7 +60,7 @@ def verb(
     texts = texts_of(words, mapping=read_mapping(mapping), asked=f'graftlm predict {run} "a text"')
     from graftlm.training import open_adapter
 
-    opened = open_adapter(folder, base=base)
+    opened = open_adapter(folder, base=base, **placing)
     head, told = _told(run, opened, texts)
     lines = [json_line(one) for one in told]
     if out is not None:

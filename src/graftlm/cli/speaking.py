@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from graftlm.cli.place import kind_of
+from graftlm.cli.placing import placing_flags
 from graftlm.cli.usage import UsageFault
 from graftlm.errors import DataError, Finding
 
@@ -77,13 +78,16 @@ def writing_flags(function: Callable[..., Any]) -> Callable[..., Any]:
             "-m", "--model", "--base", "base", metavar="MODEL", help="The base model, where it is not where it was."
         ),
     )  # fmt: skip
+    function = placing_flags(function)
     for option in reversed(options):
         function = option(function)
     return function
 
 
-def open_speaker(what: str, *, base: str | None, vs: str | None, temperature: float, top_p: float) -> Speaker:
-    """The model that `what` means: a run, an adapter or a base model.
+def open_speaker(
+    what: str, *, base: str | None, vs: str | None, temperature: float, top_p: float, **placing: Any
+) -> Speaker:
+    """The model that `what` means: a run, an adapter or a base model; `placing` as in `open_adapter`.
 
     Raises UsageFault for a classifier, for flags that would do nothing, and where nothing is at `what`.
     """
@@ -100,7 +104,7 @@ def open_speaker(what: str, *, base: str | None, vs: str | None, temperature: fl
         raise UsageFault(faults)
     from graftlm.training import open_adapter
 
-    opened = open_adapter(Path(what).expanduser() if kind == "adapter" else what, base=base)
+    opened = open_adapter(Path(what).expanduser() if kind == "adapter" else what, base=base, **placing)
     if opened.task == "classify":
         message = f"{what} was trained to label texts, not to write"
         raise UsageFault(Finding("L105", message, fix=f'graftlm predict {what} "a text"'))

@@ -23,7 +23,7 @@ from graftlm.planning.step import Shape, Traced, like
 if TYPE_CHECKING:
     from graftlm.planning.fitting import Fitting
 
-__all__ = ["TERMS", "Asked", "Plan", "asked", "config_of", "plan"]
+__all__ = ["TERMS", "Asked", "Plan", "asked", "config_of", "most_bytes", "plan"]
 
 TERMS = ("weights", "quantisation", "deltas", "gradients", "optimizer", "activations", "logits", "runtime")
 """What memory goes to, in the order in which it is shown."""
@@ -63,6 +63,8 @@ class Plan:
     adapter_bytes: int
     traced: Traced
     fitting: Fitting | None = None
+    #: Of the base's weights, what lies on disk or on another device (`max_memory`).
+    elsewhere_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -106,6 +108,7 @@ class Plan:
             "terms": dict(self.terms),
             "phases": dict(self.phases),
             "flops": self.flops,
+            "elsewhere_bytes": self.elsewhere_bytes,
         } | (self.fitting.to_dict() if self.fitting else {})
 
     def _rows(self) -> list[tuple[str, str, str]]:
@@ -124,6 +127,7 @@ class Plan:
             f"{self.base}  {self.parameters:,} parameters  {dtype}  {self.device}",
             f"{self.method}  {self.trainable:,} trainable ({share:g} %)  adapter file {said(self.adapter_bytes)}",
             f"  trained: {where}" if where else "",
+            f"  {said(self.elsewhere_bytes)} of the base on disk or another device" if self.elsewhere_bytes else "",
             f"a step of {rows} x {self.shape.length:,} tokens: {self.flops / 1e12:,.3g} TFLOP"
             + (f"  {self.shape.recompute} recomputed" if self.shape.recompute != "none" else ""),
         ]
@@ -168,6 +172,7 @@ def plan(
     evaluation_rows: int = 0,
     device: str = "cpu",
     memory: str | float | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
@@ -180,6 +185,9 @@ def plan(
     `dtype` "auto" is float32 on a CPU, elsewhere the checkpoint's own. `device` is "cpu" or "cuda": one that is meant,
     not one that must be there. With `memory`, bytes or a text such as "24GB", the plan's `fitting` tells what of this
     and of its cheaper forms fits into so much, and the largest batch, length and rank; that takes some twenty plans.
+    `max_memory` says how much of the base each device is to hold ("cpu", or the number of a GPU), as in training with a
+    device map: the rest is elsewhere and fetched for a block at a time, where blocks are computed anew
+    (`recompute="blocks"`); otherwise what a forward pass has fetched is kept for the backward, and nothing is saved.
 
     Raises ModelError, MethodError, SiteError and PlanError with everything that is wrong.
 
@@ -196,7 +204,8 @@ def plan(
     step = asked(
         base, method, dtype=dtype, batch=batch, accumulate=accumulate, length=length, task=task, classes=classes,
         recompute=recompute, quantize=quantize, optimizer=optimizer, labelled=labelled,
-        evaluation_rows=evaluation_rows, device=device, revision=revision, trust_remote_code=trust_remote_code,
+        evaluation_rows=evaluation_rows, device=device, max_memory=max_memory, revision=revision,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return step.plan() if room is None else step.plan_within(room)
 
@@ -217,6 +226,7 @@ def asked(
     labelled: float = 1.0,
     evaluation_rows: int = 0,
     device: str = "cpu",
+    max_memory: Mapping[Any, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Asked:
@@ -251,6 +261,7 @@ def asked(
         accumulate=accumulate,
         device=device,
         classes=classes,
+        most_bytes=most_bytes(max_memory, device),
     )
 
 
@@ -260,6 +271,7 @@ class Asked:
 
     `method` None trains nothing; only the forward pass is planned. Of a run, `steps` is how many optimizer steps it
     takes (0: not told), and `mean_share` how large they are in the mean, as a share of this one, its largest.
+    `most_bytes` is how much of the base the device is to hold (None: all of it).
     """
 
     config: Any
@@ -272,6 +284,7 @@ class Asked:
     classes: int = 2
     steps: int = 0
     mean_share: float = 1.0
+    most_bytes: int | None = None
 
     def plan(self) -> Plan:
         """The plan. Raises PlanError where the model's code does not run without values."""
@@ -295,6 +308,12 @@ class Asked:
         if method is None:
             terms["gradients"] = 0
         room = phases[peak] - sum(terms.values())
+        base_bytes = terms["weights"] + terms["quantisation"]
+        # What is fetched for a forward is kept for the backward, unless blocks are computed anew.
+        goes = method is None or shape.recompute == "blocks"
+        held_bytes = self.most_bytes + traced.largest_bytes if self.most_bytes is not None and goes else base_bytes
+        elsewhere = max(0, base_bytes - held_bytes)
+        terms["weights"] = max(0, terms["weights"] - elsewhere)
         terms["logits"] = max(0, min(room, traced.peaks[peak]["logits"]))
         terms["activations"] = max(0, room - terms["logits"])
         return Plan(
@@ -305,13 +324,14 @@ class Asked:
             accumulate=self.accumulate,
             device=self.device,
             terms=terms | {"runtime": runtime},
-            phases={phase: size + runtime for phase, size in phases.items()},
+            phases={phase: size + runtime - elsewhere for phase, size in phases.items()},
             parameters=traced.parameters,
             trainable=traced.trainable,
             trainable_by_role=traced.trained_by_role,
             flops=sum(traced.flops[phase] for phase in ("forward", "backward")) * self.accumulate,
             adapter_bytes=traced.adapter_bytes,
             traced=traced,
+            elsewhere_bytes=elsewhere,
         )
 
     def plan_within(self, memory: str | float) -> Plan:
@@ -320,6 +340,18 @@ class Asked:
 
         found = fitting(self, memory)
         return replace(found.asked, fitting=found)
+
+
+def most_bytes(max_memory: Mapping[Any, Any] | None, device: str) -> int | None:
+    """How much of a base `device` is to hold, by such sizes; None where they do not say.
+
+    Example:
+        >>> most_bytes({"cpu": "1GiB", "0": "2GB"}, "cuda"), most_bytes({}, "cpu")
+        (2000000000, None)
+    """
+    names = ("cpu",) if device == "cpu" else ("0", 0, "cuda:0")
+    sizes = [size for name, size in (max_memory or {}).items() if name in names]
+    return memory_bytes(sizes[0]) if sizes else None
 
 
 def config_of(base: Any, **options: Any) -> Any:

@@ -67,6 +67,7 @@ def _extended(few: Traced, more: Traced, depth: int) -> Traced:
         trainable=line(few.trainable, more.trainable),
         trained_tensors=line(few.trained_tensors, more.trained_tensors),
         parameters=line(few.parameters, more.parameters),
+        largest_bytes=max(few.largest_bytes, more.largest_bytes),
         adapter_bytes=line(few.adapter_bytes, more.adapter_bytes),
         trained_by_role=roles,
     )

@@ -7,6 +7,7 @@ missing, so a step of a model of any size takes seconds and no memory.
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -30,6 +31,8 @@ _HIDDEN = next(float(each.default) for each in fields(MaskingCollator) if each.n
 #: Head to the task whose step is like that of any task with it.
 _LIKE = {"causal": "sft", "sequence": "classify", "masked": "mlm", "token": "tag", "seq2seq": "seq2seq"}
 
+#: The block that a parameter's name begins with, or all but its last word.
+_BLOCK = re.compile(r".*?\.\d+(?=\.)|.*(?=\.)|.*")
 #: What the optimizer keeps of each trained number: AdamW's two moments.
 _MOMENTS = 2
 #: bitsandbytes holds tensors of so many numbers in 8 bits, with a size in float32 for so many of them.
@@ -62,7 +65,7 @@ class Shape:
 class Traced:
     """What one step took: `peaks` are bytes by phase and kind, `sizes` the bytes of what stays, by kind.
 
-    `operations` has by phase how often each operation is called.
+    `operations` has by phase how often each operation is called, `largest_bytes` are those of its largest block.
     """
 
     sizes: Counter[str]
@@ -73,6 +76,7 @@ class Traced:
     trained_tensors: int
     parameters: int
     adapter_bytes: int
+    largest_bytes: int = 0
     trained_by_role: dict[str, int] = field(default_factory=dict)
 
 
@@ -135,6 +139,10 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
         reserve(model, as_format(shape.quantize))
     packed = {path for path, _ in quantized(model)}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    by_module: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        by_module[_BLOCK.match(name)[0]] += _bytes(tensor)  # type: ignore[index]
+    largest = max(by_module.values(), default=0)
     constants = {name for name in tensors if name.rpartition(".")[0] in packed and name.rpartition(".")[2] in PACKED}
     adapter = _attached(model, method) if method else None
     counted = Trace(None if task in ("classify", "tag") else _vocabulary(model))
@@ -176,6 +184,7 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
         trained_tensors=len(trained),
         parameters=parameters,
         adapter_bytes=sum(map(_bytes, adapter.baked().state().values())) if adapter else 0,
+        largest_bytes=largest,
         trained_by_role=_by_role(adapter) if adapter else {},
     )
 

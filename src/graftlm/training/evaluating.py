@@ -47,6 +47,7 @@ def evaluate(
     generate: int = 0,
     worst: int = 3,
     max_new_tokens: int = 96,
+    **placing: Any,
 ) -> dict[str, Any]:
     """The scores of a run's (or an adapter's, or a base's) model on `data`, or on the rows that the run held out.
 
@@ -54,7 +55,8 @@ def evaluate(
     (where those are still as they were), writers beside their untouched base. With `against`, another run is scored on
     the same rows, and `against` of the result says by how much they differ, with an interval, a p-value and a verdict.
     `generate` is the number of rows that are answered in full and compared with their references (ROUGE-L, chrF, BLEU).
-    `worst` is how many of the rows with the largest loss are in the result.
+    `worst` is how many of the rows with the largest loss are in the result. `placing` lays the bases out over
+    devices and disk, as in `open_adapter`.
 
     Raises DataError where the rows do not fit the adapter's task, RunError where the data of the run have changed or
     the two models cannot be compared.
@@ -66,7 +68,7 @@ def evaluate(
         raise DataError(Finding("U123", "mapping and max_rows are for a file with rows, and none is given"))
     if generate:
         need_text_metrics()
-    opened = open_adapter(path, base=base)
+    opened = open_adapter(path, base=base, **placing)
     held, known = _rows(path, data, opened, mapping, max_rows)
     found = _scored(opened, held, known)
     results = found.results
@@ -75,7 +77,7 @@ def evaluate(
     if generate:
         pairs = _answered(opened, held[:generate], results, max_new_tokens)
     if against is not None:
-        other = open_adapter(against)
+        other = open_adapter(against, **placing)
         _check_comparable(path, opened, against, other, held)
         rival = _scored(other, held, ())
         results["against"] = _compared(str(against), found, rival)
@@ -95,11 +97,12 @@ def evaluate_harness(
     base: str | None = None,
     max_rows: int | None = None,
     shots: int | None = None,
+    **placing: Any,
 ) -> list[dict[str, Any]]:
     """What a run's (or an adapter's, or a base's) model scores on tasks of lm-evaluation-harness, beside its base.
 
     `tasks` are names of the harness's catalogue or paths of task files, which need nothing from elsewhere where their
-    data lie here. See `graftlm.evaluation.harness_scores` for the lines.
+    data lie here. `placing` is as in `open_adapter`. See `graftlm.evaluation.harness_scores` for the lines.
 
     Raises RunError (U126) for models without a language model's head, DataError (D195) for tasks that are not there,
     EnvironmentFault (E132) without the harness.
@@ -108,7 +111,7 @@ def evaluate_harness(
         >>> evaluate_harness("runs/faq-1", ["tasks/capitals.yaml"])[0]["tuned"]     # doctest: +SKIP
     """
     need_harness()
-    opened = open_adapter(path, base=base)
+    opened = open_adapter(path, base=base, **placing)
     if opened.task in ("classify", "regress", "tag", "reward", "mlm") or not opened.model.can_generate():
         message = f"{path} is for {opened.task}, and the harness asks models that write"
         raise RunError(Finding("U126", message, fix=f"graftlm evaluate {path} DATA"))

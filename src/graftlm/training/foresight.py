@@ -14,7 +14,7 @@ from graftlm.data.prepare import ONLINE
 from graftlm.data.tokenising import IGNORED
 from graftlm.errors import Finding
 from graftlm.planning import Plan, said
-from graftlm.planning.plan import Asked
+from graftlm.planning.plan import Asked, most_bytes
 from graftlm.planning.step import Shape, like
 from graftlm.settings import RunSettings
 from graftlm.training.decisions import decide_epochs, decide_updates
@@ -71,6 +71,7 @@ def foreseen(settings: RunSettings, config: Any, prepared: Prepared, method: Met
         accumulate=train.accumulate,
         device="cuda" if on_cuda else "cpu",
         classes=len(prepared.labels) if prepared.labels else 2,
+        most_bytes=most_bytes(settings.model.max_memory, "cuda" if on_cuda else "cpu"),
         steps=train.steps or math.ceil(epochs * -(-len(prepared.train) // train.batch)),
         mean_share=min(
             1.0, (sum(lengths) / len(lengths) + _MULTIPLE / 2) / length

@@ -39,19 +39,20 @@ class Opened:
 
 
 def open_adapter(
-    path: str | Path, *, base: str | None = None, dtype: str = "auto", device: str | None = None
+    path: str | Path, *, base: str | None = None, dtype: str = "auto", device: str | None = None, **placing: Any
 ) -> Opened:
     """The model that `path` means: a run folder, an adapter folder, or a base model (folder, hub id or "bundled").
 
-    `base` names the base model where it lies elsewhere than the adapter remembers. Raises RunError, AdapterError or
-    ModelError with what is wrong.
+    `base` names the base model where it lies elsewhere than the adapter remembers; `placing` may be `device_map`,
+    `max_memory` and `offload_folder`, which lay it out over devices and disk as in `load_base`. Raises RunError,
+    AdapterError or ModelError with what is wrong.
 
     Example:
         >>> opened = open_adapter("runs/messages-1")        # doctest: +SKIP
     """
     folder = _adapter_folder(Path(path))
     if folder is None:
-        model, tokenizer = load_base(base or str(path), dtype=dtype, device=device)
+        model, tokenizer = load_base(base or str(path), dtype=dtype, device=device, **placing)
         chat = getattr(tokenizer, "chat_template", None) is not None
         return Opened(
             model, tokenizer, None, {}, None, "lm", None, Template.of(tokenizer, chat=True) if chat else None, None
@@ -74,6 +75,7 @@ def open_adapter(
         device=device,
         quantize=facts.get("quantize"),
         revision=None if base else facts.get("revision"),
+        **placing,
     )
     beneath = None
     if task in ("dpo", "kto") and (folder.parent / "start").is_dir():

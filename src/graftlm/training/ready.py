@@ -21,6 +21,7 @@ from graftlm.data.streaming import Source, prepare_streamed
 from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, SettingsError
 from graftlm.methods import Value, read_method
 from graftlm.models import head_of, is_encoder, load_config, load_tokenizer, resolve_base
+from graftlm.models.placing import Placing
 from graftlm.planning import Asked
 from graftlm.planning.memory import available_bytes
 from graftlm.planning.step import meta_model
@@ -156,6 +157,7 @@ def make_ready(settings: RunSettings, origin: Mapping[str, str]) -> Ready:
             if part.needs_samples
         ]
     attempt(lambda: waived(data.waive))
+    attempt(lambda: Placing(model.device_map, model.max_memory or None, model.offload_folder))
     attempt(lambda: check_optimizer(train.optimizer))
     if faults or prepared is None or method is None:
         raise SettingsError(faults)

@@ -563,10 +563,12 @@ class _Work:
         return trainer, progress
 
     def _remaining(self, prepared: Prepared, held: Any, online: bool) -> Remaining:
-        """What tells the time left, by the lengths of the rows; answers that are yet to be written have none."""
+        """What tells the time left, by the lengths of the rows; those of a stream and answers yet to come have none."""
         train = self.settings.train
-        if online:
+        if online or not prepared.train:
             return Remaining()
+        if prepared.stream is not None:
+            return Remaining(evaluation_tokens=sum(map(length_of, held)))
         several = len(prepared.train[0].get("sequences", [None]))
         lengths = [length_of(item) for item in prepared.train]
         tokens = several * tokens_of_steps(lengths, train.batch // train.accumulate, train.accumulate)

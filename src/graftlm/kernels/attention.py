@@ -49,14 +49,14 @@ def blocked_attention(
 
 
 def block_bytes(query: Tensor, key: Tensor, *, backward: bool = False) -> int:
-    """What a block holds at its highest moment in a call with such queries and keys; a plan counts with it."""
+    """What a block holds at most in a call with such queries and keys, without the loops; a plan counts with it."""
     blocks = _Blocks(query, key, 1.0, False, None)
     queries, pairs = min(_QUERIES, blocks.tokens), blocks.some * blocks.heads
     scores = pairs * blocks.shared * queries * blocks.tokens
     q, k = pairs * blocks.shared * queries * query.shape[3], pairs * blocks.tokens * key.shape[3]
-    if backward:  # queries and what comes from above; keys, values and their gradients; chances and their gradient
-        return (2 * q + 4 * k + 2 * scores + max(k, q)) * query.element_size()
-    return (2 * q + 2 * k + scores + k) * query.element_size()
+    if backward:  # queries and what comes from above; keys, values and their gradients; chances and their gradients
+        return (2 * q + 4 * k + 3 * scores) * query.element_size()
+    return (q + 2 * k + max(2 * scores, q + scores)) * query.element_size()
 
 
 def block_shapes(query: Tensor, key: Tensor, causal: bool) -> int:

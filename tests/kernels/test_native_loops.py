@@ -96,6 +96,19 @@ def test_losses(kind: torch.dtype, scale: float, width: int) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_softmax_of_large_scores(kind: torch.dtype, masked: bool) -> None:
+    scores = (300 * torch.randn(6, 41)).to(kind)
+    mask = torch.rand(6, 41) > 0.5
+    mask[:, 0] = True
+    wanted = torch.softmax(scores.float().masked_fill(~mask & masked, -torch.inf), -1).to(kind)
+    own = scores.clone()
+    loops(kind).softmax(own, 6, 41, 6, -1, 1.0, mask if masked else None, 6, 0, 41)
+    near(own, wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_number_stays_so(kind: torch.dtype) -> None:
     for bad in (float("nan"), float("inf")):
         logits = torch.randn(3, 50).to(kind)

@@ -180,3 +180,30 @@ def test_a_task_restricts_and_must_fit():
     finding = fault(table("text", "label"), task="sft")
     assert finding.message.startswith("need prompt and completion, found text, label")
     assert fault(table("text"), task="clasify").fix == "--task classify"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message", "fix"),
+    [
+        (
+            [{"text": "a", "score": "good"}] * 3,
+            "'score' has 'good' where numbers are wanted (3 of 3 values)",
+            "--task classify --map text=text,label=score",
+        ),
+        (
+            [{"text": "a", "score": "1.5"}, {"text": "b", "score": "n/a"}],
+            "'score' has 'n/a' where numbers are wanted (1 of 2 values)",
+            "--map text=text,score=score --set data.drop_bad_rows=true",
+        ),
+        ([{"sentence": "a", "grade": 3.5}], "Looks like text=sentence, score=grade", "--map text=sentence,score=grade"),
+    ],
+)
+def test_numbers_that_are_none_are_told(rows, message, fix, write):
+    from graftlm.data.reading import read_rows
+
+    with pytest.raises(DataError) as refused:
+        recognise(read_rows(write("rows.jsonl", rows)), "regress")
+    (finding,) = refused.value.findings
+    assert finding.code == "D110"
+    assert message in finding.message
+    assert finding.fix == fix

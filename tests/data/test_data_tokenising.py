@@ -322,3 +322,32 @@ def test_a_sentencepiece_tokenizer_without_a_chat_template():
         assert tokenizer.bos_token_id not in item["input_ids"][1:]
         assert learnt(item, tokenizer) == "".join(m["content"] + "</s>" for m in talk if m["role"] == "assistant")
         assert supervision.straddling_rows == 0
+
+
+@pytest.mark.parametrize(
+    "task", ["classify", "regress", "tag", "sft", "dpo", "choice", "kto", "tfew", "reward", "grpo"]
+)
+@pytest.mark.parametrize("apart", [False, True])
+def test_each_cut_row_is_listed_with_the_tokens_that_it_had(task, apart, tokenizer, write):
+    from graftlm.data import prepare
+    from training.tiny_runs import rows_for
+
+    rows = rows_for({"grpo": "sft"}.get(task, task), 30)
+    for at in (4, 17):
+        name = next(name for name in ("prompt", "tokens", "text") if name in rows[at])
+        more = [f"word{n}" for n in range(200)]
+        rows[at][name] = [*rows[at][name], *more] if name == "tokens" else " ".join([*more, rows[at][name]])
+        if name == "tokens":
+            rows[at]["tags"] = [*rows[at]["tags"], *["O"] * 200]
+    path = write("rows.jsonl", rows)
+    written = task not in ("classify", "regress", "tag")
+    ready = prepare(path, tokenizer=tokenizer, task=task, max_length=150, eval_share=0.3, apart=apart,
+                    template="plain" if written else None, drop_bad_rows=True)  # fmt: skip
+    listed = {cut.place: cut.tokens for cut in ready.cut}
+    gone = {one.place for one in ready.rejected}
+    assert listed.keys() | gone == {"rows.jsonl:5", "rows.jsonl:18"}
+    assert all(tokens > 400 for tokens in listed.values())
+    assert bool(gone) == (task == "sft")
+    assert max(ready.supervision.lengths + ready.eval_supervision.lengths) > 400
+    note = next((note for note in ready.notes if note.code == "D146"), None)
+    assert (note is not None and "longest" in note.message) == bool(listed)

@@ -43,7 +43,10 @@ def harmless(text: str) -> str:
 def show_error(error: GraftError) -> None:
     """Print what can be mended, red on a terminal; the lines of detail and the fix stay plain."""
     red = colourful(sys.stderr)
-    for line in str(error).splitlines():
+    lines = str(error).splitlines()
+    if os.environ.get("RANK", "0") != "0":  # of several processes the main one tells all
+        lines = [f"process {os.environ['RANK']}: {lines[0]}"]
+    for line in lines:
         said = harmless(line)
         print(f"{_RED}{said}{_PLAIN}" if red and not said.startswith("  ") else said, file=sys.stderr)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
 import click
@@ -44,6 +45,8 @@ def verb(command: str, /, resume: bool, config: str | None, set: tuple[str, ...]
     from graftlm.training import train_resolved
 
     run = train_resolved(resolved, resume=resume, command=command)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the main one speaks
+        return
     folder = shlex.quote(str(run.folder))
     if run.record.get("status") == "stopped":
         click.echo(f"next     graftlm train -o {folder} --resume")

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.data.checking import Example, Notes
 from graftlm.data.reading import Rejected
-from graftlm.data.targets import ends_within, tell_of_cuts
+from graftlm.data.targets import ends_within
 from graftlm.data.templates import Template, TemplateFault
 from graftlm.data.tokenising import (
     IGNORED,
     Item,
+    Lengths,
     Supervision,
     longest_allowed,
     pieces_of,
     tell_of_questions,
     trained_tokens,
 )
-from graftlm.data.wording import counted, number
 from graftlm.errors import DataError, Finding
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def encode_candidates(
         raise DataError(Finding("D144", message, fix="use a base with a tokenizer.json"))
     limit = longest_allowed(tokenizer, max_length)
     items: list[Item] = []
-    lengths: list[int] = []
-    cut = 0
+    lengths = Lengths(limit)
     refused: dict[tuple[str, str], list[Example]] = {}
     for example, answers in _with_others(examples, mismatched):
         try:
@@ -75,27 +74,27 @@ def encode_candidates(
             refused.setdefault((fault.code, str(fault)), []).append(example)
             continue
         longest = max(len(ids) for ids, _ in sequences)
-        lengths.append(longest)
-        if limit is not None and longest > limit:
-            shorter = _without_beginning(sequences, limit)
+        if lengths.over(example, longest):
+            shorter = _without_beginning(sequences, limit or 0)
             if shorter is None:
                 why = f"an answer is longer than max_length {limit}"
                 refused.setdefault(("D165", why), []).append(example)
+                lengths.cut.pop()  # it is left out as a whole
                 continue
-            cut, sequences = cut + 1, shorter
+            sequences = shorter
         made = [
             {"input_ids": ids, "labels": [i if wanted else IGNORED for i, wanted in zip(ids, trained, strict=True)]}
             for ids, trained in sequences
         ]
         target = int(example.label) if example.label is not None else 0
         items.append({"sequences": made, "target": target, "row": example.row, "example": example})
-    rejected = tell_of_questions(refused, cut, len(items), limit, notes, place, drop_bad_rows)
+    rejected = tell_of_questions(refused, lengths, len(items), notes, place, drop_bad_rows)
     own = [sequence for item in items for sequence in item["sequences"]]
     supervision = Supervision(
         trained_tokens=sum(label != IGNORED for sequence in own for label in sequence["labels"][1:]),
         total_tokens=sum(len(sequence["input_ids"]) for sequence in own),
-        cut_rows=cut,
-        lengths=tuple(lengths),
+        cut=tuple(lengths.cut),
+        lengths=tuple(lengths.every),
         what=what,
         examples=tuple(pieces_of(item["sequences"][0], tokenizer) for item in items[:2]),
     )
@@ -117,23 +116,20 @@ def encode_apart(
     """
     limit = longest_allowed(tokenizer, max_length)
     items: list[Item] = []
-    lengths: list[int] = []
-    cut = 0
+    lengths = Lengths(limit)
     for example, answers in _with_others(examples, mismatched):
         source = list(tokenizer(example.text, verbose=False)["input_ids"])
         targets = [list(tokenizer(text_target=answer, verbose=False)["input_ids"]) for answer in answers]
-        lengths.append(max(map(len, [source, *targets])))
-        if limit is not None and lengths[-1] > limit:
-            cut += 1
+        lengths.over(example, max(map(len, [source, *targets])))
         source, *targets = (ends_within(ids, limit) for ids in (source, *targets))
         made = [{"input_ids": source, "labels": target} for target in targets]
         label = int(example.label) if example.label is not None else 0
         items.append({"sequences": made, "target": label, "row": example.row, "example": example})
-    tell_of_cuts(cut, len(items), limit, lengths, notes, place)
+    lengths.tell(len(items), notes, place)
     own = [sequence for item in items for sequence in item["sequences"]]
     trained = sum(len(sequence["labels"]) for sequence in own)
     total = trained + sum(len(sequence["input_ids"]) for sequence in own)
-    return items, Supervision(trained, total, cut, tuple(lengths), what="the answers' tokens")
+    return items, Supervision(trained, total, tuple(lengths.cut), tuple(lengths.every), what="the answers' tokens")
 
 
 def _with_others(examples: Sequence[Example], mismatched: bool) -> Iterator[tuple[Example, list[str]]]:
@@ -174,13 +170,10 @@ def encode_paired(
     """Every answer beside its question, as encoders read two texts; longer pairs are cut, the longer text first."""
     limit = longest_allowed(tokenizer, max_length)
     items: list[Item] = []
-    lengths: list[int] = []
-    cut = 0
+    lengths = Lengths(limit)
     for example in examples:
         whole = [tokenizer(example.text, answer, verbose=False) for answer in example.answers]
-        lengths.append(max(len(one["input_ids"]) for one in whole))
-        if limit is not None and lengths[-1] > limit:
-            cut += 1
+        if lengths.over(example, max(len(one["input_ids"]) for one in whole)):
             whole = [
                 tokenizer(example.text, answer, truncation=True, max_length=limit, verbose=False)
                 for answer in example.answers
@@ -189,12 +182,11 @@ def encode_paired(
         sequences = [{name: list(one[name]) for name in names if name in one} for one in whole]
         target = int(example.label) if example.label is not None else 0
         items.append({"sequences": sequences, "target": target, "row": example.row, "example": example})
-    if cut:
-        notes.note("D146", f"{number(cut)} of {counted(len(items), 'row')} cut to {limit} tokens", place)
+    lengths.tell(len(items), notes, place)
     total = sum(len(s["input_ids"]) for item in items for s in item["sequences"])
     several = sorted({len(item["sequences"]) for item in items})
     what = "the head's number for each answer" + (f": {several[0]} to {several[-1]} a row" if several[1:] else "")
-    return items, Supervision(0, total, cut, tuple(lengths), what=what)
+    return items, Supervision(0, total, tuple(lengths.cut), tuple(lengths.every), what=what)
 
 
 def encode_scored_answers(

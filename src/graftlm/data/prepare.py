@@ -20,6 +20,7 @@ from graftlm.data.tags import encode_tagged
 from graftlm.data.targets import encode_targets
 from graftlm.data.templates import Template
 from graftlm.data.tokenising import (
+    Cut,
     Item,
     Supervision,
     encode_chats,
@@ -66,6 +67,8 @@ class Prepared:
     eval_supervision: Supervision
     notes: tuple[Finding, ...]
     rejected: tuple[Rejected, ...]
+    #: Rows that lost tokens.
+    cut: tuple[Cut, ...]
     reading: Reading
     line: str
     eval_line: str
@@ -206,6 +209,7 @@ def prepare(
         eval_supervision=eval_supervision,
         notes=_once(notes.notes),
         rejected=tuple(rejected),
+        cut=tuple(cut for _, told in sets[partial:] for cut in told.cut),
         reading=reading,
         line=line,
         eval_line=rows.eval_line,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from graftlm.data.checking import Example, Notes
 from graftlm.data.reading import Rejected
 from graftlm.data.templates import Template, TemplateFault
-from graftlm.data.tokenising import Item, Supervision, longest_allowed, tell_of_questions
+from graftlm.data.tokenising import Item, Lengths, Supervision, longest_allowed, tell_of_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ def encode_prompts(
     """
     limit = longest_allowed(tokenizer, max_length)
     items: list[Item] = []
-    lengths: list[int] = []
+    lengths = Lengths(limit)
     refused: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
         try:
@@ -43,13 +43,14 @@ def encode_prompts(
         except TemplateFault as fault:
             refused.setdefault((fault.code, str(fault)), []).append(example)
             continue
-        lengths.append(len(ids))
+        lengths.over(example, len(ids))
         items.append({"input_ids": ids if limit is None else ids[-limit:], "row": example.row, "example": example})
-    cut = sum(limit is not None and length > limit for length in lengths)
-    rejected = tell_of_questions(refused, cut, len(items), limit, notes, place, drop_bad_rows)
+    rejected = tell_of_questions(refused, lengths, len(items), notes, place, drop_bad_rows)
     total = sum(len(item["input_ids"]) for item in items)
     return (
         items,
-        Supervision(0, total, cut, tuple(lengths), what="the tokens of answers that the model writes"),
+        Supervision(
+            0, total, tuple(lengths.cut), tuple(lengths.every), what="the tokens of answers that the model writes"
+        ),
         rejected,
     )

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from graftlm.data.reading import Table
-from graftlm.data.wording import counted, listed
+from graftlm.data.wording import clip, counted, listed, number
 from graftlm.errors import DataError, Finding, nearest
 
 __all__ = ["ROLES", "TASKS", "TEXT_PAIRS", "Reading", "recognise"]
@@ -262,8 +262,13 @@ class _Columns:
 
     def is_numeric(self, column: str) -> bool:
         """Whether the column's values can be read as numbers, as those of a CSV file can."""
+        values, odd = self.numbers(column)
+        return bool(values) and not odd
+
+    def numbers(self, column: str) -> tuple[list[str], list[str]]:
+        """The column's values as text, and those of them that are no numbers."""
         values = [str(value) for row in self.table.rows if (value := row.get(column)) not in (None, "")]
-        return bool(values) and all(re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", v) for v in values)
+        return values, [v for v in values if not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", v)]
 
     def prompts(self) -> list[dict[str, str]]:
         """Ways to find what is asked, with a passage before it where there is one, and a system prompt."""
@@ -380,6 +385,21 @@ def _wrong_columns(table: Table, task: str, given: Mapping[str, str]) -> Finding
         need = "prompt and completion"
     message = f"need {need}, found {listed(table.columns)}"
     looks = _looks_like(table, task, given)
+    if task == "regress" and "score" not in given:
+        columns = _Columns(table, given, task)
+        texts = given.get("text") or looks.get("text") or _by_name("text", list(table.columns)) or "..."
+        named = columns.named((*ROLES["score"], *ROLES["label"], *_PERHAPS_LABELS))
+        for name in named:
+            values, odd = columns.numbers(name)
+            if odd:
+                message = f"'{name}' has {clip(repr(odd[0]), 30)} where numbers are wanted"
+                message += f" ({number(len(odd))} of {counted(len(values), 'value')})"
+                fix = f"--task classify --map text={texts},label={name}"
+                if len(odd) < len(values):
+                    fix = f"--map text={texts},score={name} --set data.drop_bad_rows=true"
+                return Finding("D110", message, table.path.name, fix)
+        numeric = [name for name in table.columns if columns.is_numeric(name) and not name.lower().endswith("id")]
+        looks = {"text": texts, "score": numeric[0]} if texts != "..." and len(numeric) == 1 else {}
     if looks:
         message += ". Looks like " + ", ".join(f"{role}={column}" for role, column in looks.items())
     return Finding(

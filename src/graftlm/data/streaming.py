@@ -23,7 +23,7 @@ from graftlm.data.prepare import Prepared, labels_of, prepare
 from graftlm.data.prompting import PromptTemplate, prompted
 from graftlm.data.reading import Rejected, Table, files_of, tables_of, within
 from graftlm.data.recognise import Reading, recognise
-from graftlm.data.tokenising import Item
+from graftlm.data.tokenising import Cut, Item
 from graftlm.data.wording import counted, listed, number
 from graftlm.errors import DataError, Finding
 
@@ -149,20 +149,20 @@ class Stream:
     """The training items of a run, without end: a new pass over the rows begins where one is over.
 
     `buffer` items are held, of which the next one is drawn; with 1 the order is the file's. `tell` is called with each
-    row that is left out, once. Walking anew begins anew, with the same order and new `counts`.
+    row that is left out or cut, once. Walking anew begins anew, with the same order and new `counts`.
     """
 
     source: Source
     reading: Reading
     #: Rows to items, as `prepare` does it.
-    encode: Callable[[list[Example], Notes], tuple[list[Item], int, list[Rejected]]]
+    encode: Callable[[list[Example], Notes], tuple[list[Item], Sequence[Cut], list[Rejected]]]
     columns: tuple[str, ...]
     held: frozenset[str]
     seed: int
     buffer: int
     prompt: tuple[PromptTemplate, str, dict[str, str], dict[str, Any]] | None = None
     labels: Labels | None = None
-    tell: Callable[[Rejected], None] = lambda _: None
+    tell: Callable[[Rejected | Cut], None] = lambda _: None
     counts: Counts = field(default_factory=Counts)
 
     def __iter__(self) -> Iterator[Item]:
@@ -205,7 +205,7 @@ class Stream:
             rejected += [Rejected(e.place, e.row, "a label that was not known before [D132]", e.raw) for e in strange]
             unknown = {e.row for e in strange}
             examples = [e for e in examples if e.row not in unknown]
-            items, cut, out = self.encode(examples, Notes()) if examples else ([], 0, [])
+            items, cut, out = self.encode(examples, Notes()) if examples else ([], (), [])
             rejected += out
             seen = {item["row"] for item in items}
             gone = seen | {r.row for r in out}
@@ -217,10 +217,12 @@ class Stream:
                 self.counts.held_out += len(sound) - len(examples) - len(strange)
                 self.counts.left_out += len(rejected)
                 self.counts.waiting += len(seen)
-                self.counts.cut += cut
+                self.counts.cut += len(cut)
                 for one in rejected:
                     self.counts.reasons[one.reason] += 1
                     self.tell(one)
+                for row in cut:
+                    self.tell(row)
             last = None
             for item in items:
                 yield {**item, "opens": item["row"] != last}
@@ -279,7 +281,7 @@ def prepare_streamed(
         )
         asked = (prompt, told_task, dict(mapping or {}), told)
     reading = recognise(looked, told_task, roles, instead=instead)
-    stream = Stream(source, reading, lambda *_: ([], 0, []), head.columns, frozenset(), seed, buffer, asked)
+    stream = Stream(source, reading, lambda *_: ([], (), []), head.columns, frozenset(), seed, buffer, asked)
     if reading.task in _LABELLED and labels is None and scale is None:
         labels, scale = _surveyed(stream)
     prepared = prepare(
@@ -289,9 +291,9 @@ def prepare_streamed(
     )  # fmt: skip
     encoder = replace(prepared.encoder, drop_bad_rows=True)
 
-    def encode(examples: list[Example], notes: Notes) -> tuple[list[Item], int, list[Rejected]]:
+    def encode(examples: list[Example], notes: Notes) -> tuple[list[Item], Sequence[Cut], list[Rejected]]:
         items, supervision, out = replace(encoder, notes=notes)(examples, source.path.name)
-        return items, supervision.cut_rows, out
+        return items, supervision.cut, out
 
     stream.encode, stream.labels = encode, prepared.labels
     if eval_path is None:

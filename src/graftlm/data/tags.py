@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from graftlm.data.checking import Example, Notes
 from graftlm.data.labels import Labels
-from graftlm.data.tokenising import IGNORED, Item, Supervision, longest_allowed
-from graftlm.data.wording import counted, number, percent
+from graftlm.data.tokenising import IGNORED, Item, Lengths, Supervision, longest_allowed
+from graftlm.data.wording import counted, percent
 from graftlm.errors import DataError, Finding
 
 if TYPE_CHECKING:
@@ -53,13 +53,13 @@ def encode_tagged(
                                 fix="use a base with a tokenizer.json"))  # fmt: skip
     limit = longest_allowed(tokenizer, max_length)
     items: list[Item] = []
-    lengths: list[int] = []
-    cut = lost = 0
+    lengths = Lengths(limit)
+    lost = 0
     tags: Counter[str] = Counter()
     for example in examples:
-        read, positions = words_to_tokens(example.words, tokenizer, limit)
-        lengths.append(len(read["input_ids"]))
-        cut += len(positions) < len(example.words)
+        read, positions = words_to_tokens(example.words, tokenizer, None)
+        if lengths.over(example, len(read["input_ids"])):
+            read, positions = words_to_tokens(example.words, tokenizer, limit)
         lost += len(example.words) - len(positions)
         marks = [IGNORED] * len(read["input_ids"])
         for at, tag in zip(positions, example.tags, strict=False):
@@ -67,13 +67,11 @@ def encode_tagged(
                 marks[at] = labels.id(tag)
                 tags[tag] += 1
         items.append({**read, "labels": marks, "positions": positions, "row": example.row, "example": example})
-    if cut:
-        message = f"{number(cut)} of {counted(len(items), 'row')} cut to {limit} tokens: {counted(lost, 'word')} lost"
-        notes.note("D146", message, place)
+    lengths.tell(len(items), notes, place, f"cut to {limit} tokens: {counted(lost, 'word')} lost")
     words = sum(tags.values())
-    total = sum(lengths)
+    total = sum(len(item["input_ids"]) for item in items)
     what = f"the first token of each word: {len(labels)} tags"
     if tags:
         most, times = tags.most_common(1)[0]
         what += f", the commonest {most} ({percent(times, words)})"
-    return items, Supervision(words, total, cut, tuple(lengths), what=what)
+    return items, Supervision(words, total, tuple(lengths.cut), tuple(lengths.every), what=what)

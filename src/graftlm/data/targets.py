@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from graftlm.data.checking import Example, Notes
-from graftlm.data.tokenising import Item, Supervision, longest_allowed
-from graftlm.data.wording import counted, number
+from graftlm.data.tokenising import Item, Lengths, Supervision, longest_allowed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode_targets", "ends_within", "source_of", "tell_of_cuts"]
+__all__ = ["encode_targets", "ends_within", "source_of"]
 
 
 def source_of(example: Example) -> str:
@@ -31,30 +30,20 @@ def encode_targets(
     """Items with `input_ids` and `labels` of their own length; both sides are cut to `max_length` and counted."""
     limit = longest_allowed(tokenizer, max_length)
     items: list[Item] = []
-    lengths: list[int] = []
-    cut = 0
+    lengths = Lengths(limit)
     for example in examples:
         source = list(tokenizer(source_of(example), verbose=False)["input_ids"])
         answer = str(example.messages[-1]["content"])
         target = list(tokenizer(text_target=answer, verbose=False)["input_ids"])
-        lengths.append(max(len(source), len(target)))
-        if limit is not None and lengths[-1] > limit:
-            cut += 1
+        if lengths.over(example, max(len(source), len(target))):
             source, target = (ends_within(ids, limit) for ids in (source, target))
         items.append({"input_ids": source, "labels": target, "row": example.row, "example": example})
-    tell_of_cuts(cut, len(items), limit, lengths, notes, place)
+    lengths.tell(len(items), notes, place)
     trained = sum(len(item["labels"]) for item in items)
     total = trained + sum(len(item["input_ids"]) for item in items)
-    return items, Supervision(trained, total, cut, tuple(lengths), what="the target's tokens")
+    return items, Supervision(trained, total, tuple(lengths.cut), tuple(lengths.every), what="the target's tokens")
 
 
 def ends_within(ids: list[int], limit: int | None) -> list[int]:
     """The tokens, at most `limit` of them; the last one ends a text and stays when the text before it is cut."""
     return ids if limit is None or len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
-
-
-def tell_of_cuts(cut: int, count: int, limit: int | None, lengths: Sequence[int], notes: Notes, place: str) -> None:
-    """Note how many of `count` rows were cut, if any were (D146)."""
-    if cut:
-        message = f"{number(cut)} of {counted(count, 'row')} cut to {limit} tokens (longest {max(lengths)})"
-        notes.note("D146", message, place)

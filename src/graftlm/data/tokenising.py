@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "IGNORED", "Item", "Supervision", "Template", "encode_chats", "encode_documents", "encode_labelled",
-    "encode_masked", "encode_scored", "histogram", "longest_allowed", "pack", "pieces_of",
+    "IGNORED", "Cut", "Item", "Lengths", "Supervision", "Template", "encode_chats", "encode_documents",
+    "encode_labelled", "encode_masked", "encode_scored", "histogram", "longest_allowed", "pack", "pieces_of",
     "tell_of_questions", "trained_tokens",
 ]  # fmt: skip
 
@@ -39,20 +39,67 @@ _DROP = "--set data.drop_bad_rows=true"
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """A row that lost tokens: where it stands, and how many tokens it had before."""
+
+    place: str
+    row: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class Lengths:
+    """The tokens of each row before cutting, and the rows that are longer than `limit` (None: none is).
+
+    Example:
+        >>> lengths = Lengths(4)
+        >>> example = Example(1, "faq.jsonl:1", {})
+        >>> lengths.over(example, 9), lengths.over(example, 3), lengths.cut[0].tokens
+        (True, False, 9)
+    """
+
+    limit: int | None
+    every: list[int] = field(default_factory=list)
+    cut: list[Cut] = field(default_factory=list)
+
+    def over(self, example: Example, tokens: int) -> bool:
+        """Take down a row of so many tokens; whether it must be cut."""
+        self.every.append(tokens)
+        if self.limit is None or tokens <= self.limit:
+            return False
+        self.cut.append(Cut(example.place, example.row, tokens))
+        return True
+
+    def tell(self, kept: int, notes: Notes, place: str, how: str = "") -> None:
+        """Note how many of the `kept` rows were cut, and which (D146); `how` stands in place of the usual words."""
+        if not self.cut:
+            return
+        which = rows(list(dict.fromkeys(cut.row for cut in self.cut)))
+        how = how or f"cut to {self.limit} tokens"
+        message = f"{number(len(self.cut))} of {counted(kept, 'row')} {how} ({which}; longest {max(self.every)})"
+        notes.note("D146", message, place)
+
+
+@dataclass(frozen=True, slots=True)
 class Supervision:
     """What is trained: token counts after cutting, lengths before it, and two rows to look at.
 
-    `lengths` are tokens of each row before cutting. `examples` are rows as (text, trained) pieces, decoded from the
-    very tokens that are trained.
+    `lengths` are tokens of each row before cutting, `cut` the rows that were cut. `examples` are rows as
+    (text, trained) pieces, decoded from the very tokens that are trained.
     """
 
     trained_tokens: int = 0
     total_tokens: int = 0
-    cut_rows: int = 0
+    cut: tuple[Cut, ...] = ()
     lengths: tuple[int, ...] = ()
     straddling_rows: int = 0
     what: str = "assistant turns + end of turn"
     examples: tuple[tuple[tuple[str, bool], ...], ...] = field(default=())
+
+    @property
+    def cut_rows(self) -> int:
+        """How many rows were cut."""
+        return len(self.cut)
 
     @property
     def line(self) -> str:
@@ -97,23 +144,20 @@ def longest_allowed(tokenizer: PreTrainedTokenizerBase, max_length: int | None) 
 
 def tell_of_questions(
     refused: Mapping[tuple[str, str], Sequence[Example]],
-    cut: int,
+    lengths: Lengths,
     kept: int,
-    limit: int | None,
     notes: Notes,
     place: str,
     drop_bad_rows: bool,
 ) -> list[Rejected]:
-    """Of rows that ask: those refused, by code and reason, are faults or returned; `cut` of `kept` lost a beginning."""
+    """Of rows that ask: those refused, by code and reason, are faults or returned; those cut lost a beginning."""
     rejected: list[Rejected] = []
     for (code, why), those in refused.items():
         if drop_bad_rows:
             rejected += [Rejected(e.place, e.row, f"{why} [{code}]", e.raw) for e in those]
         else:
             notes.error(code, f"{counted(len(those), 'row')} ({rows([e.row for e in those])}): {why}", place, _DROP)
-    if cut:
-        message = f"{number(cut)} of {counted(kept, 'row')}: the question lost its beginning to fit {limit} tokens"
-        notes.note("D146", message, place)
+    lengths.tell(kept, notes, place, f"have a question that lost its beginning to fit {lengths.limit} tokens")
     return rejected
 
 
@@ -168,30 +212,31 @@ def encode_chats(
         notes.note("D148", f"{message} assistant turn is trained as a row of its own", place)
 
     items: list[Item] = []
-    lengths: list[int] = []
-    cut = straddling = 0
+    lengths = Lengths(limit)
+    straddling = 0
     headless: list[tuple[Example, int]] = []
     for (example, (_, spans)), (ids, offsets) in zip(
         passages, _tokens(tokenizer, [text for _, (text, _) in passages]), strict=True
     ):
         trained = trained_tokens(offsets, spans)
-        lengths.append(len(ids))
-        if limit is not None and len(ids) > limit:
+        if lengths.over(example, len(ids)):
             if any(trained) and not any(trained[1:limit]):
                 headless.append((example, len(ids)))
+                lengths.cut.pop()  # it is left out as a whole
                 continue
-            cut += 1
             ids, trained = ids[:limit], trained[:limit]
         straddling += any(start < edge < end for edge, _ in spans for start, end in offsets)
         labels = [token if wanted else IGNORED for token, wanted in zip(ids, trained, strict=True)]
         items.append({"input_ids": ids, "labels": labels, "row": example.row, "example": example})
     if headless:
-        _report_headless(headless, lengths, limit or 0, tokenizer, notes, place, rejected if drop_bad_rows else None)
+        _report_headless(
+            headless, lengths.every, limit or 0, tokenizer, notes, place, rejected if drop_bad_rows else None
+        )
     supervision = Supervision(
         trained_tokens=sum(label != IGNORED for item in items for label in item["labels"][1:]),
         total_tokens=sum(len(item["input_ids"]) for item in items),
-        cut_rows=cut,
-        lengths=tuple(lengths),
+        cut=tuple(lengths.cut),
+        lengths=tuple(lengths.every),
         straddling_rows=straddling,
         examples=tuple(pieces_of(item, tokenizer) for item in items[:2]),
     )
@@ -208,7 +253,7 @@ def encode_chats(
         reasons = listed(dict.fromkeys(fault.reason for fault in rejected), 2)
         notes.note("D136", f"{counted(len(rejected), 'row')} left out: {reasons}", place)
     _note_control_tokens(examples, tokenizer, notes, place)
-    _note_cut(cut, len(items), limit, lengths, notes, place)
+    lengths.tell(len(items), notes, place)
     return items, supervision, rejected
 
 
@@ -263,12 +308,9 @@ def encode_labelled(
     """Texts (one or two each) as token ids with the id of their class; longer ones are cut, the longer text first."""
     limit = longest_allowed(tokenizer, max_length)
     items: list[Item] = []
-    lengths: list[int] = []
-    cut = 0
+    lengths = Lengths(limit)
     for example, whole in zip(examples, _pairs(examples, tokenizer), strict=True):
-        lengths.append(len(whole["input_ids"]))
-        if limit is not None and lengths[-1] > limit:
-            cut += 1
+        if lengths.over(example, len(whole["input_ids"])):
             whole = dict(tokenizer(*example.texts, truncation=True, max_length=limit, verbose=False))
         assert example.label is not None
         kept: Item = {name: whole[name] for name in ("input_ids", "token_type_ids") if name in whole}
@@ -276,18 +318,20 @@ def encode_labelled(
         if labels.several:  # a number for each label: whether the row has it
             told = [float(name in example.label) for name in labels.names]
         items.append({**kept, "labels": told, "row": example.row, "example": example})
-    _note_cut(cut, len(items), limit, lengths, notes, place)
+    lengths.tell(len(items), notes, place)
     if labels.several:
         every = sum(sum(item["labels"]) for item in items)
         what = f"each of {len(labels)} labels, {every / max(len(items), 1):.1f} of them a row"
-        return items, Supervision(0, sum(len(i["input_ids"]) for i in items), cut, tuple(lengths), what=what)
+        return items, Supervision(
+            0, sum(len(i["input_ids"]) for i in items), tuple(lengths.cut), tuple(lengths.every), what=what
+        )
     counts = [sum(item["labels"] == id for item in items) for id in range(len(labels))]
     most = max(range(len(labels)), key=counts.__getitem__, default=0)
     what = f"one label a row: {len(labels)} classes"
     if items:
         what += f", the largest {labels.name(most)} ({percent(counts[most], len(items))})"
     total = sum(len(item["input_ids"]) for item in items)
-    return items, Supervision(0, total, cut, tuple(lengths), what=what)
+    return items, Supervision(0, total, tuple(lengths.cut), tuple(lengths.every), what=what)
 
 
 def encode_scored(
@@ -302,19 +346,18 @@ def encode_scored(
     """Texts (one or two each) with their number in standard units; longer ones are cut, the longer text first."""
     limit = longest_allowed(tokenizer, max_length)
     items: list[Item] = []
-    lengths: list[int] = []
-    cut = 0
+    lengths = Lengths(limit)
     for example, whole in zip(examples, _pairs(examples, tokenizer), strict=True):
-        lengths.append(len(whole["input_ids"]))
-        if limit is not None and lengths[-1] > limit:
-            cut += 1
+        if lengths.over(example, len(whole["input_ids"])):
             whole = dict(tokenizer(*example.texts, truncation=True, max_length=limit, verbose=False))
         kept: Item = {name: whole[name] for name in ("input_ids", "token_type_ids") if name in whole}
         told = scale.standard(float(example.label))
         items.append({**kept, "labels": told, "row": example.row, "example": example})
-    _note_cut(cut, len(items), limit, lengths, notes, place)
+    lengths.tell(len(items), notes, place)
     what = f"one number a row (mean {scale.mean:.3g}, standard deviation {scale.deviation:.3g})"
-    return items, Supervision(0, sum(len(i["input_ids"]) for i in items), cut, tuple(lengths), what=what)
+    return items, Supervision(
+        0, sum(len(i["input_ids"]) for i in items), tuple(lengths.cut), tuple(lengths.every), what=what
+    )
 
 
 def encode_masked(
@@ -466,9 +509,3 @@ def _note_control_tokens(
     for token, where in found.items():
         message = f"{counted(len(where), 'row')} with '{token}' in the text, which is read as the control token"
         notes.note("D145", f"{message} ({rows(where)})", place)
-
-
-def _note_cut(cut: int, total: int, limit: int | None, lengths: list[int], notes: Notes, place: str) -> None:
-    if cut:
-        message = f"{number(cut)} of {counted(total, 'row')} cut to {limit} tokens (longest {max(lengths)})"
-        notes.note("D146", message, place)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import signal
+import time
 from typing import Any
 
 from transformers import TrainerCallback
 
 from graftlm.data import MaskingCollator
+from graftlm.training.processes import any_of, count
 from graftlm.training.progress import Voice
 
 __all__ = ["Interrupt", "OtherTokensEachEpoch"]
+
+
+_ONE_CTRL_C_S = 5.0
 
 
 class Interrupt(TrainerCallback):
@@ -19,6 +24,7 @@ class Interrupt(TrainerCallback):
     def __init__(self, voice: Voice) -> None:
         self.voice, self.asked = voice, False
         self._before: Any = None
+        self._asked_s = 0.0
 
     def __enter__(self) -> Interrupt:
         try:
@@ -32,6 +38,11 @@ class Interrupt(TrainerCallback):
             signal.signal(signal.SIGINT, self._before)
 
     def _on_signal(self, *_: Any) -> None:
+        again_s = time.monotonic() - self._asked_s
+        # The terminal tells each of several processes, and torchrun tells them again.
+        if self.asked and count() > 1 and again_s < _ONE_CTRL_C_S:
+            return
+        self._asked_s = time.monotonic()
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
@@ -40,7 +51,8 @@ class Interrupt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Tell the trainer to save and stop."""
         del args, state
-        if self.asked:
+        if any_of(self.asked):
+            self.asked = True
             control.should_save = control.should_training_stop = True
 
 

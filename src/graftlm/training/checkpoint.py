@@ -27,8 +27,8 @@ from graftlm.errors import Finding, RunError
 from graftlm.formats.atomic import atomic_folder, check_manifest, write_json, write_manifest
 
 __all__ = [
-    "adapter_state", "latest", "load_adapter_state", "load_answers", "load_optimizer", "load_random_state", "step_of",
-    "write",
+    "adapter_state", "latest", "load_adapter_state", "load_answers", "load_optimizer", "load_random_state",
+    "random_state", "step_of", "write",
 ]  # fmt: skip
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -42,10 +42,11 @@ def write(
     trainer_state: dict[str, Any],
     *,
     answers: Sequence[Mapping[str, Tensor]] = (),
+    randoms: Sequence[tuple[dict[str, Tensor], dict[str, Any]]] = (),
 ) -> None:
     """Write everything that resuming needs into `folder`, at once or not at all.
 
-    `answers` are batches of answers that the next step learns from too.
+    `answers` are batches of answers that the next step learns from too, `randoms` the random states of all processes.
     """
     moments, settings = _split(optimizer.state_dict())
     with atomic_folder(folder) as inside:
@@ -54,11 +55,14 @@ def write(
         if answers:
             batches = {f"{at}.{name}": tensor for at, batch in enumerate(answers) for name, tensor in batch.items()}
             _save({name: tensor.contiguous() for name, tensor in batches.items()}, inside / "answers.safetensors")
-        _save(_random_tensors(), inside / "random.safetensors")
-        write_json(
-            inside / "schedule.json",
-            {"optimizer": settings, "scheduler": scheduler.state_dict(), "random": _random_numbers()},
-        )
+        (tensors, numbers), *others = randoms or [random_state()]
+        _save(tensors, inside / "random.safetensors")
+        for rank, (tensors, _) in enumerate(others, 1):
+            _save(tensors, inside / f"random.{rank}.safetensors")
+        told = {"optimizer": settings, "scheduler": scheduler.state_dict(), "random": numbers}
+        if others:
+            told["random_of_others"] = [numbers for _, numbers in others]
+        write_json(inside / "schedule.json", told)
         write_json(inside / "trainer_state.json", trainer_state)
         write_manifest(inside)
 
@@ -119,10 +123,17 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: An
     scheduler.load_state_dict(stored["scheduler"])
 
 
-def load_random_state(folder: Path) -> None:
-    """Put back every random generator."""
-    tensors = load_file(folder / "random.safetensors")
-    numbers = json.loads((folder / "schedule.json").read_text())["random"]
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Every random generator's state, in tensors and in numbers."""
+    return _random_tensors(), _random_numbers()
+
+
+def load_random_state(folder: Path, rank: int = 0) -> None:
+    """Put back every random generator of a process; the main one's, where fewer processes ran before."""
+    stored = json.loads((folder / "schedule.json").read_text())
+    tensors, numbers = load_file(folder / "random.safetensors"), stored["random"]
+    if 0 < rank <= len(stored.get("random_of_others", ())):
+        tensors, numbers = load_file(folder / f"random.{rank}.safetensors"), stored["random_of_others"][rank - 1]
     torch.set_rng_state(tensors["torch"])
     for index in range(torch.cuda.device_count()):
         if f"cuda.{index}" in tensors:

@@ -6,6 +6,7 @@ start/            the adapter before training, where preferences are told agains
 checkpoints/      what resuming needs
 metrics.jsonl     losses and rates by step
 data/rejected.jsonl   rows left out, with the reason
+data/cut.jsonl        rows longer than max_length, with the tokens that they had
 eval/             predictions or sample outputs on the held-out rows
 report.html, README.md, log.txt
 """
@@ -79,8 +80,10 @@ def resolved_of(record: Mapping[str, Any]) -> Resolved:
 class RunFolder:
     """The files of one run, by their purpose."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
         self.path = Path(path)
+        #: False in processes beside the main one: what is to be written is left to that.
+        self.writes = writes
         self.record_path = self.path / "run.json"
         self.adapter = self.path / "adapter"
         self.start = self.path / "start"
@@ -143,6 +146,8 @@ class RunFolder:
 
     def make(self) -> None:
         """Make the folder and those inside. Raises EnvironmentFault where that is impossible or the disk is full."""
+        if not self.writes:
+            return
         try:
             for folder in (self.path, self.checkpoints, self.path / "data", self.path / "eval"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -163,18 +168,24 @@ class RunFolder:
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace `run.json` at once."""
+        if not self.writes:
+            return
         temporary = self.record_path.with_suffix(".tmp")
         write_json(temporary, dict(record))
         os.replace(temporary, self.record_path)
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write `rows` as JSON lines into the file `name`."""
+        if not self.writes:
+            return
         temporary = self.path / f"{name}.tmp"
         temporary.write_text(lines_of(rows), encoding="utf-8")
         os.replace(temporary, self.path / name)
 
     def add_line(self, name: str, row: Mapping[str, Any]) -> None:
         """Add `row` as a JSON line to the file `name`."""
+        if not self.writes:
+            return
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(lines_of([row]))
 

@@ -26,7 +26,7 @@ from graftlm.data import MaskingCollator, Prepared
 from graftlm.data.collating import length_of
 from graftlm.data.prepare import ONLINE
 from graftlm.data.reading import Rejected
-from graftlm.data.tokenising import histogram
+from graftlm.data.tokenising import Cut, histogram
 from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, RunError, SettingsError
 from graftlm.evaluation import losses
 from graftlm.evaluation.losses import batches as each_of
@@ -42,7 +42,7 @@ from graftlm.planning import said_time, time_of
 from graftlm.planning.memory import available_bytes
 from graftlm.report import write_card, write_report
 from graftlm.settings import Resolved, RunSettings, dump, recorded, resolve
-from graftlm.training import checkpoint
+from graftlm.training import checkpoint, processes
 from graftlm.training.callbacks import Interrupt, OtherTokensEachEpoch
 from graftlm.training.decisions import (
     decide_epochs,
@@ -77,6 +77,7 @@ __all__ = ["Run", "held_out_of", "train", "train_resolved"]
 _EVAL_ROWS_WHILE_TRAINING = 200
 _REWARDED_WHILE_TRAINING = 64
 _ROWS, _REJECTED = "data/rows.jsonl", "data/rejected.jsonl"
+_CUT = "data/cut.jsonl"
 #: Operations from which on it is worth a few seconds to learn how fast the device is.
 _WORTH_A_CLOCK = 20e12
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -168,16 +169,16 @@ def train_resolved(
 ) -> Run:
     """Train as `resolved` says; see `train`."""
     settings = resolved.settings
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError(Finding("U110", "several processes are not supported by runs in this version: start one"))
+    processes.begin()
     if resume and settings.output is None:
         raise SettingsError(Finding("U131", "--resume needs the run's folder", fix="--resume -o runs/NAME"))
     if resume and all(origin == "default" for name, origin in resolved.origin.items() if name != "output"):
         # `graftlm train --resume -o FOLDER`: the settings are those of the run itself.
         resolved = resolved_of(RunFolder(str(settings.output)).record)
         settings = resolved.settings.model_copy(update={"output": settings.output})
-    voice = Voice(quiet=quiet)
+    voice = Voice(quiet=quiet or not processes.is_main())
     folder = folder_of(settings) if settings.output or rows is None else RunFolder(free_folder("rows"))
+    folder = RunFolder(processes.agreed(folder.path), writes=processes.is_main())
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     try:
@@ -199,7 +200,7 @@ def train_resolved(
         fix = f"free some space, then --resume -o {folder.path}"
         raise EnvironmentFault(Finding("E104", f"cannot write to {folder.path}: {error.strerror}", fix=fix)) from error
     finally:
-        if rows is not None and not folder.record_path.exists():  # no run came of it
+        if rows is not None and folder.writes and not folder.record_path.exists():  # no run came of it
             (folder.path / _ROWS).unlink(missing_ok=True)
             for empty in (folder.path / "data", folder.path):
                 with contextlib.suppress(OSError):
@@ -212,11 +213,27 @@ def _with_rows(settings: RunSettings, folder: RunFolder, rows: list[Mapping[str,
     if not folder.record_path.exists():
         folder.path.joinpath("data").mkdir(parents=True, exist_ok=True)
         folder.write_lines(_ROWS, rows)
+        processes.wait()
     elif not place.exists() or place.read_text(encoding="utf-8") != lines_of(rows):
         fresh = free_folder(folder.path.name, parent=folder.path.parent)
         raise RunError(Finding("U103", f"{folder.path} holds a run of other rows", fix=f"output={str(fresh)!r}"))
     data = settings.data.model_copy(update={"path": str(place)})
     return settings.model_copy(update={"data": data, "output": str(folder.path)})
+
+
+def _check_processes(settings: RunSettings) -> None:
+    """Raise SettingsError (U110) for what several processes cannot do together."""
+    several, train = processes.count(), settings.train
+    micro = train.batch // train.accumulate
+    faults = []
+    if micro % several:
+        batch = -(-micro // several) * several * train.accumulate
+        message = f"{micro} rows at once cannot be divided among {several} processes"
+        faults.append(Finding("U110", message, fix=f"--batch {batch}"))
+    if several > 1 and settings.task in ONLINE:
+        faults.append(Finding("U110", f"{settings.task} learns in one process", fix="graftlm train, without torchrun"))
+    if faults:
+        raise SettingsError(faults)
 
 
 class _Work:
@@ -241,6 +258,7 @@ class _Work:
             "started": _now(),
             "command": command,
             "directory": os.getcwd(),
+            "processes": processes.count(),
             "settings": dump(settings),
             "origin": dict(origin),
         }
@@ -248,6 +266,8 @@ class _Work:
     def run(self) -> Run:
         began_s = time.monotonic()
         self.folder.check(self.settings, resume=self.resume)
+        _check_processes(self.settings)
+        processes.wait()  # before anything is written, which another process would find
         before = self.folder.record if self.resume else {}
         ready = make_ready(self.settings, self.origin)
         prepared, method, self.asked = ready.prepared, ready.method, ready.asked
@@ -261,6 +281,13 @@ class _Work:
         torch.manual_seed(self.settings.train.seed)
         model, tokenizer = self._load(prepared)
         self.record |= {"task": prepared.task, "base": self._base(model)}
+        if self.start is not None:
+            self.record["start"] = {
+                "folder": str(self.start.folder),
+                "method": str(self.start.method),
+                "kept": self.start.kept,
+                "sha256": self.start.digest(),
+            }
         if before:
             self._check_unchanged(before)
         longest = context_of(model.config) - positions_taken(method)
@@ -297,8 +324,10 @@ class _Work:
         self.folder.make()
         trainer, progress = self._trainer(prepared, model, adapter)
         self.folder.write_record(self.record)  # first of all files: from here on the run can be resumed
-        self.voice.keep_in(self.folder.log)
+        if self.folder.writes:
+            self.voice.keep_in(self.folder.log)
         self.folder.write_lines(_REJECTED, [{"place": r.place, "reason": r.reason} for r in prepared.rejected])
+        self.folder.write_lines(_CUT, [{"place": c.place, "tokens": c.tokens} for c in prepared.cut])
         if prepared.stream is not None:
             prepared.stream.tell = self._left_out
         stopped = self._train(trainer, progress, adapter)
@@ -382,9 +411,6 @@ class _Work:
         if self.start is not None:
             how = "stays as it is, under" if self.start.kept else "is trained on:"
             self.voice.say("from", f"{self.start.folder} {how} {self.asked}")
-            self.record["start"] = {
-                "folder": str(self.start.folder), "method": str(self.start.method), "kept": self.start.kept
-            }  # fmt: skip
             return attach_start(model, self.start, method, lambda new: self._attach_new(prepared, model, new))
         return self._attach_new(prepared, model, method)
 
@@ -440,12 +466,15 @@ class _Work:
         self.learning_rates = rates
 
     def _check_unchanged(self, before: Mapping[str, Any]) -> None:
-        """Raise RunError where the run that is taken up saw other data or another base."""
+        """Raise RunError where the run that is taken up saw other data, another base or another start."""
         changed = []
         if list(before["data"]["sha256"].values()) != list(self.record["data"]["sha256"].values()):
             changed.append(f"the data ({', '.join(before['data']['sha256'])})")
         if before["base"]["fingerprint"] != self.record["base"]["fingerprint"]:
             changed.append(f"the base ({before['base']['name']})")
+        known, now = (found.get("start", {}).get("sha256") for found in (before, self.record))
+        if known is not None and known != now:
+            changed.append(f"the adapter to start from ({before['start']['folder']})")
         if changed:
             message = (
                 f"{' and '.join(changed)} changed since the run in {self.folder.path} began: --resume is impossible"
@@ -453,8 +482,11 @@ class _Work:
             raise RunError(Finding("U109", message, fix="put them back, or leave out --resume and give another -o"))
         self.record |= {"started": before["started"], "resumed": self.record["started"]}
 
-    def _left_out(self, row: Rejected) -> None:
-        """Note a row that a stream could not use; taken up again, a run meets it again."""
+    def _left_out(self, row: Rejected | Cut) -> None:
+        """Note a row that a stream could not use, or cut; taken up again, a run meets it again."""
+        if isinstance(row, Cut):
+            self.folder.add_line(_CUT, {"place": row.place, "tokens": row.tokens})
+            return
         self.folder.add_line(_REJECTED, {"place": row.place, "reason": row.reason})
 
     # --- training ---
@@ -467,7 +499,7 @@ class _Work:
         reference = None
         if "reference" in objective.needs:
             reference = Reference(adapter, trained_before=self.start is not None)
-        if reference is not None and reference.by_values:  # what scores are told against, now and later
+        if reference is not None and reference.by_values and self.folder.writes:  # what scores are told against
             adapter.save(self.folder.start)
         judge = self.learnt.collator()  # hides the same tokens each time, where tokens are hidden
         held = prepared.eval[:_EVAL_ROWS_WHILE_TRAINING]
@@ -486,7 +518,7 @@ class _Work:
             output_dir=str(self.folder.checkpoints),
             num_train_epochs=epochs,
             max_steps=train.steps or -1,
-            per_device_train_batch_size=micro,
+            per_device_train_batch_size=micro // processes.count(),
             gradient_accumulation_steps=train.accumulate,
             learning_rate=self.learning_rate,
             **named_for_trainer(train.optimizer),
@@ -519,8 +551,10 @@ class _Work:
             args.greater_is_better = True
         args.load_best_model_at_end = train.early_stopping is not None
         progress = Progress(self.voice, self.folder.metrics, objective.unit, self._remaining(prepared, held, online))
-        callbacks: list[TrainerCallback] = [progress, Interrupt(self.voice)]
-        if train.track == "tensorboard":
+        callbacks: list[TrainerCallback] = [Interrupt(self.voice)]
+        if self.folder.writes:
+            callbacks.insert(0, progress)
+        if train.track == "tensorboard" and self.folder.writes:
             callbacks.append(tensorboard_callback(self.folder.path / "tensorboard"))
         if isinstance(self.collate, MaskingCollator):
             callbacks.append(OtherTokensEachEpoch(self.collate))
@@ -589,7 +623,8 @@ class _Work:
             self.record |= {"status": "failed", "finished": _now()}
             with contextlib.suppress(GraftError, OSError):  # on a full disk; the first error is the one to tell
                 self.folder.write_record(self.record)
-                adapter.save(self.folder.adapter, facts=self.facts)
+                if self.folder.writes:
+                    adapter.save(self.folder.adapter, facts=self.facts)
             raise
         finally:
             progress.close()
@@ -608,6 +643,8 @@ class _Work:
         stopped: bool,
     ) -> Run:
         generate = self.settings.generate
+        if not self.folder.writes:  # the main process scores and writes
+            return Run(self.folder.path, self.record | {"results": {}}, model, tokenizer, adapter)
         adapter.save(self.folder.adapter, facts=self.facts)
         # What is scored is what was written.
         use(model, None)

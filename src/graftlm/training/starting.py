@@ -7,6 +7,7 @@ top means in the same adapter: both act, only the new part is trained, and what 
 from __future__ import annotations
 
 import functools
+import hashlib
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,15 @@ class Start:
     method: Method
     #: Whether it stays as it is, under a new one.
     kept: bool
+
+    def digest(self) -> str:
+        """The SHA-256 of the adapter's files."""
+        whole = hashlib.sha256()
+        for file in sorted(self.folder.iterdir()):
+            if file.suffix in (".json", ".safetensors", ".bin"):
+                with file.open("rb") as content:
+                    whole.update(f"{file.name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+        return whole.hexdigest()
 
     def known(self, settings: RunSettings) -> dict[str, Any]:
         """What the adapter says of how rows are read, as `read_with` takes it.

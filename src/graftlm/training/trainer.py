@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import IterableDatasetShard
+from accelerate.data_loader import IterableDatasetShard, SeedableRandomSampler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
@@ -33,6 +33,7 @@ from graftlm.kernels import Recompute, fuse
 from graftlm.objectives import Objective, Reference, settle
 from graftlm.training import checkpoint
 from graftlm.training.order import ByLength
+from graftlm.training.processes import Part, Parts, gathered, void_apart, wait
 from graftlm.training.rollout import RepeatedPrompts, Rollout
 
 __all__ = ["GraftTrainer"]
@@ -113,14 +114,18 @@ class GraftTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """The batches; of a stream each process takes its own in turn."""
         rows: Any = self.train_dataset
-        if not isinstance(rows, IterableDataset):
+        size, world, rank = self.args.per_device_train_batch_size, self.args.world_size, self.args.process_index
+        if isinstance(rows, IterableDataset):
+            if world > 1:
+                rows = IterableDatasetShard(rows, batch_size=size, num_processes=world, process_index=rank)
+            return DataLoader(rows, batch_size=size, collate_fn=self.data_collator)
+        if world == 1:
             return super().get_train_dataloader()
-        size = self.args.per_device_train_batch_size
-        if self.args.world_size > 1:
-            rows = IterableDatasetShard(
-                rows, batch_size=size, num_processes=self.args.world_size, process_index=self.args.process_index
-            )
-        return DataLoader(rows, batch_size=size, collate_fn=self.data_collator)
+        order = self._get_train_sampler()
+        if isinstance(order, RandomSampler):  # as accelerate shuffles for one process
+            order = SeedableRandomSampler(rows, data_seed=self.args.data_seed)
+        part = Part(order, size * world, world, rank)
+        return DataLoader(Parts(rows), batch_sampler=part, collate_fn=void_apart(self.data_collator))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is not None:
@@ -137,7 +142,7 @@ class GraftTrainer(Trainer):
         del device
         if self.rollout is None or self.rollout(batch_samples, self.state.global_step):
             settle(self.adapter.model, self.objective, batch_samples, self.reference, total=self._over_processes)
-        count = sum(self.objective.count(batch) for batch in batch_samples)
+        count = sum(self.objective.count(batch) for batch in batch_samples if "void" not in batch)
         self.counted += count
         self.step_tokens = sum(batch["input_ids"].numel() for batch in batch_samples if "input_ids" in batch)
         self._rows = [int(row) for batch in batch_samples for row in batch.get("row", ())]
@@ -158,10 +163,13 @@ class GraftTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The micro-batch's share of the step's mean loss."""
+        void = "void" in inputs
+        inputs = {name: value for name, value in inputs.items() if name != "void"}
         outputs = self.objective.outputs(model, inputs)
         count = self.objective.count(inputs) if num_items_in_batch is None else int(num_items_in_batch)
         loss = self.objective.loss_sum(outputs, inputs) / max(count, 1)
-        if not torch.isfinite(loss):
+        loss = loss * 0.0 if void else loss
+        if self.args.world_size == 1 and not torch.isfinite(loss):  # several find it together, at the step's end
             rows = [int(row) for row in inputs["row"]] if "row" in inputs else self._rows
             raise _no_number("loss", loss, self.state.global_step + 1, rows)
         return (loss, outputs) if return_outputs else loss
@@ -179,6 +187,10 @@ class GraftTrainer(Trainer):
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._loss += float(loss)
         if self.accelerator.sync_gradients:
+            self._loss = float(self._over_processes(torch.tensor(self._loss, device=self.args.device)))
+            if not math.isfinite(self._loss):
+                rows = sorted(row for each in gathered(self._rows) for row in each)
+                raise _no_number("loss", torch.tensor(self._loss), self.state.global_step + 1, rows)
             self._watch(abs(self._loss))
             if self.state.global_step == 0:
                 self._check_gradients()  # before the penalty's, which must not hide that the loss gives none
@@ -307,8 +319,9 @@ class GraftTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         del model, trial
-        if not self.args.should_save or self._above:  # one process writes, and nothing that may be exploding
+        if self._above:  # nothing that may be exploding
             return
+        randoms = gathered(checkpoint.random_state())
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (best == folder or best.is_dir()):
@@ -316,11 +329,13 @@ class GraftTrainer(Trainer):
         kept: Any = self.state.stateful_callbacks
         for keeper in (c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)):
             kept[type(keeper).__name__] = keeper.state()
+        if not self.args.should_save:  # one process writes
+            return
         assert self.optimizer is not None
         shared = self.rollout is not None and self.state.global_step % self.rollout.updates
         checkpoint.write(
             folder, self.adapter, self.optimizer, self.lr_scheduler, dataclasses.asdict(self.state),
-            answers=self.rollout.kept if self.rollout is not None and shared else (),
+            answers=self.rollout.kept if self.rollout is not None and shared else (), randoms=randoms,
         )  # fmt: skip
         rotate_checkpoints(
             output_dir=str(self.args.output_dir),
@@ -356,12 +371,13 @@ class GraftTrainer(Trainer):
 
     def _load_rng_state(self, resume_checkpoint: str | None) -> None:
         if resume_checkpoint is not None:
-            checkpoint.load_random_state(Path(resume_checkpoint))
+            checkpoint.load_random_state(Path(resume_checkpoint), self.args.process_index)
 
     def _load_scaler(self, resume_checkpoint: str | None) -> None:
         """There is no loss scaler: deltas train in float32."""
 
     def _load_best_model(self) -> None:
+        wait()  # it may be on its way to the disk
         checkpoint.load_adapter_state(Path(str(self.state.best_model_checkpoint)), self.adapter)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -599,7 +599,7 @@ class _Work:
     def _remaining(self, prepared: Prepared, held: Any, online: bool) -> Remaining:
         """What tells the time left, by the lengths of the rows; those of a stream and answers yet to come have none."""
         train = self.settings.train
-        if online or not prepared.train:
+        if online or train.group_by_length or processes.count() > 1 or not prepared.train:  # other draws
             return Remaining()
         if prepared.stream is not None:
             return Remaining(evaluation_tokens=sum(map(length_of, held)))

@@ -18,6 +18,7 @@ processor time of the last three. One thread. The device's speed is measured by 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import gc
 import itertools
@@ -152,16 +153,14 @@ def planned(seen: Measured, speed: Speed) -> Planned:
 
 def measured_bytes(case: Case, *, holes: bool = False) -> tuple[int, int]:
     """Peak and rest; run in a process of its own."""
-    import ctypes
-
-    if not holes:
-        ctypes.CDLL("libc.so.6").mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
     torch.manual_seed(0)
-    _steps(replace(case, rows=1, length=16), 1)  # what a library makes when it is first used is no part of a step
+    _steps(
+        replace(case, rows=1, length=16), 1, holes=holes
+    )  # what a library makes when it is first used is no part of a step
     gc.collect()
     _trim()
     rest = _status("VmRSS")
-    _steps(case, 2)
+    _steps(case, 2, holes=holes)
     return _status("VmHWM"), rest
 
 
@@ -171,7 +170,7 @@ def measured_s(case: Case) -> float:
     return statistics.median(_steps(case, 4)[1:])
 
 
-def _steps(case: Case, count: int) -> list[float]:
+def _steps(case: Case, count: int, *, holes: bool = True) -> list[float]:
     config = CONFIGS[case.architecture]()
     kind: Any = tf.AutoModelForSequenceClassification if case.task == "classify" else tf.AutoModelForCausalLM
     config.pad_token_id = 0
@@ -187,6 +186,8 @@ def _steps(case: Case, count: int) -> list[float]:
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident set starts anew
     times = []
     fused = fuse(model, recompute=case.recompute)
+    if not holes:  # after fusing, which sets a threshold of its own
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
     for _ in range(count):
         began_s = time.process_time()
         ids = torch.randint(5, config.vocab_size, (case.rows, case.length))
@@ -227,8 +228,6 @@ def _status(field: str) -> int:
 
 
 def _trim() -> None:
-    import ctypes
-
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 

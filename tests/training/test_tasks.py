@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -95,6 +96,27 @@ def test_one_table_says_all_tasks() -> None:
     asked: Any = RunSettings.model_fields["task"].annotation
     assert TASKS.keys() == OBJECTIVES.keys() == ROLES_OF.keys() == set(get_args(asked)) - {"auto"}
     assert all(task.measure.key != task.second.key for task in TASKS.values())
+
+
+def test_a_new_head_starts_at_a_regression_where_rows_have_classes(tiny: Tiny, tiny_bert: Path, tmp_path: Path) -> None:
+    def method_of(rows: list[dict[str, Any]], out: str, **settings: Any) -> str:
+        path = write_jsonl(tmp_path / f"{out}.jsonl", rows)
+        return str(tiny(path, base=tiny_bert, steps=1, out=out, **settings).record["method"])
+
+    for kind in ("pairs", "tag"):
+        assert method_of(rows_for(kind), kind).endswith("+head(start=probe)")
+    assert method_of(rows_for("regress"), "regress").endswith("+head")
+    assert method_of(rows_for("multi"), "multi").endswith("+head")
+    assert method_of(rows_for("pairs"), "own", method="lora(rank=2)+head").endswith("+head")
+    one_of_many = [{"text": f"number {at}", "label": "rare" if at % 70 == 3 else "often"} for at in range(220)]
+    assert method_of(one_of_many, "rare", waive="D129").endswith("+head")
+    # A base that brings a head for the task is not made to forget it.
+    config = json.loads((tiny_bert / "config.json").read_text()) | {"architectures": ["BertForSequenceClassification"]}
+    headed = tmp_path / "headed"
+    shutil.copytree(tiny_bert, headed)
+    (headed / "config.json").write_text(json.dumps(config))
+    path = write_jsonl(tmp_path / "known.jsonl", rows_for("pairs"))
+    assert str(tiny(path, base=headed, steps=1, out="known").record["method"]).endswith("+head")
 
 
 @pytest.mark.parametrize("score", ["snip", "fisher"])

@@ -98,14 +98,14 @@ def decide_length(config: Any, method: Method | None = None) -> int:
     return min(context_of(config) - (positions_taken(method) if method else 0), _LONGEST_TOKENS)
 
 
-def with_head(method: Method) -> Method:
-    """`method` with a trained head: a new classifier must be learned, whatever else is."""
+def with_head(method: Method, start: str = "base") -> Method:
+    """`method` with a trained head, where it has none: a new classifier must be learned, whatever else is."""
     if any(
         isinstance(part, (Head, Full)) or (isinstance(part, Modules) and part.targets == "head")
         for part in method.parts
     ):
         return method
-    return method + Head()
+    return method + Head(start=start)
 
 
 def with_value(method: Method) -> Method:

@@ -6,6 +6,7 @@ Every fault of these is told at once. It takes torch and transformers, but nothi
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from graftlm.data import Prepared, prepare
 from graftlm.data.prepare import ONLINE
 from graftlm.data.reading import read_rows
 from graftlm.data.streaming import Source, prepare_streamed
+from graftlm.data.tokenising import IGNORED
 from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, SettingsError
 from graftlm.methods import Value, read_method
 from graftlm.models import head_of, is_encoder, load_config, load_tokenizer, resolve_base
@@ -38,6 +40,10 @@ __all__ = ["Ready", "asked_resolved", "check_resolved", "make_ready", "read_with
 
 #: Bases whose attention tells packed texts apart by their positions.
 _PACKS = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "gemma", "gemma2", "phi", "phi3", "olmo", "smollm3")
+#: Architectures of which a checkpoint brings the head.
+_HEADED = ("ForSequenceClassification", "ForTokenClassification")
+#: The share of rows with another label than the commonest from which a regression is worth its while.
+_RARE = 0.02
 _NEEDS_MASK = ("prefix", "prompt", "ptuning", "attempt")
 
 
@@ -167,13 +173,32 @@ def make_ready(settings: RunSettings, origin: Mapping[str, str]) -> Ready:
     if prepared.task == "tfew" and start is None and origin.get("method", "default") == "default":
         asked = method = read_method("ia3")  # as in the paper
     _check_packing(settings, prepared, method, config)
-    headed = with_head(method) if head_of(prepared.task, config) in ("sequence", "token") else method
+    headed = method
+    if head_of(prepared.task, config) in ("sequence", "token"):
+        headed = with_head(method, "base" if start is not None else _start_of_head(prepared, config))
     if prepared.task == "ppo":
         headed = with_value(method)
     elif any(isinstance(part, Value) for part in method.parts):
         message = f"a value head is trained by ppo alone, and the task is {prepared.task}"
         raise SettingsError(Finding("U146", message, fix="--task ppo, or leave +value out of --method"))
     return Ready(settings, prepared, headed, asked, config, tokenizer, start)
+
+
+def _start_of_head(prepared: Prepared, config: Any) -> str:
+    """How a new head starts: by a regression on training rows where they have classes, and the base brings no head.
+
+    From a head drawn anew some methods tell one class for all rows: on 800 rows of WNUT-17 LoRA finds no span (F1 0),
+    and from a regression 0.49, where full fine-tuning has 0.35.
+    """
+    brought = any(str(name).endswith(_HEADED) for name in getattr(config, "architectures", None) or ())
+    one_each = prepared.labels is not None and not prepared.labels.several
+    if brought or prepared.stream is not None or prepared.task not in ("classify", "tag") or not one_each:
+        return "base"
+    seen = [set(item["labels"]) - {IGNORED} if prepared.task == "tag" else {item["labels"]} for item in prepared.train]
+    commonest, _ = Counter(label for labels in seen for label in labels).most_common(1)[0]
+    others = sum(bool(labels - {commonest}) for labels in seen)
+    # As many that those which are looked at hold some, however they are drawn.
+    return "probe" if others >= max(2, _RARE * len(seen)) else "base"
 
 
 def _check_packing(settings: RunSettings, prepared: Prepared, method: Method, config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -442,6 +443,19 @@ def test_costs_are_counted(small: Compare) -> None:
     assert cost["parameters"] > cost["beside_head"] > 0
     assert cost["train_flops"] > 3 * cost["query_flops"]
     assert bench._NOTHING.parameters == 0
+
+
+def test_what_one_contestant_held_is_given_back(labelled: Path, tiny_bert: Path) -> None:
+    ready = open_bench(ComparisonSettings(data=str(labelled), base=str(tiny_bert), steps=1, waive=("D129",)))
+    alive = []
+    for _ in range(3):
+        with ready.fitted(read_method("full"), seed=0, counted=True):
+            pass
+        gc.collect()
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects()
+                if isinstance(t, torch.Tensor)}  # fmt: skip
+        alive.append(sum(held.values()))
+    assert alive[2] == alive[1], "each contestant left its tensors behind"
 
 
 def test_new_heads_are_a_regression_on_request_and_the_base_is_as_it_was(labelled: Path, tiny_bert: Path) -> None:

@@ -89,7 +89,9 @@ def test_losses_are_those_of_trl(task: str, moved: bool, tiny_base: Path, tmp_pa
         rest = (whole * (batch["attention_mask"][:, 1:] - answered)).sum(1).detach()
         inputs["old_logps"] = batch["policy"].sum(1) + rest
     theirs = trainer._compute_loss(trainer.model, inputs)
-    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5, abs=1e-5)
+    # Sums over all tokens of some -250 stand for RLOO's prompt, in single precision: their rounding is in TRL's value.
+    near = 1e-5 if task == "grpo" else 5e-5
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5, abs=near)
     if moved or task == "grpo":  # advantages of a group sum to nothing: without a distance, so does the loss
         assert abs(float(ours.detach())) > 1e-3
 

@@ -397,11 +397,11 @@ def test_a_recipe_keeps_its_rate_and_name_beside_a_head(
     monkeypatch.setitem(METHODS, "recipe", Recipe)
     run = tiny(labelled, method="recipe", steps=2)
     assert "lr 0.0005  seed" in (run.folder / "log.txt").read_text()
-    assert run.record["method"] == "lora(rank=2)+chosen+head"
+    assert run.record["method"] == "lora(rank=2)+chosen+head(start=probe)"
     assert run.record["results"]["scores"][0]["title"] == "tuned: Recipe"
     opened = open_adapter(run.folder)
     assert opened.adapter is not None
-    assert str(opened.adapter.method) == "lora(rank=2)+chosen(baked=True)+head"
+    assert str(opened.adapter.method) == "lora(rank=2)+chosen(baked=True)+head(start=probe)"
 
 
 def test_titles() -> None:

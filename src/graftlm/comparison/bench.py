@@ -396,20 +396,20 @@ def flops_of(work: Callable[[], Any]) -> int:
 def _kept_bytes(model: nn.Module, forward: Any) -> int:
     """The bytes of what a forward in training mode keeps for the backward, weights aside."""
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
+    seen: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:
+        # The graph is given nothing: with its own outputs it would be a circle that nobody frees.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            seen[storage.data_ptr()] = storage
 
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: torch.empty(0)):
         loss = forward()
     model.eval()
     del loss
-    return sum(seen.values())
+    return sum(storage.nbytes() for storage in seen.values())
 
 
 def open_bench(settings: ComparisonSettings) -> Bench:

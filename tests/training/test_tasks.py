@@ -189,3 +189,14 @@ def test_label_words_without_a_prompt(tiny: Tiny, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"t {at}", "label": at % 2} for at in range(8)])
     with pytest.raises(GraftError, match="D166"):
         tiny(data, label_words={"0": "no", "1": "yes"})
+
+
+@pytest.mark.parametrize("task", ["classify", "multi", "regress", "tag", "choice", "tfew", "dpo", "kto", "reward"])
+def test_the_task_s_own_measure_is_told_while_it_trains(task: str, tiny: Tiny, tmp_path: Path) -> None:
+    """The last evaluation is of the adapter that is scored at the end, on the same rows."""
+    data = write_jsonl(tmp_path / "rows.jsonl", rows_for(task, 30))
+    run = tiny(data, task={"multi": "classify"}.get(task, task), steps=4, eval_every=2, eval_share=0.4)
+    key = run.record["results"]["measure"]["key"]
+    told = [row[f"eval_{key}"] for row in metrics_of(run.folder) if f"eval_{key}" in row]
+    assert len(told) == 2
+    assert told[-1] == pytest.approx(run.metrics[key], abs=1e-6)

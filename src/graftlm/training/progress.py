@@ -74,11 +74,13 @@ class Progress(TrainerCallback):
     def __init__(self, voice: Voice, metrics: Path, unit: str, remaining: Remaining | None = None) -> None:
         self.voice, self.metrics, self.unit = voice, metrics, unit
         self.remaining = remaining or Remaining()
+        #: The task's own measure, told beside the loss of evaluations.
+        self.measure = "loss"
         self.trainer: GraftTrainer | None = None
         self._bar: Any = None
         self._task: Any = None
         self._began_s = self._said_s = self._mark_s = 0.0
-        self._loss = self._best = self._eval = self._reward = float("nan")
+        self._loss = self._best = self._eval = self._reward = self._own = float("nan")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock, and the bar on a terminal."""
@@ -111,7 +113,12 @@ class Progress(TrainerCallback):
         self._reward = logs.get("reward", self._reward)
         if "eval_loss" in logs:
             self._eval = logs["eval_loss"]
+        names: tuple[str, ...]
         names = ("loss", "penalty", "learning_rate", "grad_norm", "eval_loss", "reward", "answer_tokens", "eval_reward")
+        own = f"eval_{self.measure}"
+        if own not in names:
+            names += (own,)
+            self._own = logs.get(own, self._own)
         row = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         row |= {name: logs[name] for name in names if name in logs}
         if "loss" in logs:
@@ -177,6 +184,7 @@ class Progress(TrainerCallback):
         if self._reward == self._reward:
             parts = [f"reward {self._reward:.3f}"]  # the loss of a step says nothing of how good answers are
         parts += [f"eval {self._eval:.3f}"] if self._eval == self._eval else []
+        parts += [f"{self.measure} {self._own:.3f}"] if self._own == self._own else []
         return "  ".join(
             [
                 *parts,

@@ -551,6 +551,7 @@ class _Work:
             args.greater_is_better = True
         args.load_best_model_at_end = train.early_stopping is not None
         progress = Progress(self.voice, self.folder.metrics, objective.unit, self._remaining(prepared, held, online))
+        progress.measure = str(self.learnt.measures()["measure"]["key"])
         callbacks: list[TrainerCallback] = [Interrupt(self.voice)]
         if self.folder.writes:
             callbacks.insert(0, progress)
@@ -570,7 +571,9 @@ class _Work:
             if online:
                 written = written_to(self.learnt, held[:_REWARDED_WHILE_TRAINING])
                 return {"eval_reward": sum(written.rewards) / len(written.rewards)}
-            return {"eval_loss": losses(model, objective, held, judge, reference=reference).mean}
+            own = replace(self.learnt, reference=reference).measured(held)
+            told = {f"eval_{name}": value for name, value in own.items()}
+            return {"eval_loss": losses(model, objective, held, judge, reference=reference).mean, **told}
 
         trainer = GraftTrainer(
             adapter,

@@ -33,7 +33,7 @@ from graftlm.evaluation.answers import (
     rewards_of,
 )
 from graftlm.evaluation.baselines import majority_baseline, tfidf_numbers
-from graftlm.evaluation.classes import label_probabilities
+from graftlm.evaluation.classes import class_probabilities, label_probabilities
 from graftlm.evaluation.generating import generate_texts
 from graftlm.evaluation.losses import Collate
 from graftlm.evaluation.numbers import number_scores, predicted_numbers
@@ -151,6 +151,13 @@ class Learnt:
         results, lines = TASKS[self.task].score(self, held, train)
         return {"task": self.task, "eval_rows": len(held)} | self.measures() | results, lines
 
+    def measured(self, held: Sequence[Any]) -> dict[str, float]:
+        """The task's own measure on `held`, by its name, without intervals or rivals; empty where it is the loss."""
+        found = TASKS[self.task].measured
+        if found is None or not held:
+            return {}
+        return {str(self.measures()["measure"]["key"]): found(self, held)}
+
     def measures(self) -> dict[str, Any]:
         """The measure that counts and the one told beside it, as results have them."""
         task = TASKS[self.task]
@@ -168,6 +175,8 @@ class Task:
     score: Callable[[Learnt, Sequence[Any], Sequence[Any]], tuple[dict[str, Any], list[dict[str, Any]]]]
     measure: Measure
     second: Measure
+    #: The measure alone, for evaluations while it trains; None where that is the loss, or takes more than a pass.
+    measured: Callable[[Learnt, Sequence[Any]], float] | None = None
 
 
 def chooses_by_head(task: str, config: Any) -> bool:
@@ -252,6 +261,46 @@ def _score_classes(
     if labels.several:
         return _score_label_sets(learnt, held, train)
     return score_classification(model, labels, held, collate, adapter=learnt.title, train=train)
+
+
+def _macro_f1(learnt: Learnt, held: Sequence[Any]) -> float:
+    labels, model, collate = learnt.labels, learnt.model, learnt.collator()
+    assert labels is not None
+    if labels.several:
+        truth = np.asarray([item["labels"] for item in held]) > 0.5
+        return float(f1_score(truth, label_probabilities(model, held, collate) > 0.5, average="micro", zero_division=0))
+    told = class_probabilities(model, held, collate).argmax(1)
+    ids = range(len(labels))
+    return float(f1_score([int(i["labels"]) for i in held], told, labels=ids, average="macro", zero_division=0))
+
+
+def _pearson(learnt: Learnt, held: Sequence[Any]) -> float:
+    assert learnt.scale is not None
+    told = predicted_numbers(learnt.model, held, learnt.collator(), learnt.scale)
+    return number_scores([float(item["example"].label) for item in held], list(map(float, told)))["pearson"]
+
+
+def _span_f1(learnt: Learnt, held: Sequence[Any]) -> float:
+    assert learnt.labels is not None
+    told = predicted_tags(learnt.model, held, learnt.collator(), learnt.labels)
+    return span_scores([list(item["example"].tags) for item in held], told)["span_f1"]
+
+
+def _share_right(learnt: Learnt, held: Sequence[Any]) -> float:
+    objective = learnt.objective()
+    assert isinstance(objective, Choice)
+    chances = answer_probabilities(learnt.model, objective, held, learnt.collator())
+    return float(np.mean([int(row.argmax()) == int(item["target"]) for row, item in zip(chances, held, strict=True)]))
+
+
+def _in_order(learnt: Learnt, held: Sequence[Any]) -> float:
+    rewards = rewards_of(learnt.model, learnt.objective(), held, learnt.collator(), reference=learnt.reference)
+    return preference_scores(rewards)["pair_accuracy"]
+
+
+def _auc(learnt: Learnt, held: Sequence[Any]) -> float:
+    rewards = rewards_of(learnt.model, learnt.objective(), held, learnt.collator(), reference=learnt.reference)
+    return judged_scores(rewards, [int(item["target"]) for item in held])["auc"]
 
 
 def _score_label_sets(
@@ -518,11 +567,12 @@ def _online(kind: type[_Kind], of: Learnt) -> _Kind:
 TASKS: dict[str, Task] = {
     "choice": Task(
         _choice,
-        _sequences, _score_choices, _ACCURACY, Measure("probability", "probability of the right answer")
+        _sequences, _score_choices, _ACCURACY, Measure("probability", "probability of the right answer"),
+        _share_right,
     ),
     "classify": Task(
         lambda of: MultiLabel() if of.labels is not None and of.labels.several else Classification(),
-        _padded, _score_classes, Measure("macro_f1", "macro-F1"), _ACCURACY
+        _padded, _score_classes, Measure("macro_f1", "macro-F1"), _ACCURACY, _macro_f1,
     ),
     "dpo": Task(
         lambda of: DPO(
@@ -530,6 +580,7 @@ TASKS: dict[str, Task] = {
             kind=of.preferences.get("loss", "sigmoid"), **of.writing(),
         ),
         _sequences, _score_preferences, Measure("pair_accuracy", "pairs in order"), Measure("margin", "margin"),
+        _in_order,
     ),
     "grpo": Task(
         lambda of: _online(GRPO, of), _prompts, _score_rewards, _REWARD, _ANSWER_TOKENS,
@@ -539,7 +590,7 @@ TASKS: dict[str, Task] = {
             beta=of.preferences.get("beta", 0.1), wanted_weight=of.preferences.get("wanted_weight", 1.0),
             unwanted_weight=of.preferences.get("unwanted_weight", 1.0), **of.writing(),
         ),
-        _sequences, _score_judged, Measure("auc", "area under the curve"), Measure("margin", "margin"),
+        _sequences, _score_judged, Measure("auc", "area under the curve"), Measure("margin", "margin"), _auc,
     ),
     "lm": Task( lambda of: CausalLM.of(of.model), _padded, _score_text, _LOSS, _PERPLEXITY
     ),
@@ -548,10 +599,10 @@ TASKS: dict[str, Task] = {
         lambda of: _online(PPO, of).on(of.model), _prompts, _score_rewards, _REWARD, _ANSWER_TOKENS,
     ),
     "regress": Task( lambda _: Regression(), _padded, _score_numbers, Measure("pearson", "Pearson's r"),
-        Measure("rmse", "RMSE", more_is_better=False)
+        Measure("rmse", "RMSE", more_is_better=False), _pearson,
     ),
     "reward": Task( lambda _: Reward(), _sequences, _score_preferences,
-        Measure("pair_accuracy", "pairs in order"), Measure("margin", "margin")
+        Measure("pair_accuracy", "pairs in order"), Measure("margin", "margin"), _in_order,
     ),
     "rloo": Task(
         lambda of: _online(RLOO, of), _prompts, _score_rewards, _REWARD, _ANSWER_TOKENS,
@@ -559,10 +610,9 @@ TASKS: dict[str, Task] = {
     "seq2seq": Task( lambda _: Seq2Seq(), _written_apart, _score_targets, _LOSS, Measure("bleu", "BLEU")),
     "sft": Task( lambda of: CausalLM.of(of.model), _padded, _score_text, _LOSS, _PERPLEXITY
     ),
-    "tag": Task( lambda _: Tagging(), _padded, _score_tags, Measure("span_f1", "span F1"), _ACCURACY,
-
+    "tag": Task( lambda _: Tagging(), _padded, _score_tags, Measure("span_f1", "span F1"), _ACCURACY, _span_f1,
     ),
     "tfew": Task( lambda of: TFew(**of.writing()), _sequences,
-        _score_choices, _ACCURACY, Measure("probability", "probability of the right answer"),
+        _score_choices, _ACCURACY, Measure("probability", "probability of the right answer"), _share_right,
     ),
 }  # fmt: skip

@@ -45,8 +45,9 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
         fake.note("evaluate", path, data, **options)
         return fake.results
 
-    def open_adapter(path: Any, *, base: str | None = None) -> Any:
-        fake.note("open_adapter", path, base=base)
+    def open_adapter(path: Any, *, base: str | None = None, **placing: Any) -> Any:
+        asked = {name: value for name, value in placing.items() if value is not None}
+        fake.note("open_adapter", path, base=base, **asked)
         return SimpleNamespace(
             prompt=None,
             model="model",

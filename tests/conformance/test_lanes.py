@@ -50,7 +50,7 @@ def test_both_ways_give_the_same(case, model_name, long_way):
     batch = inputs_for(model, rows=4)
     for routing in ROUTINGS:
         use(model, routing if isinstance(routing, list) else tuple(routing))
-        assert_close(logits_of(model, batch), long_way(logits_of, model, batch), 2e-6)
+        assert_close(logits_of(model, batch), long_way(logits_of, model, batch), 5e-6)
 
 
 @pytest.mark.parametrize("model_name", ["llama", "gpt2", "opt", "t5"])

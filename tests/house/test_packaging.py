@@ -71,7 +71,7 @@ def names_of(requirements: list[str]) -> set[str]:
 #: Import name to the name it is installed by, where they differ.
 INSTALLED_AS = {"sklearn": "scikit-learn", "ruamel": "ruamel-yaml", "rouge_score": "rouge-score", "lm_eval": "lm-eval"}
 #: Extras whose packages are imported where they are needed only, with an error that names the extra.
-LAZY_EXTRAS = ("scores", "compare", "quantised", "harness", "track")
+LAZY_EXTRAS = ("scores", "compare", "quantised", "harness", "track", "hub")
 #: Brought by a dependency of ours that would not be itself without it.
 BROUGHT = {
     "annotated_types": "pydantic",

@@ -33,7 +33,7 @@ from training.tiny_runs import (
 
 FILES = {
     "README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/graftlm.json",
-    "data/rejected.jsonl", "log.txt", "metrics.jsonl", "report.html", "run.json",
+    "data/cut.jsonl", "data/rejected.jsonl", "log.txt", "metrics.jsonl", "report.html", "run.json",
 }  # fmt: skip
 
 

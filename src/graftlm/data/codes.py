@@ -58,6 +58,7 @@ CODES: dict[str, str] = {
     "D165": "rows are left out because an answer of theirs is cut away at max_length",
     "D166": "a prompt template is broken, or names a column that is not there",
     "D167": "a label has no word in data.label_words",
+    "E133": "the library that streams sets of a hub is not installed",
 }
 """Code to meaning."""
 

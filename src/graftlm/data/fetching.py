@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from graftlm.data.reading import FORMATS, Table
-from graftlm.errors import DataError, Finding
+from graftlm.errors import DataError, EnvironmentFault, Finding
 
 __all__ = ["fetched", "hub_commit", "hub_rows"]
 
@@ -41,10 +41,14 @@ def fetched(name: str) -> Path:
 def hub_rows(name: str, max_rows: int | None = None, *, chunk: int = 256) -> Iterator[Table]:
     """The rows of the set's `train` part in tables of at most `chunk`, as `datasets` streams them.
 
-    Raises DataError (D116) where they cannot be had.
+    Raises DataError (D116) where they cannot be had, EnvironmentFault (E133) without `datasets`.
     """
     asked = _asked(name)
-    import datasets
+    try:
+        import datasets
+    except ImportError:
+        message = "reading a set of the hub while training needs datasets, which is not installed"
+        raise EnvironmentFault(Finding("E133", message, fix="pip install 'graftlm[hub]'")) from None
 
     place, rows, before = asked["set"], list[dict[str, object]](), 0
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from graftlm.core import original_parameters
 from graftlm.core.storage import fetched
+from graftlm.quantisation.foreign import as_loaded
 
 __all__ = ["fingerprint"]
 
@@ -57,7 +58,7 @@ def fingerprint(model: nn.Module) -> str:
             parameter = originals.get((f"{prefix}.{path}".strip(".") if prefix else path, name), now)
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
-                tensors[f"{path}.{name}"] = parameter
+                tensors[f"{path}.{name}"] = as_loaded(parameter)
                 if parameter.is_meta:
                     away[f"{path}.{name}"] = module, name
     facts = {

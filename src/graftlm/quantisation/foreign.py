@@ -14,7 +14,21 @@ from torch import Tensor, nn
 
 from graftlm.core.storage import read_storage
 
-__all__ = ["read_all"]
+__all__ = ["as_loaded", "read_all"]
+
+
+def as_loaded(weight: Tensor) -> Tensor:
+    """A packed weight in the order in which it was loaded, which its fingerprint is of.
+
+    bitsandbytes turns one around on processors that multiply bfloat16, at its first call without gradients.
+    """
+    state: Any = getattr(weight, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return weight
+    from bitsandbytes import functional
+
+    codes: Tensor = functional._convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(state))[0]
+    return codes
 
 
 def _four_bits(module: nn.Module) -> Tensor:

@@ -33,8 +33,7 @@ from graftlm.evaluation import losses, probe_baseline
 from graftlm.evaluation.losses import Collate
 from graftlm.methods import Head
 from graftlm.models import head_of, load_base, load_config, load_tokenizer, resolve_base
-from graftlm.objectives import CausalLM, Objective, Reference, settle
-from graftlm.objectives.reference import Standing
+from graftlm.objectives import CausalLM, Objective, Reference, mean_loss
 from graftlm.training import GraftTrainer
 from graftlm.training.callbacks import OtherTokensEachEpoch
 from graftlm.training.decisions import decide_epochs, decide_learning_rates, decide_length, with_head
@@ -214,19 +213,11 @@ class Bench:
         self.model.eval()
 
     def _samples(self, method: Method, seed: int) -> Samples | None:
-        if not any(part.needs_samples for part in method.parts):
-            return None
-        most = max(part.sample_rows for part in method.parts)
-        chosen = random.Random(seed).sample(range(len(self.train)), min(most, len(self.train)))
-        size = self.settings.batch
-        parts = [chosen[at : at + size] for at in range(0, len(chosen), size)]
-        return Samples([self.batch([self.train[at] for at in part]) for part in parts], self.loss)
+        return self.learnt.samples(method, self.train, size=self.settings.batch, seed=seed)
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         """The objective's mean loss of a batch; before anything is attached the model is its own reference."""
-        settle(model, self.objective, [cast(dict[str, Any], batch)], self.learnt.reference or Standing())
-        found = self.objective.loss_sum(self.objective.outputs(model, batch), batch)
-        return found / max(self.objective.count(batch), 1)
+        return mean_loss(model, self.objective, cast(dict[str, Any], batch), self.learnt.reference)
 
     def batch(self, items: Sequence[Any]) -> dict[str, Any]:
         """`items` as the model is called with them, on its device."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from graftlm.data import Labels
 from graftlm.evaluation import losses, majority_baseline, probe_baseline, tfidf_baseline
-from graftlm.evaluation.answers import answer_probabilities, rewards_of
+from graftlm.evaluation.answers import answer_probabilities, in_order, rewards_of
 from graftlm.evaluation.baselines import tfidf_numbers
 from graftlm.evaluation.classes import class_probabilities, label_probabilities
 from graftlm.evaluation.numbers import predicted_numbers
@@ -98,8 +98,12 @@ def scored_classes(chances: np.ndarray, truth: np.ndarray) -> Scored:
     """Scores out of probabilities [rows, classes]."""
     predicted = chances.argmax(1)
     nats = -np.log(np.maximum(chances[np.arange(len(truth)), truth], 1e-12))
-    right = (predicted == truth).astype(float)
-    return Scored(right, np.ones(len(truth), dtype=int), nats, [int(at) for at in predicted])
+    return _hits(predicted, truth, nats)
+
+
+def _hits(predicted: Any, truth: np.ndarray, nats: Any = None) -> Scored:
+    """What class ids are worth, where `truth` is right."""
+    return replace(_by_row(np.asarray(predicted) == truth, nats), predicted=[int(at) for at in predicted])
 
 
 def _by_row(values: Any, nats: Any = None) -> Scored:
@@ -121,19 +125,14 @@ def _classes(learnt: Learnt, items: Items) -> Scored:
 def _class_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
     known, truth = [int(item["labels"]) for item in train], _truth(test)
     texts = [[item["example"].text for item in part] for part in (train, test)]
-
-    def hits(predicted: Sequence[int]) -> Scored:
-        right = (np.asarray(predicted) == truth).astype(float)
-        return Scored(right, np.ones(len(truth), dtype=int), np.zeros(len(truth)), [int(at) for at in predicted])
-
     return [
         Rival(
             "probe",
             "frozen base + trained head",
-            lambda: hits(probe_baseline(learnt.model, train, test, learnt.collator())),
+            lambda: _hits(probe_baseline(learnt.model, train, test, learnt.collator()), truth),
         ),
-        Rival("tfidf", "TF-IDF + logistic regression", lambda: hits(tfidf_baseline(texts[0], known, texts[1]))),
-        Rival("majority", "always the commonest label", lambda: hits(majority_baseline(known, len(truth)))),
+        Rival("tfidf", "TF-IDF + logistic regression", lambda: _hits(tfidf_baseline(texts[0], known, texts[1]), truth)),
+        Rival("majority", "always the commonest label", lambda: _hits(majority_baseline(known, len(truth)), truth)),
     ]
 
 
@@ -223,15 +222,13 @@ def _choice_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
 def _pairs(learnt: Learnt, items: Items) -> Scored:
     objective, collate = learnt.objective(), learnt.collator()
     rewards = rewards_of(learnt.model, objective, items, collate, reference=learnt.reference)
-    gap = rewards[:, 0] - rewards[:, 1]
-    return _by_row((gap > 0) + 0.5 * (gap == 0), np.logaddexp(0.0, -gap))
+    return _by_row(in_order(rewards), np.logaddexp(0.0, rewards[:, 1] - rewards[:, 0]))
 
 
 def _pair_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
     del learnt, train
     long = np.asarray([[len(answer) for answer in item["example"].answers] for item in test], dtype=float)
-    gap = long[:, 0] - long[:, 1]
-    return [Rival("longer", "always the longer answer", lambda: _by_row((gap > 0) + 0.5 * (gap == 0)))]
+    return [Rival("longer", "always the longer answer", lambda: _by_row(in_order(long)))]
 
 
 # --- texts ---

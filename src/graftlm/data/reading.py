@@ -26,7 +26,18 @@ from typing import Any, TextIO
 from graftlm.data.wording import clip, counted, listed, number
 from graftlm.errors import DataError, Finding, nearest
 
-__all__ = ["FORMATS", "Rejected", "Row", "Table", "files_of", "read_rows", "tables_of", "within"]
+__all__ = [
+    "FORMATS",
+    "Rejected",
+    "Row",
+    "Table",
+    "file_digest",
+    "files_of",
+    "folder_digest",
+    "read_rows",
+    "tables_of",
+    "within",
+]
 
 Row = dict[str, Any]
 
@@ -100,8 +111,7 @@ def read_rows(
         raise DataError(Finding("D104", "the file is empty", place=str(path)))
     reader = _Reader(path, max_rows, drop_bad_rows)
     if kind == "parquet":
-        with path.open("rb") as file:
-            reader.digest = hashlib.file_digest(file, "sha256").hexdigest()
+        reader.digest = file_digest(path)
         _exhaust(reader.parquet())
     else:
         content = path.read_bytes()
@@ -203,20 +213,31 @@ def _read_folder(path: Path, format: str, max_rows: int | None, drop_bad_rows: b
             rows += len(tables[-1])
     if findings:
         raise DataError(findings)
-    whole = hashlib.sha256()
-    for table in tables:
-        whole.update(f"{table.path.relative_to(path).as_posix()}\0{table.sha256}\n".encode())
     kinds = {table.format for table in tables}
     return Table(
         path=path,
         format=kinds.pop() if len(kinds) == 1 else "several",
-        sha256=whole.hexdigest(),
+        sha256=folder_digest(path, ((table.path, table.sha256) for table in tables)),
         columns=tuple(dict.fromkeys(name for table in tables for name in table.columns)),
         rows=[row for table in tables for row in table.rows],
         places=[within(path, table.path, place) for table in tables for place in table.places],
         rejected=[replace(r, place=within(path, table.path, r.place)) for table in tables for r in table.rejected],
         capped=len(tables) < len(files) or any(table.capped for table in tables),
     )
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path, files: Iterable[tuple[Path, str]]) -> str:
+    """The SHA-256 of the names in `folder` of some files, and of their own, which are given."""
+    whole = hashlib.sha256()
+    for file, own in files:
+        whole.update(f"{file.relative_to(folder).as_posix()}\0{own}\n".encode())
+    return whole.hexdigest()
 
 
 def within(folder: Path, file: Path, place: str) -> str:

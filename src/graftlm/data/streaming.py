@@ -8,7 +8,6 @@ was left out. The order follows from the seed, so a run that goes on reads again
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from graftlm.data.fetching import hub_rows
 from graftlm.data.labels import Labels, Scale
 from graftlm.data.prepare import Prepared, labels_of, prepare
 from graftlm.data.prompting import PromptTemplate, prompted
-from graftlm.data.reading import Rejected, Table, files_of, tables_of, within
+from graftlm.data.reading import Rejected, Table, file_digest, files_of, folder_digest, tables_of, within
 from graftlm.data.recognise import Reading, recognise
 from graftlm.data.tokenising import Cut, Item
 from graftlm.data.wording import counted, listed, number
@@ -93,16 +92,9 @@ class Source:
 
             return hub_commit(self.name)
         if not self.path.is_dir():
-            return _sha256(self.path)
-        whole = hashlib.sha256()
-        for file in files_of(self.path, self.format):
-            whole.update(f"{file.relative_to(self.path).as_posix()}\0{_sha256(file)}\n".encode())
-        return whole.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            return file_digest(self.path)
+        files = files_of(self.path, self.format)
+        return folder_digest(self.path, ((file, file_digest(file)) for file in files))
 
 
 @dataclass(slots=True)

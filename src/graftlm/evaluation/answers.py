@@ -19,6 +19,7 @@ __all__ = [
     "answer_probabilities",
     "choice_scores",
     "choose_answers",
+    "in_order",
     "judged_scores",
     "preference_scores",
     "rewards_of",
@@ -109,9 +110,15 @@ def preference_scores(rewards: np.ndarray) -> dict[str, float]:
         >>> preference_scores(np.array([[1.0, 0.0], [0.0, 0.5]]))["pair_accuracy"]
         0.5
     """
+    margin = float((rewards[:, 0] - rewards[:, 1]).mean())
+    return with_interval("pair_accuracy", [in_order(rewards)], np.mean) | {"margin": margin}
+
+
+def in_order(rewards: np.ndarray) -> np.ndarray:
+    """Of each pair [rows, 2] whether the first is worth more, [rows]; a tie counts half."""
     gap = rewards[:, 0] - rewards[:, 1]
-    right = (gap > 0) + 0.5 * (gap == 0)
-    return with_interval("pair_accuracy", [right], np.mean) | {"margin": float(gap.mean())}
+    right: np.ndarray = (gap > 0) + 0.5 * (gap == 0)
+    return right
 
 
 def judged_scores(rewards: np.ndarray, wanted: Sequence[int]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from graftlm.objectives.multi_label import MultiLabel
 from graftlm.objectives.objective import Objective
 from graftlm.objectives.online import Online
 from graftlm.objectives.ppo import PPO
-from graftlm.objectives.reference import Reference, settle
+from graftlm.objectives.reference import Reference, mean_loss, settle
 from graftlm.objectives.regression import Regression
 from graftlm.objectives.reward import Reward
 from graftlm.objectives.rloo import RLOO
@@ -43,6 +43,7 @@ __all__ = [
     "Seq2Seq",
     "TFew",
     "Tagging",
+    "mean_loss",
     "settle",
 ]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from graftlm.core import Adapter, in_eval_mode, use
 from graftlm.objectives.objective import Objective
 
-__all__ = ["Reference", "Standing", "settle"]
+__all__ = ["Reference", "Standing", "mean_loss", "settle"]
 
 
 class Reference:
@@ -82,6 +82,14 @@ def settle(
             if "policy" in objective.needs:
                 batch["policy"] = _values(model, objective, batch)
     objective.before_step(batches, total)
+
+
+def mean_loss(
+    model: Any, objective: Objective, batch: dict[str, Any], reference: Reference | Standing | None = None
+) -> Tensor:
+    """The batch's mean loss; without a `reference` the model is its own, as it is before anything is attached."""
+    settle(model, objective, [batch], reference or Standing())
+    return objective.loss_sum(objective.outputs(model, batch), batch) / max(objective.count(batch), 1)
 
 
 def _values(model: Any, objective: Objective, batch: Mapping[str, Tensor]) -> Tensor:

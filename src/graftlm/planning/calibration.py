@@ -165,9 +165,9 @@ def speed_of(device: str) -> Any:
     place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graftlm" / "speed.json"
     try:
         found = Speed.from_dict(device, _kept(place)[key])
+        known = len(found.seconds)
     except (KeyError, ValueError, TypeError, AttributeError):
-        found = Speed.measured(device)
-    known = len(found.seconds) if key in _kept(place) else -1
+        found, known = Speed.measured(device), -1
     yield found
     if len(found.seconds) == known:
         return

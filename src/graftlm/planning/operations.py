@@ -114,11 +114,7 @@ def again(operation: Operation, device: str) -> Callable[[], Any]:
         return _attention(operation.name, args, kwargs)
     if operation.name in (BLOCKED_BACKWARD, FUSED_BACKWARD):
         return _attention(operation.name, args[1:], kwargs, above=args[0])
-    func: Any = torch.ops
-    for part in operation.name.split("."):
-        func = getattr(func, part, None)
-    if func is None:
-        raise ValueError(f"no operation {operation.name}")
+    func = _function(operation.name)
     if operation.name == "aten.native_layer_norm_backward.default":  # without values its sums are told as float32
         args[3:5] = [each.to(args[1].dtype) for each in args[3:5]] if device == "cpu" else args[3:5]
 
@@ -127,6 +123,16 @@ def again(operation: Operation, device: str) -> Callable[[], Any]:
             return func(*args, **kwargs)
 
     return call
+
+
+def _function(name: str) -> Any:
+    """The operation of torch of that name. Raises ValueError where there is none."""
+    func: Any = torch.ops
+    for part in name.split("."):
+        func = getattr(func, part, None)
+    if func is None:
+        raise ValueError(f"no operation {name}")
+    return func
 
 
 def _attention(name: str, args: Any, kwargs: Any, above: Tensor | None = None) -> Callable[[], Any]:
@@ -200,9 +206,7 @@ def _work_of(operation: Operation) -> tuple[int, int]:
         return _attention_flops(*args[:3]), 0
     if operation.name in (BLOCKED_BACKWARD, FUSED_BACKWARD):
         return _attention_backward_flops(*args[:4]), 0
-    func: Any = torch.ops
-    for part in operation.name.split("."):
-        func = getattr(func, part)
+    func = _function(operation.name)
     out = func(*args, **kwargs)
     return work(func, args, kwargs, tensors((*args, *kwargs.values())), tensors((out,)), out)
 

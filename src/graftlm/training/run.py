@@ -9,19 +9,18 @@ import contextlib
 import datetime
 import errno
 import os
-import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
 import graftlm
-from graftlm.core import Adapter, Method, Samples, attach, parameter_count, summary, use
+from graftlm.core import Adapter, Method, attach, parameter_count, summary, use
 from graftlm.data import MaskingCollator, Prepared
 from graftlm.data.collating import length_of
 from graftlm.data.prepare import ONLINE
@@ -29,15 +28,13 @@ from graftlm.data.reading import Rejected
 from graftlm.data.tokenising import Cut, histogram
 from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, RunError, SettingsError
 from graftlm.evaluation import losses
-from graftlm.evaluation.losses import batches as each_of
 from graftlm.formats import load_adapter
 from graftlm.models import (
     BUNDLED,
     fingerprint,
     load_base,
 )
-from graftlm.objectives import OBJECTIVES, Reference, settle
-from graftlm.objectives.reference import Standing
+from graftlm.objectives import OBJECTIVES, Reference
 from graftlm.planning import said_time, time_of
 from graftlm.planning.memory import available_bytes
 from graftlm.report import write_card, write_report
@@ -420,19 +417,12 @@ class _Work:
         start, _ = checkpoint.latest(self.folder.checkpoints) if self.resume else (None, [])
         if start is not None:
             return attach(model, method, name="default", state=checkpoint.adapter_state(start))
-        train, most = self.settings.train, max(part.sample_rows for part in method.parts)
-        chosen = random.Random(train.seed).sample(range(len(prepared.train)), min(most, len(prepared.train)))
+        train = self.settings.train
+        looked = min(max(part.sample_rows for part in method.parts), len(prepared.train))
+        self.voice.say("", f"{method} looks at {looked} rows first")
         micro = train.batch // train.accumulate
-        batches = [self.collate([prepared.train[at] for at in part]) for part in each_of(chosen, micro)]
-        objective = self.learnt.objective()
-
-        def loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-            settle(model, objective, [cast(dict[str, Any], batch)], Standing())
-            return objective.loss_sum(objective.outputs(model, batch), batch) / max(objective.count(batch), 1)
-
-        on_device = [{k: v.to(model.device) for k, v in batch.items() if k != "row"} for batch in batches]
-        self.voice.say("", f"{method} looks at {len(chosen)} rows first")
-        return attach(model, method, name="default", samples=Samples(on_device, loss))
+        samples = self.learnt.samples(method, prepared.train, size=micro, seed=train.seed)
+        return attach(model, method, name="default", samples=samples)
 
     def _describe(self, model: Any, adapter: Adapter) -> None:
         train = self.settings.train

@@ -20,6 +20,7 @@ from graftlm.core import Adapter, Method, attach
 from graftlm.data import Labels, PromptTemplate, Scale, Template
 from graftlm.errors import AdapterError, Finding, SettingsError
 from graftlm.formats import load_adapter, read_facts, stored_method
+from graftlm.formats.atomic import sha256_of
 from graftlm.settings import RunSettings
 from graftlm.training.early import start_folder
 from graftlm.training.opening import peft_base
@@ -45,8 +46,7 @@ class Start:
         whole = hashlib.sha256()
         for file in sorted(self.folder.iterdir()):
             if file.suffix in (".json", ".safetensors", ".bin"):
-                with file.open("rb") as content:
-                    whole.update(f"{file.name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+                whole.update(f"{file.name}\0{sha256_of(file)}\n".encode())
         return whole.hexdigest()
 
     def known(self, settings: RunSettings) -> dict[str, Any]:

@@ -11,15 +11,16 @@ Example:
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
-from graftlm.core import use
+from graftlm.core import Method, Samples, use
 from graftlm.data import Collator, Labels, MaskingCollator, Scale, SequencesCollator, TargetsCollator, Template
 from graftlm.data.prepare import ONLINE
 from graftlm.data.targets import source_of
@@ -36,6 +37,7 @@ from graftlm.evaluation.baselines import majority_baseline, tfidf_numbers
 from graftlm.evaluation.classes import class_probabilities, label_probabilities
 from graftlm.evaluation.generating import generate_texts
 from graftlm.evaluation.losses import Collate
+from graftlm.evaluation.losses import batches as each_of
 from graftlm.evaluation.numbers import number_scores, predicted_numbers
 from graftlm.evaluation.spans import commonest_tags, f1_of, predicted_tags, span_scores
 from graftlm.evaluation.statistics import with_interval
@@ -62,6 +64,7 @@ from graftlm.objectives import (
     Seq2Seq,
     Tagging,
     TFew,
+    mean_loss,
 )
 from graftlm.training.decisions import decide_updates, title_of
 from graftlm.training.named_rewards import is_check
@@ -157,6 +160,19 @@ class Learnt:
         if found is None or not held:
             return {}
         return {str(self.measures()["measure"]["key"]): found(self, held)}
+
+    def samples(self, method: Method, rows: Sequence[Any], *, size: int, seed: int) -> Samples | None:
+        """Some of `rows`, drawn by the seed, in batches of `size`, for a method that looks at data; None for others."""
+        if not any(part.needs_samples for part in method.parts):
+            return None
+        most = max(part.sample_rows for part in method.parts)
+        chosen = random.Random(seed).sample(range(len(rows)), min(most, len(rows)))
+        objective, collate = self.objective(), self.collator()
+        batches = [
+            {k: v.to(self.model.device) for k, v in collate([rows[at] for at in part]).items() if k != "row"}
+            for part in each_of(chosen, size)
+        ]
+        return Samples(batches, lambda model, batch: mean_loss(model, objective, cast(dict[str, Any], batch)))
 
     def measures(self) -> dict[str, Any]:
         """The measure that counts and the one told beside it, as results have them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as tf
@@ -133,6 +135,7 @@ def test_a_prompt_from_a_tokenizer():
         (lambda: Attempt(temperature=0), "T102"),
         (lambda: attach(tiny("llama"), PromptTuning(start="text", tokens=[99])), "T153"),
         (lambda: attach(tiny("t5"), PrefixTuning(positions="shifted")), "T151"),
+        (lambda: attach(tiny("bart"), PrefixTuning(positions="shifted", targets="attention")), "T151"),
         (lambda: attach(tiny("llama"), PrefixTuning(targets="cross")), "C101"),
         (lambda: attach(tiny("bloom"), PrefixTuning()), "T150"),
         (lambda: attach(tiny("gpt2"), Attempt()), "T154"),
@@ -294,9 +297,10 @@ def test_generation_of_encoder_decoders(method, model_name):
 @pytest.mark.parametrize("model_name", [*FAMILIES, "bert", "t5"])
 @pytest.mark.parametrize("case", METHODS)
 def test_rows_with_and_without_virtual_tokens(case, model_name):
+    method = METHODS[case]
     if model_name == "t5" and case == "prefix-shifted":
-        pytest.skip("positions of their own")
-    model, _ = ready(model_name, METHODS[case], name="a")
+        method = replace(method, targets=["encoder/attention", "decoder/attention"])
+    model, _ = ready(model_name, method, name="a")
     perturb(attach(model, PromptTuning(length=5), name="b"))
     perturb(attach(model, LoRA(rank=2), name="c"))
     batch = inputs_for(model, rows=4)
@@ -307,6 +311,33 @@ def test_rows_with_and_without_virtual_tokens(case, model_name):
         wanted.append(logits_of(model, {name: tensor[row : row + 1] for name, tensor in batch.items()}))
     use(model, rows)
     assert_close(logits_of(model, batch), torch.cat(wanted))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("gate", [False, True], ids=["bare", "gated"])
+def test_a_shifted_prefix_of_t5_stands_next_to_the_first_real_token(gate, side):
+    """The distances in the bias are those to the row's own tokens, wherever padding is."""
+    method = PrefixTuning(length=3, positions="shifted", targets=["encoder/attention", "decoder/attention"])
+    model = tiny("t5")
+    for stack in (model.encoder, model.decoder):
+        stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data.normal_()
+    perturb(attach(model, read_method(f"gated({method})") if gate else method, name="a"))
+    perturb(attach(model, PrefixTuning(length=5), name="b"))
+    batch, at = padded(inputs_for(model, rows=4), side)
+    both = {
+        "input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"],
+        "decoder_input_ids": batch["input_ids"], "decoder_attention_mask": batch["attention_mask"],
+    }  # fmt: skip
+    rows = ["a", None, ("a", "b"), "a"]
+    wanted = []
+    for row, choice in enumerate(rows):
+        use(model, choice)
+        alone = batch["input_ids"][row : row + 1, at[row]]
+        wanted.append(logits_of(model, {"input_ids": alone, "decoder_input_ids": alone})[0])
+    use(model, rows)
+    found = logits_of(model, both)
+    for row, place in enumerate(at):
+        assert_close(found[row, place], wanted[row])
 
 
 @pytest.mark.parametrize("model_name", ["llama", "mistral", "gemma3"])

@@ -103,7 +103,9 @@ class Splice:
             if entries is None
             else partial(_in_order, indices=[part[1] for part in parts if part[1] is not None])
         )
-        made = _Prefix(join(keys), join(values), None if min(lengths) == longest else join(real), entries)
+        biased = any(delta.has_bias for part in parts for delta in part[0].prefixes)
+        bias = partial(_bias, [(part[0].prefixes, part[3]) for part in parts], longest, join) if biased else None
+        made = _Prefix(join(keys), join(values), None if min(lengths) == longest else join(real), entries, bias)
         self.junction.kept_prefix = (self.groups, state, made) if alone else None
         return made
 
@@ -116,6 +118,34 @@ class _Prefix:
     values: Tensor
     real: Tensor | None  # which virtual tokens are real [rows, length]; None where all are
     entries: Entries | None  # which entries of the batch the rows are; None for all
+    #: By the first query's place in each row, how many queries and for how many heads: what is added to the scores.
+    bias: Callable[[Tensor, int, int], Tensor] | None
+
+
+def _bias(
+    parts: Sequence[tuple[Sequence[KeyValueDelta], int]], longest: int, join: Callable[[list[Tensor]], Tensor],
+    places: Tensor, count: int, heads: int,
+) -> Tensor:  # fmt: skip
+    """What is added to the scores over the virtual tokens, [rows, heads, count, longest]; `places` are [rows].
+
+    `parts` are the deltas of a group and how many rows it has; `join` puts the rows of the parts into their order.
+    """
+    whole: Tensor | None = None
+    for place in sorted(set(places.tolist())):  # one place, unless rows are padded at the left
+        pieces = []
+        for deltas, size in parts:
+            columns = [
+                delta.bias(place, count) if delta.has_bias
+                else torch.zeros(heads, count, delta.length, device=places.device)
+                for delta in deltas
+            ]  # fmt: skip
+            columns = columns or [torch.zeros(heads, count, 0, device=places.device)]
+            piece = torch.cat([column.float() for column in columns], dim=2)
+            pieces.append(nn.functional.pad(piece, (longest - piece.shape[2], 0)).expand(size, -1, -1, -1))
+        own = join(pieces)
+        whole = own if whole is None else torch.where((places == place)[:, None, None, None], own, whole)
+    assert whole is not None
+    return whole
 
 
 def _in_order(parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
@@ -202,8 +232,13 @@ def _widened_call(
         if alike:
             switch.widened = (attention_mask, state, mask)
     bias = kwargs.get("position_bias")
-    if bias is not None:
+    if bias is not None and found.bias is None:
         kwargs["position_bias"] = nn.functional.pad(bias, (length, 0))
+    elif bias is not None and found.bias is not None:
+        tokens, count = int(query.shape[2]), int(found.keys.shape[0])
+        places = (int(key.shape[2]) - tokens - _left_padding(mask, length)).expand(count).to(key.device)
+        front = found.bias(places, tokens, int(query.shape[1])).to(bias.dtype)
+        kwargs["position_bias"] = torch.cat([front, bias.expand(front.shape[0], -1, -1, -1)], dim=3)
     keys, values = torch.cat([found.keys, key], dim=2), torch.cat([found.values, value], dim=2)
     return function(module, query, keys, values, mask, *args, **kwargs)
 
@@ -228,6 +263,14 @@ def _wide_mask(
         if splice.implementation == "eager":
             mask = torch.zeros(1, 1, 1, seen, dtype=query.dtype, device=key.device)
     return None if mask is None else _widened(mask, real, length)
+
+
+def _left_padding(mask: Tensor | None, length: int) -> Tensor:
+    """How many tokens are hidden at the start of each row, [rows or 1], by a mask whose first `length` are virtual."""
+    if mask is None:
+        return torch.zeros(1, dtype=torch.long)
+    seen = mask[:, 0, -1, length:]
+    return (seen if seen.dtype == torch.bool else seen == 0).int().argmax(dim=1)
 
 
 def _widened(mask: Tensor, real: Tensor | None, length: int) -> Tensor:

@@ -243,6 +243,19 @@ class KeyValueDelta(Delta):
         """
         raise NotImplementedError
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether `bias` gives something; else the base adds nothing to the scores over the virtual tokens."""
+        return False
+
+    def bias(self, place: int, count: int) -> Tensor:
+        """What the base adds to the scores of `count` queries over the virtual tokens, [heads, count, length].
+
+        For bases whose attention adds a bias by relative positions, where the virtual tokens have positions. `place` is
+        the first query's, counted from the row's first real token.
+        """
+        raise NotImplementedError
+
 
 class EmbedDelta(Delta):
     """A delta on the sequence of input embeddings: virtual tokens that stand next to the row's own."""

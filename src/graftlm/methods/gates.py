@@ -184,6 +184,15 @@ class GatedKeyValueDelta(_Gated, KeyValueDelta):
         self.length, self.shifts_positions = inner.length, inner.shifts_positions
         self.reads_input = inner.reads_input or gate.reads_input  # type: ignore[misc]
 
+    @property
+    def has_bias(self) -> bool:
+        """As the one inside."""
+        return self.inner.has_bias
+
+    def bias(self, place: int, count: int) -> Tensor:
+        """That of the one inside: the virtual tokens stand where they stood."""
+        return self.inner.bias(place, count)
+
     def keys_values(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """g K and g V: [heads, length, head width], or [rows, ...] where the gate depends on the row."""
         keys, values = self.inner.keys_values(x, mask)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ class PrefixTuning(Method):
     `mlp` is the inner width of the reparametrisation, 0 for none; with one the learning rate is 2e-3. `targets` are
     `attention`, `cross`, or either of a stack (`encoder/attention`); all by themselves. `positions="shifted"` counts
     the prefix among the positions, as the authors' GPT-2 code and PEFT do; `own` leaves the tokens' positions alone, as
-    the authors' BART code does. `start="tokens"` begins with what the model itself computes for the token ids `tokens`,
+    the authors' BART code does. In an encoder-decoder `shifted` needs relative positions (T5's) and no cross attention
+    among the targets. `start="tokens"` begins with what the model itself computes for the token ids `tokens`,
     cycled to `length`.
 
     Example:
@@ -95,11 +96,11 @@ class PrefixTuning(Method):
     def sites(self, survey: Survey) -> list[Site]:
         """The attention calls that `targets` name in `layers`."""
         found = attentions(survey, self.targets, self.layers, self.name)
-        if self.positions == "shifted" and any(site.stack for site in found):
+        if self.positions == "shifted" and any(site.role == "cross" for site in found):
             raise MethodError(
                 Finding(
                     "T151",
-                    f"{self.name}: the stacks of {survey.model_name} count positions for themselves",
+                    f"{self.name}: cross attention of {survey.model_name} has no positions to shift",
                     fix="positions=own",
                 )
             )
@@ -107,19 +108,34 @@ class PrefixTuning(Method):
 
     def build(self, site: Site, module: nn.Module) -> PrefixDelta:  # noqa: ARG002
         """A plain prefix for one attention call, with a random start."""
-        return PrefixDelta(self.length, site.kv_heads, site.head_width, self.positions == "shifted", self.dropout)
+        return PrefixDelta(self.length, site.kv_heads, site.head_width, self._shifts(site), self.dropout)
+
+    def _shifts(self, site: Site) -> bool:
+        """Whether the tokens' positions move; those of a stack of an encoder-decoder are relative to the prefix's."""
+        return self.positions == "shifted" and not site.stack
 
     def build_all(self, sites: Sequence[Site], modules: Mapping[str, nn.Module], *, values: bool) -> list[PrefixDelta]:  # type: ignore[override]
         """A prefix for each site; with an MLP the first of each kind of attention holds it for all of its kind."""
         model = modules[""]
-        if self.positions == "shifted" and not takes(getattr(model, "base_model", model), "position_ids"):
-            raise MethodError(
-                Finding("T151", f"{self.name}: {type(model).__name__} takes no positions to shift", fix="positions=own")
-            )
+        biases: list[nn.Module | None] = [None] * len(sites)
+        if self.positions == "shifted":
+            biases = [_relative(model, site) if site.stack else None for site in sites]
+            absolute = any(site.stack and bias is None for site, bias in zip(sites, biases, strict=True))
+            if absolute or not (sites[0].stack or takes(getattr(model, "base_model", model), "position_ids")):
+                name = type(model).__name__
+                raise MethodError(
+                    Finding("T151", f"{self.name}: {name} takes no positions to shift", fix="positions=own")
+                )
+        deltas = self._built(sites, modules, values=values)
+        for delta, bias in zip(deltas, biases, strict=True):
+            delta.relative = (bias,)
+        return deltas
+
+    def _built(self, sites: Sequence[Site], modules: Mapping[str, nn.Module], *, values: bool) -> list[PrefixDelta]:
         if not self.mlp:
             deltas: list[PrefixDelta] = super().build_all(sites, modules, values=values)  # type: ignore[assignment]
             if values and self.tokens:
-                self._start_from_tokens(sites, deltas, model)
+                self._start_from_tokens(sites, deltas, modules[""])
             return deltas
         kinds: dict[str, list[Site]] = {}
         for site in sites:
@@ -131,7 +147,7 @@ class PrefixTuning(Method):
                 mlp = PrefixMLP(self.length, own[0].in_features, self.mlp, sum(widths))
                 for number, site in enumerate(own):
                     made[site.path] = PrefixDelta(
-                        self.length, site.kv_heads, site.head_width, self.positions == "shifted", self.dropout,
+                        self.length, site.kv_heads, site.head_width, self._shifts(site), self.dropout,
                         mlp=mlp, first=sum(widths[:number]), owns=number == 0,
                     )  # fmt: skip
         return [made[site.path] for site in sites]
@@ -155,6 +171,17 @@ class PrefixTuning(Method):
             return part
         assert isinstance(part.delta, PrefixDelta)
         return Part(self._plain, part.site, part.delta.plain())
+
+
+def _relative(model: nn.Module, site: Site) -> nn.Module | None:
+    """The attention module that computes the relative positions' bias for the one of `site`; None where none does.
+
+    That is T5's way: the first layer of a stack has the table, and the others are given what it computes.
+    """
+    own = model.get_submodule(site.path)
+    stack = [module for path, module in model.named_modules() if site.stack in path.split(".")]
+    found = (module for module in (own, *stack) if getattr(module, "has_relative_attention_bias", False))
+    return next((module for module in found if hasattr(module, "compute_bias")), None)
 
 
 def attentions(survey: Survey, targets: Targets, layers: str | int | Sequence[int] | None, name: str) -> list[Site]:
@@ -225,6 +252,8 @@ class PrefixDelta(KeyValueDelta):
         self.prefix_value: nn.Parameter | None = None
         # A tuple hides the module from this one's children: it belongs to the first delta of its kind alone.
         self._shared: tuple[PrefixMLP | None, int] = (mlp, first)
+        #: The base's module that computes the bias over the prefix, hidden likewise; set where the prefix is built.
+        self.relative: tuple[nn.Module | None] = (None,)
         self.mlp = mlp if owns else None
         if mlp is None:
             width = heads * head_width
@@ -250,6 +279,18 @@ class PrefixDelta(KeyValueDelta):
             found.append(dropped.view(self.length, self.heads, self.head_width).transpose(0, 1))
         return found[0], found[1]
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether the base's bias of relative positions reaches over the prefix."""
+        return self.relative[0] is not None
+
+    def bias(self, place: int, count: int) -> Tensor:
+        """The base's own bias, [heads, count, length], as if the prefix were the tokens before the row's first."""
+        module: Any = self.relative[0]
+        before = self.length + place
+        whole: Tensor = module.compute_bias(count, max(before + count, self.length), past_seen_tokens=before)
+        return whole[0, :, :, : self.length]
+
     def plain(self) -> PrefixDelta:
         """This prefix by values of its own."""
         keys, values = self.flat()
@@ -258,4 +299,5 @@ class PrefixDelta(KeyValueDelta):
         assert delta.prefix_key is not None
         assert delta.prefix_value is not None
         delta.prefix_key.data, delta.prefix_value.data = keys.detach().clone(), values.detach().clone()
+        delta.relative = self.relative
         return delta

@@ -115,8 +115,9 @@ class PTuningCodec(PromptTuningCodec):
 class PrefixTuningCodec(_VirtualCodec):
     """Prefix tuning with shifted positions: k and v of all layers side by side, [tokens, layers x 2 x heads x width].
 
-    In encoder-decoders PEFT splits its tensor otherwise than it was trained for: half of it is never used and layers
-    share prefixes, with a bias of relative positions over them. Such files cannot be read exactly, and are refused.
+    Of encoder-decoders PEFT's prefix is in the decoder's own attention alone. It splits its tensor, twice as long by
+    repetition, into four pieces a layer, the last two of which (for cross attention) it throws away: layer i of L has
+    the keys and values of layer 2i mod L, and half of the tensor is never used. Read so, a layer has values of its own.
     """
 
     peft_type = "PREFIX_TUNING"
@@ -148,6 +149,17 @@ class PrefixTuningCodec(_VirtualCodec):
         widths = [dict(part.shapes)[name][1] for part in parts for name in ("prefix_key", "prefix_value")]
         return dict(zip(names, torch.split(tensors["prompt_embeddings"], widths, dim=1), strict=True))
 
+    def effective(self, tensors: dict[str, Tensor], config: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+        """In encoder-decoders each layer's columns are those that PEFT gives it."""
+        found, layers = tensors.get("prompt_embeddings"), config.get("num_layers")
+        if not _two_stacks(model) or found is None or found.dim() != 2 or not isinstance(layers, int) or layers < 1:
+            return tensors
+        if found.shape[1] % (2 * layers):
+            return tensors  # its shape is told of elsewhere
+        pairs = found.view(len(found), layers, -1)
+        used = pairs[:, [2 * layer % layers for layer in range(layers)]]
+        return {**tensors, "prompt_embeddings": used.reshape(found.shape)}
+
     def describe(self, parts: Sequence[Part], model: nn.Module) -> dict[str, Any] | None:
         """PrefixTuningConfig's fields for a prefix of every layer with shifted positions."""
         method = parts[0].method
@@ -156,6 +168,8 @@ class PrefixTuningCodec(_VirtualCodec):
         widths = {(part.site.kv_heads, part.site.head_width) for part in parts}
         alike = all(part.method is method for part in parts) and len(widths) == 1
         if sizes is None or not alike or method.positions != "shifted" or sizes[0] != len(parts):
+            return None
+        if _two_stacks(model):
             return None
         heads, width = widths.pop()
         return {
@@ -170,16 +184,23 @@ class PrefixTuningCodec(_VirtualCodec):
     def understand(self, config: Mapping[str, Any], model: nn.Module) -> Method:
         """A prefix of the length that `config` says, with shifted positions."""
         length = self._length(config)
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if not _two_stacks(model):
+            return PrefixTuning(length=length, positions="shifted")
+        relative = any(getattr(module, "has_relative_attention_bias", False) for module in model.modules())
+        if not relative or config.get("num_transformer_submodules") != 2:
             raise AdapterError(
                 Finding(
                     "A206",
-                    f"{self.peft_type} of an encoder-decoder is not supported here: PEFT gives layer i the keys and "
-                    "values of layer 2i, and has no prefix in the encoder",
+                    f"{self.peft_type} is read of encoder-decoders with relative positions alone, such as T5, and with "
+                    "num_transformer_submodules 2",
                     fix="train it anew: prefix(length=...)",
                 )
             )
-        return PrefixTuning(length=length, positions="shifted")
+        return PrefixTuning(length=length, positions="shifted", targets="decoder/attention")
+
+
+def _two_stacks(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def attention_sizes(model: nn.Module) -> tuple[int, int] | None:

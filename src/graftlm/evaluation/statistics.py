@@ -7,11 +7,12 @@ with other seeds as well: the score of seed s on row i is taken as
     y[s, i] = mean + seed[s] + row[i] + rest[s, i]
 
 so that the variance of the mean over S seeds and n rows is the sum of two: that of the seeds' means, which has S - 1
-degrees of freedom, and what the rows have in common over all seeds, which has about n - 1. Each gives a half-width of
-its own, and the interval's is the root of the sum of their squares (MOVER: Graybill and Wang 1980; Zou and Donner 2008,
-"Construction of confidence limits about effect measures"). Three seeds are three observations, however many rows there
-are; where they agree, the rows decide. (Satterthwaite's single t-value was tried first: with three seeds it called
-equal methods different in 8 tests of 100, and in 12 comparisons of 100 with ten pairs each.)
+degrees of freedom, and what the rows have in common over all seeds, which has about n - 1. Each has a t-value of its
+own, and the interval takes their mean, weighted by the variances (Cochran and Cox 1957, "Experimental designs", section
+4.14, for two variances that differ). Three seeds are three observations, however many rows there are; where they agree,
+the rows decide. By simulation the interval holds the truth in 94.9 to 97.1 cases of 100 with three seeds, in 95.0 to
+96.4 with five. (Satterthwaite's single t-value held it in 92.2 to 95.0, and called one of ten pairs of equal methods
+different in 12 comparisons of 100; MOVER, the root of the sum of both squared half-widths, in 95.1 to 97.6.)
 """
 
 from __future__ import annotations
@@ -199,8 +200,11 @@ class _Crossed:
         """Half the width of the interval that misses the truth in a share `alpha` of all cases."""
         from scipy.special import stdtrit  # the quantile of Student's t, without the cost of scipy.stats
 
-        quantiles = (float(stdtrit(degrees, alpha / 2)) for degrees in self.degrees)
-        return math.sqrt(sum(v * q**2 for v, q in zip(self.variances, quantiles, strict=True) if v > 0))
+        total = sum(self.variances)
+        if total == 0:
+            return 0.0
+        quantiles = (-float(stdtrit(degrees, alpha / 2)) for degrees in self.degrees)
+        return sum(v * q for v, q in zip(self.variances, quantiles, strict=True) if v > 0) / math.sqrt(total)
 
     def p_value(self) -> float:
         """The `alpha` at which 0 is just on the interval's edge."""

@@ -94,7 +94,7 @@ def test_blocks_have_so_many_shapes(rows: int, tokens: int, causal: bool, monkey
 
 
 def test_code_of_products_is_counted_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     kind = {"dtype": torch.bfloat16, "device": "meta"}
     products = [
         Operation.of(aten.mm.default, (torch.empty(rows, 64, **kind), torch.empty(64, 64, **kind)), {})  # type: ignore[call-overload]
@@ -107,6 +107,6 @@ def test_code_of_products_is_counted_once_a_shape(monkeypatch: pytest.MonkeyPatc
         workspace_bytes(each) for each in ([], products[:1], products, [*products, attention])
     )
     assert none < one < three < with_attention
-    assert three - one == 2 * 500_000
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert three - one == 2 * 550_000
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert workspace_bytes(products) == none

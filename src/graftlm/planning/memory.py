@@ -28,13 +28,13 @@ __all__ = ["RUNTIME_BYTES", "available_bytes", "held_bytes", "memory_bytes", "sa
 RUNTIME_BYTES: dict[str, int] = {"cpu": 480_000_000, "cuda": 1_000_000_000}
 
 #: What the libraries of a processor hold besides tensors, fitted on the measured cases of docs/plan.md.
-_HELD_BYTES = 3_200_000  # small blocks between others
+_HELD_BYTES, _UNPACKED_HELD_BYTES = 3_200_000, 1_500_000  # small blocks between others
 #: In float32, MKL packs the second matrix of a product, so much of it at once, where there are enough rows.
 _PACKED_ROWS, _PACKED_COLUMNS, _LEAST_ROWS = 384, 9984, 512
 _BLOCKS_BYTES = 4_000_000  # what attention in blocks holds between them
-#: In bfloat16 on a processor with AMX, oneDNN writes code for every shape and layout of a product, and keeps it.
-_CODE_BYTES, _BATCHED_CODE_BYTES, _CODE_KEPT = 500_000, 340_000, 1024
-_FIRST_CODE_BYTES, _FUSED_CODE_BYTES = 2_300_000, 6_000_000
+#: In bfloat16 on a processor with AVX-512, oneDNN writes code for every shape and layout of a product, and keeps it.
+_CODE_BYTES, _BATCHED_CODE_BYTES, _CODE_KEPT = 550_000, 340_000, 1024
+_TILES_BYTES, _FUSED_CODE_BYTES = 2_300_000, 6_000_000  # the first is AMX's
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _AMOUNT = re.compile(r"(\d+(?:[.,]\d+)?)\s*([kmgt]?i?)(?:b|bytes?)?", re.IGNORECASE)
@@ -72,8 +72,10 @@ def said(amount: float) -> str:
     return f"{amount:.0f} B"
 
 
-def workspace_bytes(operations: Iterable[Operation]) -> int:
+def workspace_bytes(operations: Iterable[Operation], *, unpacked: bool = False) -> int:
     """What the processor's libraries hold for `operations` besides tensors: packed matrices and code for products.
+
+    Where weights are `unpacked` in every product, more is held between blocks that come and go.
 
     Example:
         >>> x, w = torch.empty(1024, 256, device="meta"), torch.empty(256, 4096, device="meta")
@@ -81,7 +83,8 @@ def workspace_bytes(operations: Iterable[Operation]) -> int:
         True
     """
     packed = shapes = batched = in_blocks = fused = 0
-    codes = torch.cpu._is_amx_tile_supported()
+    held = _HELD_BYTES + (_UNPACKED_HELD_BYTES if unpacked else 0)
+    codes = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for one in operations:
         args = json.loads(one.given)[0]
         if is_product(one.name):
@@ -100,9 +103,10 @@ def workspace_bytes(operations: Iterable[Operation]) -> int:
         elif one.name == FUSED_BACKWARD:
             fused |= args[0]["d"] == "bfloat16"
     if not (shapes or batched) or not codes:
-        return _HELD_BYTES + packed + in_blocks
+        return held + packed + in_blocks
     code = min(shapes, _CODE_KEPT) * _CODE_BYTES + min(batched, _CODE_KEPT) * _BATCHED_CODE_BYTES
-    return _HELD_BYTES + packed + code + _FIRST_CODE_BYTES + (_FUSED_CODE_BYTES if fused else 0)
+    tiles = _TILES_BYTES if torch.cpu._is_amx_tile_supported() else 0
+    return held + packed + code + tiles + (_FUSED_CODE_BYTES if fused else 0)
 
 
 def _empty(spec: Any) -> Any:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from conformance.cases import CASES, Scale, cross, only
-from graftlm.core import adapters, attach, use
+from graftlm.core import Method, adapters, attach, use
 from graftlm.errors import GraftError, RoutingError
-from graftlm.methods import Full, Head, LoRA
+from graftlm.methods import (
+    BitFit,
+    Full,
+    Head,
+    LoRA,
+    Modules,
+    ParallelAdapter,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    SeriesAdapter,
+)
 from models_for_tests import DECODERS, ENCODER_DECODERS, MODELS, inputs_for, logits_of, perturb, tiny
 
 ROWS = [None, "a", "b", ("a", "b")]
@@ -312,3 +325,41 @@ def test_heads_of_different_widths_in_one_batch_are_refused():
     with pytest.raises(RoutingError) as caught:
         logits_of(model, batch)
     assert caught.value.findings[0].code == "R117"
+
+
+#: A method at each port, in two sizes.
+PORTS: dict[str, tuple[Method, Method]] = {
+    "linear": (LoRA(rank=2, targets="output"), LoRA(rank=3, targets="embed")),
+    "branch": (SeriesAdapter(width=3), ParallelAdapter(width=5)),
+    "kv": (PrefixTuning(length=2, layers="0"), PrefixTuning(length=3, layers="1")),
+    "embed": (PromptTuning(length=2, start="uniform"), PTuning(length=3)),
+    "param": (BitFit(), Modules("norm")),
+}
+#: The ports at which nothing can act there.
+CLOSED = {"bloom": {"kv", "branch"}}
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+def test_sums_of_every_pair_of_ports_take_no_notice_of_padding(model_name):
+    """All rows with the same sum in one padded batch, against each row alone without padding."""
+    model = tiny(model_name)
+    full = inputs_for(model, rows=3)
+    batch, at = padded(full, "right")
+    batch.pop("position_ids")
+    classifier = logits_of(model).dim() == 2
+    if "decoder_input_ids" in full:
+        batch["decoder_input_ids"] = full["decoder_input_ids"]
+    for one, other in itertools.combinations_with_replacement(PORTS, 2):
+        if {one, other} & CLOSED.get(model_name, set()):
+            continue
+        adapter = attach(model, PORTS[one][0] + PORTS[other][1])
+        perturb(adapter)
+        found = logits_of(model, batch)
+        for row, place in enumerate(at):
+            short = {"input_ids": batch["input_ids"][row : row + 1, place]}
+            if "decoder_input_ids" in full:
+                short["decoder_input_ids"] = full["decoder_input_ids"][row : row + 1]
+            whole = classifier or "decoder_input_ids" in full
+            wanted = logits_of(model, short)[0]
+            assert_close(found[row] if whole else found[row, place], wanted)
+        adapter.detach()

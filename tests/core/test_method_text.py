@@ -53,6 +53,41 @@ def test_the_cases_read_back(case):
     assert read_method(str(CASES[case])) == CASES[case]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prune(scope=global)", "sparse(fraction=0.1,scope=global)", "lora(rank=4,layers=-4:)", "prune(pattern=2:4)",
+        "lora(layers=:3)+prune(scope=global)", 'lora(targets="q_proj,v_proj",layers=2:)',
+    ],
+)  # fmt: skip
+def test_what_python_cannot_read_needs_no_quotes(text):
+    found = read_method(text)
+    assert read_method(str(found)) == found
+    assert found.parts[-1].settings()  # what was written is there
+
+
+@pytest.mark.parametrize("text", ["lora(rank=4,rank=5)", "lora(4,rank=5)", "sparse(0.1,fraction=0.2)"])
+def test_a_setting_given_twice_is_refused(text):
+    with pytest.raises(MethodError) as caught:
+        read_method(text)
+    assert [finding.code for finding in caught.value.findings] == ["T112"]
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("lora(start=pisa)", "start=pissa"), ("series(variant=pfeifer)", "variant=pfeiffer"),
+        ("sparse(score=fischer)", "score=fisher"), ("prune(scope=glob)", "scope=global"),
+        ("prompt(position=ends)", "position=end"), ("parallel(activation=rely)", "activation=relu"),
+        ("adapters", "series"), ("fisher", "sparse"), ("snip", "sparse"), ("ln", "norm"), ("features", "head"),
+    ],
+)  # fmt: skip
+def test_the_nearest_right_word_is_offered(text, fix):
+    with pytest.raises(MethodError) as caught:
+        read_method(text)
+    assert caught.value.findings[0].fix == fix
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_reads_by_its_name_alone(name):
     assert read_method(name) == METHODS[name]()

@@ -457,6 +457,29 @@ def test_a_merge_that_keeps_the_zeros(model_name):
     assert max(zeros()) < 0.1
 
 
+def test_the_fisher_information_of_several_labels_is_that_of_coins():
+    """A label that a row may have beside others is drawn by itself: p (1 - p) for its bias, whatever the others are."""
+    model = tiny("bert")
+    model.config.problem_type = "multi_label_classification"
+    model.classifier = torch.nn.Linear(model.config.hidden_size, 4)
+    model.classifier.weight.data.zero_()
+    model.classifier.bias.data = torch.tensor([3.0, 3.0, -3.0, 0.0])
+    data = [{**batch, "labels": torch.zeros(3, 4)} for batch in batches(model) for _ in range(100)]
+    torch.manual_seed(0)
+    (score,) = scores_from_data(model, [model.classifier.bias], "fisher", Samples(data))
+    chance = model.classifier.bias.sigmoid()
+    torch.testing.assert_close(
+        16 * score, (chance * (1 - chance)).detach(), rtol=0.25, atol=0
+    )  # the loss is a mean of 4
+
+
+def test_the_fisher_information_needs_logits():
+    model = tiny("bert").bert  # a body without a head
+    with pytest.raises(MethodError) as caught:
+        scores_from_data(model, [model.encoder.layer[0].output.dense.weight], "fisher", Samples(batches(tiny("bert"))))
+    assert [finding.code for finding in caught.value.findings] == ["T166"]
+
+
 def test_the_fisher_information_of_a_number_is_not_nothing():
     """Labels of a model with one output are drawn around it: by a softmax every score would be zero."""
     model = tiny("bert")

@@ -29,7 +29,7 @@ from graftlm.core.delta import (
     ReadingDelta,
     WholeParameterDelta,
 )
-from graftlm.core.method import Method, Part, Samples, Sum, device_at, in_eval_mode, model_loss
+from graftlm.core.method import Method, Part, Samples, Sum, device_at, in_eval_mode, model_loss, one_of
 from graftlm.core.routing import Routing
 from graftlm.core.sites import ROLE_GROUPS, ROLES, Site, Survey, Targets, linear_kind
 from graftlm.core.storage import dense, parameter_count
@@ -70,6 +70,7 @@ __all__ = [
     "keep_merged",
     "linear_kind",
     "model_loss",
+    "one_of",
     "original_parameters",
     "parameter_count",
     "parts_of",

@@ -383,7 +383,7 @@ class Junction:
             group = groups[0]
             self._replace(module, group, group.beside(x))
             if not (group.befores or group.streams):
-                return None
+                return (args, kwargs) if self.encoder is not None else None
             for delta in group.befores:
                 x = delta.before(x)
             for branch in group.streams:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import keyword
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 
 from graftlm.core.delta import Delta
 from graftlm.core.sites import Site, Survey
-from graftlm.errors import Finding, MethodError
+from graftlm.errors import Finding, MethodError, nearest
 
-__all__ = ["Method", "Part", "Samples", "Sum", "device_at", "in_eval_mode", "model_loss"]
+__all__ = ["Method", "Part", "Samples", "Sum", "device_at", "in_eval_mode", "model_loss", "one_of"]
 
 #: Texts that need no quotes in a method's text: they cannot be read as anything else.
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(-[A-Za-z_][A-Za-z0-9_]*)*")
@@ -164,14 +165,32 @@ class Method:
             raise MethodError(faults)
 
 
+def one_of(setting: str, value: Any, choices: Iterable[Any]) -> tuple[bool, str, str]:
+    """The check for `Method.require` that `value` is among `choices`; its fix is the nearest of them, else the first.
+
+    Example:
+        >>> one_of("start", "pisa", ["default", "pissa"])
+        (False, "start 'pisa' is none of default, pissa", 'start=pissa')
+    """
+    known = [str(choice) for choice in choices]
+    close = nearest(str(value), known) or known
+    return value in known, f"{setting} {value!r} is none of {', '.join(known)}", f"{setting}={close[0]}"
+
+
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key!r}:{_text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(_text(item) for item in value) + "]"
-    if isinstance(value, str) and (not _WORD.fullmatch(value) or value.lower() in ("true", "false", "none")):
+    if isinstance(value, str) and not _bare(value):
         return repr(value)
     return str(value)
+
+
+def _bare(text: str) -> bool:
+    """Whether `text` is read as itself without quotes: words of Python's own (`global`) are not."""
+    words = text.split("-")
+    return bool(_WORD.fullmatch(text)) and not any(keyword.iskeyword(each) for each in (*words, text.capitalize()))
 
 
 @contextlib.contextmanager

@@ -239,7 +239,8 @@ class Survey:
             return Finding(
                 "C105", f"{word!r} is a part of the fused {example} in {self.model_name}", fix=f"targets={example}"
             )
-        choices = [*roles, *ROLE_GROUPS, "all-linear", *names]
+        groups = [name for name, members in ROLE_GROUPS.items() if any(roles[member] for member in members)]
+        choices = [*roles, *groups, "all-linear", *names]
         close = nearest(word, choices)
         have = " ".join(f"{name} ({count})" for name, count in names.most_common(10) if not name.isdigit())
         return Finding(

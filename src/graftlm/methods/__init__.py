@@ -12,6 +12,7 @@ Example:
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -138,7 +139,12 @@ _FOREIGN_METHODS = {
     "bottleneck": "series",
     "houlsby": "series",
     "pfeiffer": "series",
+    "adapters": "series",
     "finetuning": "full",
+    "features": "head",
+    "probe": "head",
+    "linearprobe": "head",
+    "ln": "norm",
     "layernorm": "norm",
     "lntuning": "norm",
     "ptuningv2": "prefix",
@@ -146,6 +152,8 @@ _FOREIGN_METHODS = {
     "prompttuning": "prompt",
     "softprompt": "prompt",
     "fish": "sparse",
+    "fisher": "sparse",
+    "snip": "sparse",
     "trainabletokens": "tokens",
 }
 
@@ -175,7 +183,7 @@ def read_method(text: str) -> Method:
         lora(rank=16,targets=all-linear)+head
     """
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = _parsed(text.strip())
     except SyntaxError as error:
         at = f" at character {error.offset}" if error.offset else ""
         raise MethodError(Finding("T114", f"cannot read method {text!r}{at}", fix="lora(rank=16)+head")) from None
@@ -188,6 +196,29 @@ def read_method(text: str) -> Method:
 
 #: `read_method`, as it reads in `graftlm.method("lora(rank=8)")`.
 method = read_method
+
+
+def _parsed(text: str) -> ast.expr:
+    """The text as Python reads it; values that Python cannot read (`global`, `-4:`, `2:4`) with quotes around them."""
+    try:
+        return ast.parse(text, mode="eval").body
+    except SyntaxError:
+        quoted = re.sub(r"""('[^']*'|"[^"]*")|(?<==)\s*([^\s,()\[\]{}'"=+]+)""", _quoted, text)
+        if quoted == text:
+            raise
+        with contextlib.suppress(SyntaxError):
+            return ast.parse(quoted, mode="eval").body
+        raise  # of the text as it was given
+
+
+def _quoted(match: re.Match[str]) -> str:
+    if match[1]:
+        return match[1]
+    try:
+        ast.parse(match[2], mode="eval")
+    except SyntaxError:
+        return repr(match[2])
+    return match[0]
 
 
 def _read_sum(node: ast.expr, faults: list[Finding]) -> Method | None:
@@ -240,7 +271,9 @@ def _read_part(node: ast.expr, faults: list[Finding]) -> Method | None:
         faults.append(Finding("T112", f"{name} takes {len(fields)} settings, got {len(call.args)}"))
     for keyword in call.keywords if call else []:
         key = keyword.arg or "**"
-        if key in fields:
+        if key in given:
+            faults.append(Finding("T112", f"{name}: {key} is given twice"))
+        elif key in fields:
             given[key] = _setting(kind, key, keyword.value, faults)
         elif _FOREIGN.get(key) in fields:
             faults.append(Finding("T112", f"{name}: {key!r} is called {_FOREIGN[key]} here", fix=_FOREIGN[key]))

@@ -31,6 +31,7 @@ CODES: dict[str, str] = {
     "T162": "tokens is given no token ids to train",
     "T161": "the method changes whole weights, and a part of a fused one was named",
     "T163": "sparse is given a threshold that no score reaches",
+    "T166": "labels are to be drawn from a model's own distribution, and the model gives no logits",
     "T164": "whole heads are to be chosen where a map has none: not of an attention call, or several maps in one",
     "T165": "a head is to start from a regression, and the labels are not classes, or are all the same",
     "T160": "head is given a number of outputs in a model whose head stands for the vocabulary",

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import Delta, Part, Samples, Site, Survey, WholeParameterDelta, in_eval_mode
+from graftlm.core import Delta, Part, Samples, Site, Survey, WholeParameterDelta, in_eval_mode, one_of
 from graftlm.errors import Finding, MethodError
 from graftlm.methods.parameters import Parameters
 from graftlm.methods.regression import fit_logistic
@@ -61,11 +61,7 @@ class Head(Parameters):
                 f"outputs {self.outputs!r} is not a whole number from 1",
                 "outputs=2",
             ),
-            (
-                self.start in ("base", "fresh", "probe"),
-                f"start {self.start!r} is none of base, fresh and probe",
-                "start=probe",
-            ),
+            one_of("start", self.start, ("base", "fresh", "probe")),
             (
                 self.start != "probe" or self.outputs is None,
                 "start=probe finds as many outputs as the base has, and outputs asks for others",

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core import Delta, LinearDelta, LowRank, Method, ParameterDelta, Part, Site, Survey, Targets, dense
+from graftlm.core import Delta, LinearDelta, LowRank, Method, ParameterDelta, Part, Site, Survey, Targets, dense, one_of
 from graftlm.core.junction import columns_of
 from graftlm.core.storage import is_packed, source_weight
 from graftlm.errors import Finding, MethodError
@@ -104,7 +104,7 @@ class LoRA(Method):
             ),
             (self.alpha > 0, f"alpha {self.alpha} is not above 0", "alpha=16"),
             (0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)", "dropout=0.05"),
-            (self.start in _STARTS, f"start {self.start!r} is none of {', '.join(_STARTS)}", "start=default"),
+            one_of("start", self.start, _STARTS),
             (self.plus > 0, f"plus {self.plus} is not above 0", "plus=16"),
         )
 

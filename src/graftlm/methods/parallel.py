@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from graftlm.core import BottleneckMaps, BranchDelta, Method, Site, Survey, Targets
+from graftlm.core import BottleneckMaps, BranchDelta, Method, Site, Survey, Targets, one_of
 from graftlm.methods.bottleneck import ACTIVATIONS, Bottleneck, branch_sites, width_checks, width_of
 
 __all__ = ["ParallelAdapter", "ParallelDelta"]
@@ -53,8 +53,7 @@ class ParallelAdapter(Method):
         self.require(
             *width_checks(self.width, self.reduction),
             (self.scale > 0, f"scale {self.scale} is not above 0", "scale=4"),
-            (self.activation in ACTIVATIONS, f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}",
-             "activation=relu"),
+            one_of("activation", self.activation, ACTIVATIONS),
             (0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)", "dropout=0.1"),
         )  # fmt: skip
 

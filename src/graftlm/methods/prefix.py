@@ -24,7 +24,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core import KeyValueDelta, Method, Part, Site, Survey, Targets, device_at, in_eval_mode, without_adapters
+from graftlm.core import (
+    KeyValueDelta,
+    Method,
+    Part,
+    Site,
+    Survey,
+    Targets,
+    device_at,
+    in_eval_mode,
+    one_of,
+    without_adapters,
+)
 from graftlm.core.attention import recorded_keys_values
 from graftlm.core.sequence import takes
 from graftlm.core.sites import parse_layers, selectors
@@ -72,12 +83,8 @@ class PrefixTuning(Method):
             (self.length >= 1, f"length {self.length} is not a whole number from 1", "length=30"),
             (self.mlp >= 0, f"mlp {self.mlp} is not a width, nor 0 for none", "mlp=512"),
             (0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)", "dropout=0.1"),
-            (
-                self.positions in ("own", "shifted"),
-                f"positions {self.positions!r} is not own or shifted",
-                "positions=own",
-            ),
-            (self.start in ("random", "tokens"), f"start {self.start!r} is not random or tokens", "start=random"),
+            one_of("positions", self.positions, ("own", "shifted")),
+            one_of("start", self.start, ("random", "tokens")),
             (
                 (self.start == "tokens") == bool(self.tokens),
                 "start=tokens and tokens=[...] belong together",

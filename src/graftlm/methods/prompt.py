@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import EmbedDelta, Method, Site, Survey
+from graftlm.core import EmbedDelta, Method, Site, Survey, one_of
 from graftlm.errors import Finding, MethodError
 
 __all__ = ["POSITIONS", "PromptDelta", "PromptTuning", "embedded", "sequences", "vocabulary_rows"]
@@ -59,7 +59,7 @@ class PromptTuning(Method):
         starts = ("vocabulary", "uniform", "text", "labels")
         self.require(
             (self.length >= 1, f"length {self.length} is not a whole number from 1", "length=20"),
-            (self.start in starts, f"start {self.start!r} is not one of {', '.join(starts)}", "start=vocabulary"),
+            one_of("start", self.start, starts),
             ((self.start == "text") == bool(self.tokens), "start=text and tokens=[...] belong together", "start=text"),
             (
                 (self.start == "labels") == bool(self.labels) and all(self.labels),
@@ -72,7 +72,7 @@ class PromptTuning(Method):
                 f"length={len(self.labels)}",
             ),
             *position_checks(self.position, self.slot_token),
-            (self.stack in ("encoder", "both"), f"stack {self.stack!r} is not encoder or both", "stack=both"),
+            one_of("stack", self.stack, ("encoder", "both")),
         )
 
     @classmethod
@@ -123,7 +123,7 @@ class PromptTuning(Method):
 def position_checks(position: str, slot_token: int) -> tuple[tuple[bool, str, str], ...]:
     """What `Method.require` must check of where virtual tokens stand."""
     return (
-        (position in POSITIONS, f"position {position!r} is not one of {', '.join(POSITIONS)}", "position=start"),
+        one_of("position", position, POSITIONS),
         (
             (position == "slots") == (slot_token >= 0),
             "position=slots and slot_token=ID, the token whose places are taken, belong together",

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, in_eval_mode
+from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, in_eval_mode, one_of
 from graftlm.methods.parameters import weight_of, weights_at
 
 __all__ = ["Prune", "PruneDelta", "lowest"]
@@ -60,16 +60,8 @@ class Prune(Method):
         numbers = not self.pattern or (kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of))
         self.require(
             (0 < self.sparsity < 1, f"sparsity {self.sparsity} is not between 0 and 1", "sparsity=0.5"),
-            (
-                self.score in ("magnitude", "wanda"),
-                f"score {self.score!r} is neither magnitude nor wanda",
-                "score=wanda",
-            ),
-            (
-                self.scope in ("row", "tensor", "global"),
-                f"scope {self.scope!r} is none of row, tensor, global",
-                "scope=row",
-            ),
+            one_of("score", self.score, ("wanda", "magnitude")),
+            one_of("scope", self.scope, ("row", "tensor", "global")),
             (numbers, f"pattern {self.pattern!r} is not n:m with n below m", 'pattern="2:4"'),
             (
                 self.initial is None or (0 <= self.initial <= self.sparsity and not self.pattern),

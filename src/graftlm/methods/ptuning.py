@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftlm.core import EmbedDelta, Method, Part, Site, Survey
+from graftlm.core import EmbedDelta, Method, Part, Site, Survey, one_of
 from graftlm.methods.prompt import PromptDelta, PromptTuning, position_checks, sequences
 
 __all__ = ["PTuning", "PTuningDelta"]
@@ -57,11 +57,11 @@ class PTuning(Method):
     def __post_init__(self) -> None:
         self.require(
             (self.length >= 1, f"length {self.length} is not a whole number from 1", "length=9"),
-            (self.encoder in ("lstm", "mlp"), f"encoder {self.encoder!r} is not lstm or mlp", "encoder=lstm"),
+            one_of("encoder", self.encoder, ("lstm", "mlp")),
             (self.hidden >= 0, f"hidden {self.hidden} is not a width, nor 0 for the authors' own", "hidden=0"),
             (0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)", "dropout=0.1"),
             *position_checks(self.position, self.slot_token),
-            (self.stack in ("encoder", "both"), f"stack {self.stack!r} is not encoder or both", "stack=both"),
+            one_of("stack", self.stack, ("encoder", "both")),
         )
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.core import Samples, in_eval_mode
+from graftlm.errors import Finding, MethodError
 
 __all__ = ["FROM_DATA", "SCORES", "best", "scores_from_data"]
 
@@ -96,15 +97,23 @@ def _own_loss(model: nn.Module, row: Mapping[str, Any]) -> Tensor:
     Where the row has labels, only where they stand (a causal model's logits speak of the next token).
     """
     labels = row.get("labels")
-    logits: Tensor = model(**{name: value for name, value in row.items() if name not in _NO_INPUTS}).logits
-    logits = logits.float()
+    outputs = model(**{name: value for name, value in row.items() if name not in _NO_INPUTS})
+    if not isinstance(getattr(outputs, "logits", None), Tensor):
+        raise MethodError(
+            Finding("T166", f"{type(model).__name__} gives no logits to draw labels from", fix="score=empirical-fisher")
+        )
+    logits: Tensor = outputs.logits.float()
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    if kind == "multi_label_classification" and isinstance(labels, Tensor) and labels.shape == logits.shape:
+        # Several labels a row are drawn one by one, as their losses are.
+        return F.binary_cross_entropy_with_logits(logits, logits.detach().sigmoid().bernoulli())
     if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1] and labels.dim() > 1:
         causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         causal = causal and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
         logits = logits[:, :-1][labels[:, 1:] != -100] if causal else logits[labels != -100]
     else:
         logits = logits.reshape(-1, logits.shape[-1])
-    if logits.shape[-1] == 1:  # a number, or a reward: drawn from a normal distribution around it
+    if logits.shape[-1] == 1 or kind == "regression":  # numbers, or a reward: drawn from a normal distribution
         return (logits * torch.randn_like(logits)).mean()
     drawn = torch.multinomial(logits.detach().softmax(dim=-1), 1)[:, 0]
     return F.cross_entropy(logits, drawn)

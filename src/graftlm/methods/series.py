@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core import BottleneckMaps, BranchDelta, Method, Site, Survey
+from graftlm.core import BottleneckMaps, BranchDelta, Method, Site, Survey, one_of
 from graftlm.methods.bottleneck import ACTIVATIONS, STARTS, Bottleneck, branch_sites, width_checks, width_of
 
 __all__ = ["SeriesAdapter", "SeriesDelta"]
@@ -71,12 +71,10 @@ class SeriesAdapter(Method):
     def __post_init__(self) -> None:
         self.require(
             *width_checks(self.width, self.reduction),
-            (self.variant in _VARIANTS, f"variant {self.variant!r} is none of {', '.join(_VARIANTS)}",
-             "variant=houlsby"),
-            (self.activation is None or self.activation in ACTIVATIONS,
-             f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}", "activation=gelu"),
+            one_of("variant", self.variant, _VARIANTS),
+            one_of("activation", self.activation or "gelu", ACTIVATIONS),
             (0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)", "dropout=0.1"),
-            (self.start in STARTS, f"start {self.start!r} is none of {', '.join(STARTS)}", "start=identity"),
+            one_of("start", self.start, STARTS),
         )  # fmt: skip
 
     @property

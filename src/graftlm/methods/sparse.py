@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, device_at
+from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, device_at, one_of
 from graftlm.errors import Finding, MethodError
 from graftlm.methods.parameters import weight_of, weights_at
 from graftlm.methods.scoring import FROM_DATA, SCORES, best, scores_from_data
@@ -68,9 +68,9 @@ class Sparse(Method):
     def __post_init__(self) -> None:
         self.require(
             (0 < self.fraction <= 1, f"fraction {self.fraction} is not in (0, 1]", "fraction=0.005"),
-            (self.score in SCORES, f"score {self.score!r} is none of {', '.join(SCORES)}", "score=fisher"),
-            (self.scope in ("global", "tensor"), f"scope {self.scope!r} is neither global nor tensor", "scope=global"),
-            (self.unit in _UNITS, f"unit {self.unit!r} is none of {', '.join(_UNITS)}", "unit=entry"),
+            one_of("score", self.score, SCORES),
+            one_of("scope", self.scope, ("global", "tensor")),
+            one_of("unit", self.unit, _UNITS),
             (
                 self.unit == "entry" or self.scope == "global",
                 f"scope={self.scope} has no meaning with unit={self.unit}, which is chosen among all",

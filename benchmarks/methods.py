@@ -52,6 +52,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -74,6 +75,7 @@ from graftlm.training.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 SWEEP = RESULTS.with_name("method_rates.json")
+LONGER = RESULTS.with_name("methods_longer.json")
 
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {
@@ -104,6 +106,7 @@ METHODS: dict[str, str] = {
     "norm": "norm",
     "sparse": "sparse",
     # In BERT's vocabulary the marks around a text, which every row has: like prompts of two tokens.
+    # On the causal base the tokens that the training rows have most often.
     "tokens": "tokens(ids=[101,102])",
     "lora": "lora",
     "rslora": "rslora",
@@ -123,6 +126,8 @@ METHODS: dict[str, str] = {
     "attempt": "attempt",
     "prune+lora": "prune+lora",
     "rezero": "rezero(lora)",
+    "gated": "gated(lora)",
+    "modules": "modules(output)",
     "lora+prompt": "lora+prompt",
     "mam": "mam(width=64,mlp=128)",
     "unipelt": "unipelt(mlp=128)",
@@ -269,13 +274,21 @@ def rates_of(task: str, name: str, method: Method, width: int, times: float) -> 
     return rate * times, [r * times for r in rates]
 
 
+def text_of(task: str, name: str, prepared: Prepared) -> str:
+    """The method's text for the task; see `METHODS`."""
+    if name != "tokens" or is_encoder(task):
+        return METHODS[name]
+    known = Counter(token for item in prepared.train for token in item["input_ids"])
+    return f"tokens(ids=[{','.join(str(token) for token, _ in known.most_common(16))}])"
+
+
 def trained(
     task: str, name: str, seed: int, model: Any, prepared: Prepared, collate: Collator, times: float
 ) -> dict[str, Any]:
     """Attach, train, score and save one method."""
     plan = TASKS[task]
     began = time.monotonic()
-    method = read_method(METHODS[name])
+    method = read_method(text_of(task, name, prepared))
     if is_encoder(task):
         method = with_head(method)
     objective = OBJECTIVES[plan["kind"]]()
@@ -605,10 +618,13 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="repeat runs that are in the results")
     parser.add_argument("--times", default="1", help="multiply the learning rates by each of these: a sweep")
     parser.add_argument("--valid", action="store_true", help="score on validation rows, as sweeps must")
+    parser.add_argument("--steps", type=int, help="train so many instead; results have a file of their own")
     parser.add_argument("--table", action="store_true", help="show what is there, train nothing")
     parser.add_argument("--out", type=Path, help="the file of results")
     options = parser.parse_args()
-    options.out = options.out or (SWEEP if options.valid else RESULTS)
+    options.out = options.out or (SWEEP if options.valid else LONGER if options.steps else RESULTS)
+    for plan in TASKS.values():
+        plan["steps"] = options.steps or plan["steps"]
     if options.table:
         show(options.out)
         return

@@ -132,6 +132,15 @@ def found(words: Sequence[str]) -> list[Finding]:
     return list(early_findings(attempted_from(flags.pop("config"), flags.pop("set"), flags))[1])
 
 
+def lay(mistake: Mistake, folder: Path) -> None:
+    """Its files, in `folder`."""
+    for file, content in {"rows.jsonl": mistake.rows, **mistake.files}.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(str(content), encoding="utf-8")
+    if mistake.code == "D106":
+        (folder / "rows.csv").write_bytes("text,label\ncafé,a\n".encode("latin-1"))
+
+
 def pasted(words: list[str], fix: str) -> list[str]:
     """`words` with the fix: flags take the place of what they contradict, a bare word that of the data file."""
     flags = re.search(r"(?:^|\s)(-{1,2}\w[\w-]* .*)$", fix)
@@ -156,11 +165,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", MISTAKES)
 def test_it_is_told_and_its_fix_ends_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     mistake = MISTAKES[name]
-    for file, content in {"rows.jsonl": mistake.rows, **mistake.files}.items():
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text(str(content), encoding="utf-8")
-    if mistake.code == "D106":
-        Path("rows.csv").write_bytes("text,label\ncafé,a\n".encode("latin-1"))
+    lay(mistake, Path())
     before = sorted(Path().rglob("*"))
     words = shlex.split(mistake.words)
     assert main(["train", *words]) == 2

@@ -100,20 +100,19 @@ def why_not() -> str:
     return "GRAFTLM_NATIVE is 0" if os.environ.get("GRAFTLM_NATIVE") == "0" else _library()[1]
 
 
-@functools.cache
-def give_back_large_memory() -> bool:
-    """Have glibc give memory of 4 MiB and more back when it is freed; False where the C library is another.
+def give_back_large_memory(least_bytes: int = 16 * 2**20) -> bool:
+    """Have glibc give memory of `least_bytes` and more back when it is freed; False where the C library is another.
 
     It moves that limit up to the largest that was ever freed (32 MiB at most), and below it lets holes stand between
-    tensors that are kept for the backward: four tenths of a float32 step's peak, for 4 % of its time. (Lower limits
-    take off as much in bfloat16, for 15 to 35 % of the time: each page given back is a fault when it is wanted again.)
-    Stays so for the process.
+    tensors that are kept for the backward (before 2.38 it cannot put a tensor into the hole of one of its size). Each
+    page that is given back is a fault when it is wanted again: from 16 MiB on that costs 4 % of a step, from 1 MiB on
+    a tenth to a third, and takes off half of the peak or more. Stays so for the process.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    return bool(set_option(_M_MMAP_THRESHOLD, 4 * 2**20))
+    return bool(set_option(_M_MMAP_THRESHOLD, least_bytes))
 
 
 @contextlib.contextmanager

@@ -53,12 +53,11 @@ def told(seconds: dict[str, float]) -> dict[str, Any]:
 
 def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
+    from graftlm.cli.program import VERBS
     from mistakes.test_settings_mistakes import MISTAKES as SETTINGS
     from mistakes.test_settings_mistakes import words_of
     from mistakes.test_wrong_files import METHODS, lay
     from mistakes.test_wrong_files import MISTAKES as FILES
-
-    from graftlm.cli.program import VERBS
 
     mistakes: dict[str, float] = {}
     for text in SETTINGS:

@@ -54,10 +54,16 @@ def methods() -> str:
     rows = []
     for name, kind in METHODS.items():
         port, merges, starts, stored = _tried(name)
-        rate = f"{kind.learning_rate:g}" if len(_example(name).parts) == 1 else "of each part"
+        rate = f"{_rate(kind):g}" if len(_example(name).parts) == 1 else "of each part"
         rows.append((_link(name), first_sentence(kind), port, merges, starts, stored, rate))
     head = ("method", "what it does", "port", "merges", "starts as the base", "PEFT's file", "rate")
     return table(head, rows)
+
+
+def _rate(kind: Any) -> float:
+    """The rate that a run takes by itself, which a method may tell by its settings."""
+    rate: float = kind().learning_rate
+    return rate
 
 
 def architectures() -> str:
@@ -69,7 +75,8 @@ def architectures() -> str:
     rows = []
     for name in METHODS:
         codes = [cases.REFUSALS.get((name, model)) for model in models]
-        rows.append((_link(name), *(f"[{code}](../errors.md#{code.lower()})" if code else "yes" for code in codes)))
+        each = [" ".join(f"[{one}](../errors.md#{one.lower()})" for one in (code or "").split()) for code in codes]
+        rows.append((_link(name), *(text or "yes" for text in each)))
     text = table(("method", *(model.replace("_", " ") for model in models)), rows)
     return f'<div class="matrix" markdown>\n\n{text}\n</div>\n'
 
@@ -158,7 +165,7 @@ def settings_of(name: str) -> str:
         also = f"The settings are those of {_link(parent.name)}"  # type: ignore[attr-defined]
         text = f"{also}, but for:\n\n{text}" if rows else f"{also}.\n"
     low, high = kind.learning_rate_range
-    rate = f"Learning rate at a width of 2000: {kind.learning_rate:g}, usually {low:g} to {high:g}."
+    rate = f"Learning rate at a width of 2000: {_rate(kind):g}, usually {low:g} to {high:g}."
     return f"{text or f'It has no settings.{chr(10)}'}\n{rate}\n"
 
 

@@ -26,7 +26,7 @@ CODES: dict[str, str] = {
     "T134": "dropout or a bias is asked for at experts, whose weights are changed as such",
     "T140": "the method acts at sublayers or on the stream, and where these are in the model is not known",
     "T141": "a target of an adapter at sublayers is none of the model's: there are attention, cross and ffn",
-    "T142": "a gate of zero is put around a method that starts at zero: neither would get a gradient",
+    "T142": "a gate of zero is put around a method that starts as the base: neither would get a gradient",
     "T143": "a gate is put around a change that it cannot scale: virtual tokens, or what is not added",
     "T162": "tokens is given no token ids to train",
     "T161": "the method changes whole weights, and a part of a fused one was named",

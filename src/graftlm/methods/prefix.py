@@ -51,7 +51,7 @@ _SMALL = 0.02
 class PrefixTuning(Method):
     """Trained keys and values before those of the tokens, at every attention call; without an MLP P-tuning v2.
 
-    `mlp` is the inner width of the reparametrisation, 0 for none; with one the learning rate is 2e-3. `targets` are
+    `mlp` is the inner width of the reparametrisation, 0 for none; with one the learning rate is 1e-3. `targets` are
     `attention`, `cross`, or either of a stack (`encoder/attention`); all by themselves. `positions="shifted"` counts
     the prefix among the positions, as the authors' GPT-2 code and PEFT do; `own` leaves the tokens' positions alone, as
     the authors' BART code does. In an encoder-decoder `shifted` needs relative positions (T5's) and no cross attention

@@ -76,8 +76,8 @@ class ReZero(GatedMethod):
                     raise MethodError(
                         Finding(
                             "T142",
-                            f"rezero: {self.method.name} starts at zero and knows no other start, and behind a gate of "
-                            "zero neither would ever get a gradient",
+                            f"rezero: {self.method.name} starts as the base and knows no other start, and behind a "
+                            "gate of zero neither would ever get a gradient",
                             fix=f"rezero({self.method}, start=1)",
                         )
                     ) from None

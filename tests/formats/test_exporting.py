@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -116,6 +117,20 @@ def test_a_classifier_keeps_its_classes(tokenizer: Any, tmp_path: Path) -> None:
     export_adapter(adapter, tokenizer, tmp_path / "out", to="merged", rows=ROWS, labels=labels)
     alone, _ = load_base(tmp_path / "out", task="classify", labels=labels)
     torch.testing.assert_close(logits_of(alone), logits_of(adapter.model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["merged", "peft"])
+@pytest.mark.parametrize("kind", ["numbers", "tags", "two stacks"])
+def test_every_kind_of_head_is_read_back_as_itself(kind: str, to: Any, tokenizer: Any, tmp_path: Path) -> None:
+    config = tiny("bert").config
+    labels = {"numbers": None, "tags": ["O", "B-x", "I-x"], "two stacks": None}[kind]
+    config.num_labels = len(labels or ["score"])
+    made = {"numbers": tf.BertForSequenceClassification, "tags": tf.BertForTokenClassification}
+    base: Any = made[kind](config).eval() if kind in made else tiny("t5")
+    adapter = attach(base, read_method("lora" if kind == "two stacks" else "lora+head"), name="tuned")
+    perturb(adapter)
+    found = export_adapter(adapter, tokenizer, tmp_path / "out", to=to, rows=ROWS, labels=labels)
+    assert found.difference < 1e-4
 
 
 @pytest.mark.parametrize("format", [None, "nf4"])

@@ -97,7 +97,8 @@ def export_adapter(
         if to == "merged":
             _write_merged(adapter, tokenizer, fresh, template)
             found = _logits(_read_merged(fresh, model, labels), rows)
-            command = f"graftlm generate {shlex.quote(str(folder))} 'a prompt'" if labels is None else ""
+            writes = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+            command = f"graftlm generate {shlex.quote(str(folder))} 'a prompt'" if writes else ""
         else:
             used = adapter.without_readers()
             command = _vllm_command(used, folder, base) if to == "vllm" else ""
@@ -168,11 +169,22 @@ def _vllm_command(adapter: Adapter, folder: Path, base: str) -> str:
 # --- reading back ---
 
 
+#: The task for which `load_base` gives a model of this class.
+_TASKS = {
+    "ForSequenceClassification": "regress",
+    "ForTokenClassification": "tag",
+    "ForMaskedLM": "mlm",
+    "ForConditionalGeneration": "seq2seq",
+}
+
+
 def _read_merged(fresh: Path, model: Any, labels: Sequence[str] | None) -> Any:
+    kind = type(model).__name__
+    task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), "lm")
+    if task == "regress" and labels:
+        task = "classify"
     try:
-        found, _ = load_base(
-            fresh, task="classify" if labels else "lm", labels=labels, dtype=model.dtype, device=model.device
-        )
+        found, _ = load_base(fresh, task=task, labels=labels, dtype=model.dtype, device=model.device)
     except GraftError as error:
         raise _another("merged", f"it cannot be loaded: {error.findings[0].message}") from error
     return found
@@ -205,6 +217,8 @@ def _logits(model: Any, rows: Sequence[Sequence[int]], name: str | None = None) 
         for row in rows:
             ids = torch.tensor([list(row)], device=model.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if model.config.is_encoder_decoder:
+                inputs["decoder_input_ids"] = ids
             if name is None:
                 outputs = call(**inputs)
             else:

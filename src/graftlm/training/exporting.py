@@ -53,6 +53,8 @@ def _rows(path: Path, opened: Opened) -> list[list[int]]:
     from graftlm.training.run import held_out_of
 
     try:
-        return [list(item["input_ids"]) for item in held_out_of(path, opened).eval]
+        held = held_out_of(path, opened).eval
+        # Rows with several answers hold a sequence for each.
+        return [list(one["input_ids"]) for item in held for one in item.get("sequences", (item,))]
     except GraftError:  # an adapter without a run, or data that are gone
         return [list(opened.tokenizer(text)["input_ids"]) for text in _TEXTS]

@@ -42,6 +42,7 @@ from graftlm.formats.atomic import write_json
 from graftlm.methods import Full, read_method
 from graftlm.models import fingerprint, load_base
 from graftlm.report import write_comparison
+from graftlm.settings.calls import call_as_text
 from graftlm.training.decisions import positions_taken, title_of
 from graftlm.training.early import context_of
 from graftlm.training.environment import environment
@@ -117,7 +118,9 @@ def compare(
         if key in given:
             given[key] = tuple(given[key])
     settled = ComparisonSettings(**given)
-    return compare_with(settled, output=output, quiet=quiet, command="graftlm.compare(...)", jobs=jobs)
+    called = given | {"output": output if output is None else str(output), "jobs": jobs if jobs != 1 else None}
+    command = call_as_text("graftlm.compare", called)
+    return compare_with(settled, output=output, quiet=quiet, command=command, jobs=jobs)
 
 
 def compare_with(

@@ -39,6 +39,7 @@ from graftlm.planning import said_time, time_of
 from graftlm.planning.memory import available_bytes
 from graftlm.report import write_card, write_report
 from graftlm.settings import Resolved, RunSettings, dump, recorded, resolve
+from graftlm.settings.calls import call_as_text
 from graftlm.training import checkpoint, processes
 from graftlm.training.callbacks import Interrupt, OtherTokensEachEpoch
 from graftlm.training.decisions import (
@@ -133,6 +134,8 @@ def train(
     """
     from graftlm.settings import SETTINGS
 
+    called = {"data": data, "base": base, "method": method, "task": task, "output": output, "config": config}
+    command = call_as_text("graftlm.train", called | settings)
     given: dict[str, Any] = {}
     function = None
     if callable(settings.get("reward")):
@@ -150,9 +153,7 @@ def train(
     if method is not None:
         given["method"] = str(method)
     resolved = resolve(file=Path(config) if config else None, python=given)
-    return train_resolved(
-        resolved, resume=resume, command="graftlm.train(...)", quiet=quiet, rows=rows, reward=function
-    )
+    return train_resolved(resolved, resume=resume, command=command, quiet=quiet, rows=rows, reward=function)
 
 
 def train_resolved(

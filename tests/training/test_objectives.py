@@ -116,7 +116,8 @@ def test_one_batch_costs_what_transformers_says(task: str, tiny_base: Path, tmp_
     run = trained(model, adapter, rows, collate, OBJECTIVES[task](), tmp_path)
     assert run.losses[0] == pytest.approx(loss, rel=1e-6)
     for one, other in zip(run.gradients[0], wanted, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        # Rounding of the sums that a gradient is made of goes by their size, not by what is left of them.
+        torch.testing.assert_close(one, other, atol=1e-6 * max(1.0, float(other.abs().max())), rtol=1e-5)
 
 
 def test_the_loss_is_that_of_a_loop_over_tokens(tiny_base: Path, tmp_path: Path) -> None:

@@ -490,7 +490,7 @@ def summarised(found: dict[str, Any]) -> dict[str, Any]:
             if not mine:
                 continue
             gains = [sign * (run["score"] - yard[run["seed"]]) for run in mine if run["seed"] in yard]
-            row: dict[str, Any] = {"seeds": len(mine)}
+            row: dict[str, Any] = {"seeds": len(mine), "text": told_text(found["methods"][name], mine)}
             scores = [run["score"] for run in mine]
             row["score"] = statistics.mean(scores)
             row["score_sd"] = statistics.stdev(scores) if len(scores) > 1 else None
@@ -506,6 +506,12 @@ def summarised(found: dict[str, Any]) -> dict[str, Any]:
                 row["why"] = WHY.get((task, name), "")
             summary.setdefault(task, {})[name] = row
     return summary
+
+
+def told_text(text: str, runs: list[dict[str, Any]]) -> str:
+    """The method as it is told: `text`, or the tokens that `text_of` chose, which differ from seed to seed."""
+    ids = runs[0].get("text", "").partition("tokens(ids=[")[2].partition("]")[0].split(",")
+    return f"tokens(ids=[the {len(ids)} commonest])" if len(ids) > 2 else text
 
 
 def mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
@@ -538,7 +544,7 @@ def table(found: dict[str, Any], level: str = "###") -> str:
         for name, row in sorted(rows.items(), key=lambda pair: -(pair[1]["gain"] or 0.0)):
             spread = "" if row["score_sd"] is None else f" ({times * row['score_sd']:.{digits}f})"
             error = "" if row["gain_se"] is None else f" ({times * row['gain_se']:.{digits}f})"
-            text = found["methods"][name]
+            text = row["text"]
             cells = (
                 text if name in PROBES else f"`{text}`",
                 row["seeds"],
@@ -552,7 +558,7 @@ def table(found: dict[str, Any], level: str = "###") -> str:
             )
             lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
         lines.append("")
-        lines += [f"- `{found['methods'][name]}`: {row['why']}" for name, row in rows.items() if row.get("why")]
+        lines += [f"- `{row['text']}`: {row['why']}" for name, row in rows.items() if row.get("why")]
         refused = {run["method"]: run["refused"] for run in found["runs"] if run["task"] == task and "refused" in run}
         lines += [f"- `{METHODS[name]}` cannot be there: {said.splitlines()[0]}" for name, said in refused.items()]
         missing = [f"`{text}`" for name, text in METHODS.items() if name not in rows and name not in refused]

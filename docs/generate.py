@@ -54,16 +54,10 @@ def methods() -> str:
     rows = []
     for name, kind in METHODS.items():
         port, merges, starts, stored = _tried(name)
-        rate = f"{_rate(kind):g}" if len(_example(name).parts) == 1 else "of each part"
+        rate = f"{kind().learning_rate:g}" if len(_example(name).parts) == 1 else "of each part"
         rows.append((_link(name), first_sentence(kind), port, merges, starts, stored, rate))
     head = ("method", "what it does", "port", "merges", "starts as the base", "PEFT's file", "rate")
     return table(head, rows)
-
-
-def _rate(kind: Any) -> float:
-    """The rate that a run takes by itself, which a method may tell by its settings."""
-    rate: float = kind().learning_rate
-    return rate
 
 
 def architectures() -> str:
@@ -165,7 +159,7 @@ def settings_of(name: str) -> str:
         also = f"The settings are those of {_link(parent.name)}"  # type: ignore[attr-defined]
         text = f"{also}, but for:\n\n{text}" if rows else f"{also}.\n"
     low, high = kind.learning_rate_range
-    rate = f"Learning rate at a width of 2000: {_rate(kind):g}, usually {low:g} to {high:g}."
+    rate = f"Learning rate at a width of 2000: {kind().learning_rate:g}, usually {low:g} to {high:g}."
     return f"{text or f'It has no settings.{chr(10)}'}\n{rate}\n"
 
 
@@ -412,7 +406,7 @@ def results_of(results: Any, name: str) -> str:
             row = found[key]
             rows.append(
                 (
-                    told["title"], f"`{texts[key]}`", row["seeds"], shown(row["score"]) + unit
+                    told["title"], f"`{row['text']}`", row["seeds"], shown(row["score"]) + unit
                     + shown(row["score_sd"], " ± {}"), shown(row["gain"], sign="+") + shown(row["gain_se"], " ± {}"),
                     f"{100 * row['trainable_share']:.2f} %", f"{row['adapter_bytes'] / 1e3:,.0f} kB",
                     f"{row['peak_bytes'] / 1e6:,.0f} MB", f"{1000 * row['step_seconds']:.0f} ms",

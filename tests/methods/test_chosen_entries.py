@@ -468,9 +468,8 @@ def test_the_fisher_information_of_several_labels_is_that_of_coins():
     torch.manual_seed(0)
     (score,) = scores_from_data(model, [model.classifier.bias], "fisher", Samples(data))
     chance = model.classifier.bias.sigmoid()
-    torch.testing.assert_close(
-        16 * score, (chance * (1 - chance)).detach(), rtol=0.25, atol=0
-    )  # the loss is a mean of 4
+    # The loss is a mean of 4.
+    torch.testing.assert_close(16 * score, (chance * (1 - chance)).detach(), rtol=0.25, atol=0)
 
 
 def test_the_fisher_information_needs_logits():

@@ -26,3 +26,5 @@ def test_the_text_is_the_call() -> None:
 
 def test_what_has_no_text_is_left_to_the_reader() -> None:
     assert call_as_text("train", {"data": iter([]), "reward": len}) == "train(data=..., reward=...)"
+    for rows in ([{"text": "a"}], ({"text": "a"},)):
+        assert call_as_text("train", {"data": rows, "epochs": 3}) == "train(data=..., epochs=3)"

@@ -38,6 +38,7 @@ from graftlm.core.delta import (
     folds,
 )
 from graftlm.core.junction import Junction, Replay, Switch, columns_of, junction_of
+from graftlm.core.kind import is_encoder_decoder
 from graftlm.core.method import Method, Part, Samples, device_at
 from graftlm.core.routing import Routing, Spec, read_spec
 from graftlm.core.sites import Site, Survey, linear_kind
@@ -403,8 +404,7 @@ def _entries(model: nn.Module) -> list[nn.Module]:
     """Where batches enter: the model, its backbone, and the stacks of an encoder-decoder, each callable by itself."""
     found = [model]
     backbone = getattr(model, "base_model", None)
-    config = getattr(model, "config", None)
-    stacks = ("get_encoder", "get_decoder") if getattr(config, "is_encoder_decoder", False) else ()
+    stacks = ("get_encoder", "get_decoder") if is_encoder_decoder(model) else ()
     for module in (backbone, *(getattr(model, name)() for name in stacks if hasattr(model, name))):
         if isinstance(module, nn.Module) and all(module is not other for other in found):
             found.append(module)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from graftlm.core.delta import KeyValueDelta
 from graftlm.core.groups import Entries, Group, Rows, total_rows
+from graftlm.core.kind import is_encoder_decoder
 from graftlm.errors import Finding, RoutingError
 
 if TYPE_CHECKING:
@@ -299,7 +300,7 @@ def recorded_keys_values(model: nn.Module, ids: Tensor, paths: Sequence[str]) ->
     configs = {path: getattr(modules[path], "config", None) for path in paths}
     rows = ids[None].to(next(model.parameters()).device)
     inputs: dict[str, Any] = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = rows
     try:
         for path, config in configs.items():

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core.fused import gate_up_columns, qkv_columns
+from graftlm.core.kind import is_encoder_decoder
 from graftlm.core.sequence import takes
 from graftlm.core.sites import Site, Survey, linear_kind, with_parameter
 
@@ -70,7 +71,7 @@ def survey(model: nn.Module) -> Survey:
     modules = dict(model.named_modules())
     heads = _head_paths(model, modules)
     embeddings = _embedding_paths(model, modules, flow)
-    two_stacks = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    two_stacks = is_encoder_decoder(model)
 
     sites: list[Site] = []
     owners: dict[str, Site] = {}
@@ -410,7 +411,7 @@ def _watch(twin: Any) -> _Flow:
     ids = torch.zeros(_ROWS, _TOKENS, dtype=torch.long, device="meta")
     # With a mask given, no model looks into the ids for packed documents.
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if getattr(twin.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(twin):
         inputs["decoder_input_ids"] = torch.zeros(_ROWS, _DECODER_TOKENS, dtype=torch.long, device="meta")
     if hasattr(twin, "generate"):
         inputs["use_cache"] = False

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from graftlm.core import Adapter, in_eval_mode, use
+from graftlm.core.kind import head_kind, is_encoder_decoder
 from graftlm.errors import AdapterError, Finding, GraftError
 from graftlm.formats.atomic import atomic_folder
 from graftlm.formats.peft import load_adapter
@@ -97,7 +98,7 @@ def export_adapter(
         if to == "merged":
             _write_merged(adapter, tokenizer, fresh, template)
             found = _logits(_read_merged(fresh, model, labels), rows)
-            writes = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+            writes = head_kind(type(model).__name__) in ("causal", "conditional")
             command = f"graftlm generate {shlex.quote(str(folder))} 'a prompt'" if writes else ""
         else:
             used = adapter.without_readers()
@@ -169,18 +170,12 @@ def _vllm_command(adapter: Adapter, folder: Path, base: str) -> str:
 # --- reading back ---
 
 
-#: The task for which `load_base` gives a model of this class.
-_TASKS = {
-    "ForSequenceClassification": "regress",
-    "ForTokenClassification": "tag",
-    "ForMaskedLM": "mlm",
-    "ForConditionalGeneration": "seq2seq",
-}
+#: The task for which `load_base` gives a model with this kind of head.
+_TASKS = {"sequence": "regress", "token": "tag", "masked": "mlm", "conditional": "seq2seq"}
 
 
 def _read_merged(fresh: Path, model: Any, labels: Sequence[str] | None) -> Any:
-    kind = type(model).__name__
-    task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), "lm")
+    task = _TASKS.get(head_kind(type(model).__name__) or "", "lm")
     if task == "regress" and labels:
         task = "classify"
     try:
@@ -217,7 +212,7 @@ def _logits(model: Any, rows: Sequence[Sequence[int]], name: str | None = None) 
         for row in rows:
             ids = torch.tensor([list(row)], device=model.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            if model.config.is_encoder_decoder:
+            if is_encoder_decoder(model):
                 inputs["decoder_input_ids"] = ids
             if name is None:
                 outputs = call(**inputs)

@@ -127,7 +127,7 @@ def fuse(model: nn.Module, *, recompute: Recompute = "none", device: str = "") -
     on_processor = (device or next(model.parameters()).device.type) in ("cpu", "meta")
     if on_processor and not next(model.parameters()).is_meta:
         # Who has parts computed again pays time for memory.
-        give_back_large_memory(2**20 if recompute in ("feedforward", "blocks") else 16 * 2**20)
+        give_back_large_memory(16 * 2**20 if recompute == "none" else 2**20)
     for site in found.attentions if on_processor else ():
         owner: Any = modules[site.path]
         if implementation_of(owner) == "sdpa" and not _has_prefixes(owner):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core import Delta, Part, Samples, Site, Survey, WholeParameterDelta, in_eval_mode, one_of
+from graftlm.core.kind import LANGUAGE, head_kind
 from graftlm.errors import Finding, MethodError
 from graftlm.methods.parameters import Parameters
 from graftlm.methods.regression import fit_logistic
@@ -27,8 +28,6 @@ __all__ = ["FreshDelta", "Head"]
 
 #: The standard deviation over rows, in nats, that logits have at most when a regression starts the head.
 _SPREAD = 0.1
-#: Models of which the head must keep the vocabulary's width.
-_LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,13 @@ class Head(Parameters):
         maps = [site for site in survey.with_role("head") if site.kind in ("linear", "conv1d")]
         if not survey.with_role("head"):
             raise MethodError(Finding("T110", f"head: {survey.model_name} has no head beside its backbone"))
-        if self.start == "probe" and (survey.model_name.endswith(_LANGUAGE) or not maps):
+        if self.start == "probe" and (head_kind(survey.model_name) in LANGUAGE or not maps):
             message = f"head(start=probe): the head of {survey.model_name} does not tell classes"
             raise MethodError(Finding("T165", message, fix="head"))
         found = survey.select_parameters("head")
         if self.outputs is None:
             return found
-        if survey.model_name.endswith(_LANGUAGE) or not maps:
+        if head_kind(survey.model_name) in LANGUAGE or not maps:
             raise MethodError(
                 Finding("T160", f"head: outputs={self.outputs} cannot be had in {survey.model_name}, whose head "
                         "gives a number to each token of the vocabulary", fix="head")

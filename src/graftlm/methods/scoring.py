@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.core import Samples, in_eval_mode
+from graftlm.core.kind import head_kind
 from graftlm.errors import Finding, MethodError
 
 __all__ = ["FROM_DATA", "SCORES", "best", "scores_from_data"]
@@ -108,8 +109,7 @@ def _own_loss(model: nn.Module, row: Mapping[str, Any]) -> Tensor:
         # Several labels a row are drawn one by one, as their losses are.
         return F.binary_cross_entropy_with_logits(logits, logits.detach().sigmoid().bernoulli())
     if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1] and labels.dim() > 1:
-        causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        causal = causal and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        causal = head_kind(type(model).__name__) == "causal"
         logits = logits[:, :-1][labels[:, 1:] != -100] if causal else logits[labels != -100]
     else:
         logits = logits.reshape(-1, logits.shape[-1])

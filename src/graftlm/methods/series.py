@@ -72,7 +72,7 @@ class SeriesAdapter(Method):
         self.require(
             *width_checks(self.width, self.reduction),
             one_of("variant", self.variant, _VARIANTS),
-            one_of("activation", self.activation or "gelu", ACTIVATIONS),
+            one_of("activation", "gelu" if self.activation is None else self.activation, ACTIVATIONS),
             (0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)", "dropout=0.1"),
             one_of("start", self.start, STARTS),
         )  # fmt: skip

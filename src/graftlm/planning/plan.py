@@ -298,10 +298,11 @@ class Asked:
             raise PlanError(Finding("P102", f"a step of {name} ({self.task}) cannot be planned: {why}")) from error
         highest = max(peak.total() for phase, peak in traced.peaks.items() if phase != "rest")
         every = {one for found in traced.operations.values() for one in found}
-        share = int(_HELD_SHARE * (highest - traced.sizes["weights"]))
         if self.device == "cpu":
-            share = workspace_bytes(every, unpacked=shape.quantize is not None)
-        runtime = RUNTIME_BYTES[self.device] + share
+            held = workspace_bytes(every, unpacked=shape.quantize is not None)
+        else:
+            held = int(_HELD_SHARE * (highest - traced.sizes["weights"]))
+        runtime = RUNTIME_BYTES[self.device] + held
         phases = {phase: peak.total() for phase, peak in traced.peaks.items() if phase != "rest"}
         if self.accumulate > 1:  # from the second part on, the gradients of the first are there
             phases["forward"] += traced.sizes["gradients"]

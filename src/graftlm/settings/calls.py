@@ -24,6 +24,7 @@ def call_as_text(name: str, given: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, (str, int, float, bool, list, tuple, dict)):
+    rows = isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value)
+    if isinstance(value, (str, int, float, bool, list, tuple, dict)) and not rows:
         return repr(value)
     return "..." if callable(value) or hasattr(value, "__iter__") else repr(str(value))

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from graftlm.core import Method, Part, Survey, WholeParameterDelta, survey
+from graftlm.core.kind import head_kind, is_encoder_decoder
 from graftlm.errors import AdapterError, Finding, GraftError
 from graftlm.formats.codecs.codec import Codec, Planned
 from graftlm.formats.codecs.parameters import input_embedding, tied_apart, tokens_at
@@ -196,20 +197,14 @@ _HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-}
+_TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "question": "QUESTION_ANS", "causal": "CAUSAL_LM"}
 
 
 def _task_of(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    if name.endswith("ForConditionalGeneration"):
-        return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
-    return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+    kind = head_kind(type(model).__name__)
+    if kind == "conditional" and is_encoder_decoder(model):
+        return "SEQ_2_SEQ_LM"
+    return _TASKS.get(kind or "")
 
 
 def _parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:

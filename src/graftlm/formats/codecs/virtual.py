@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core import Method, Part
+from graftlm.core.kind import is_encoder_decoder
 from graftlm.errors import AdapterError, Finding
 from graftlm.formats.codecs.codec import Codec, Planned
 from graftlm.methods import PrefixTuning, PromptTuning
@@ -152,9 +153,9 @@ class PrefixTuningCodec(_VirtualCodec):
     def effective(self, tensors: dict[str, Tensor], config: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
         """In encoder-decoders each layer's columns are those that PEFT gives it."""
         found, layers = tensors.get("prompt_embeddings"), config.get("num_layers")
-        if not _two_stacks(model) or found is None or found.dim() != 2 or not isinstance(layers, int) or layers < 1:
+        if not is_encoder_decoder(model) or found is None or found.dim() != 2:
             return tensors
-        if found.shape[1] % (2 * layers):
+        if not isinstance(layers, int) or layers < 1 or found.shape[1] % (2 * layers):
             return tensors  # its shape is told of elsewhere
         pairs = found.view(len(found), layers, -1)
         used = pairs[:, [2 * layer % layers for layer in range(layers)]]
@@ -169,7 +170,7 @@ class PrefixTuningCodec(_VirtualCodec):
         alike = all(part.method is method for part in parts) and len(widths) == 1
         if sizes is None or not alike or method.positions != "shifted" or sizes[0] != len(parts):
             return None
-        if _two_stacks(model):
+        if is_encoder_decoder(model):
             return None
         heads, width = widths.pop()
         return {
@@ -184,7 +185,7 @@ class PrefixTuningCodec(_VirtualCodec):
     def understand(self, config: Mapping[str, Any], model: nn.Module) -> Method:
         """A prefix of the length that `config` says, with shifted positions."""
         length = self._length(config)
-        if not _two_stacks(model):
+        if not is_encoder_decoder(model):
             return PrefixTuning(length=length, positions="shifted")
         relative = any(getattr(module, "has_relative_attention_bias", False) for module in model.modules())
         if not relative or config.get("num_transformer_submodules") != 2:
@@ -197,10 +198,6 @@ class PrefixTuningCodec(_VirtualCodec):
                 )
             )
         return PrefixTuning(length=length, positions="shifted", targets="decoder/attention")
-
-
-def _two_stacks(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def attention_sizes(model: nn.Module) -> tuple[int, int] | None:

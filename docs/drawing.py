@@ -16,7 +16,7 @@ __all__ = ["classifier", "drawing_of"]
 _STYLE = (
     "text{font:11.5px system-ui,sans-serif;fill:#7b8490}.s{font-size:10.5px}.on{fill:#fff;font-weight:600}"
     ".frozen{fill:none;stroke:#9aa3ad;stroke-width:1.2}.line{fill:none;stroke:#9aa3ad;stroke-width:1.2}"
-    ".trained{fill:#0b8a79;stroke:none}.path{fill:none;stroke:#0f9d8a;stroke-width:1.6}"
+    ".trained{fill:#0b8a79;stroke:none}.solid{fill:#9aa3ad}.path{fill:none;stroke:#0f9d8a;stroke-width:1.6}"
     ".touched{fill:#0f9d8a;fill-opacity:.22;stroke:#0f9d8a;stroke-width:1.4}"
 )
 _LAYERS = 4
@@ -41,12 +41,16 @@ _LEGEND = {
     "whole": "trained copy",
     "bias": "trained bias",
     "low-rank": "low-rank change",
+    "drawn": "low-rank change, drawn and frozen",
+    "ranked": "factor of each rank",
     "scale": "trained factors",
     "values": "some trained values",
     "rows": "trained rows",
     "mask": "values set to zero",
     "adapter": "bottleneck",
     "virtual": "virtual tokens",
+    "encoded": "map that makes them",
+    "mixed": "frozen prompts of other tasks, mixed in",
     "gate": "gate",
 }
 
@@ -123,7 +127,9 @@ def _own_marks(site: Any, delta: Any) -> set[str]:
     if delta.port == "kv":
         return {"virtual", *gate}
     if delta.port == "embed":
-        return {f"virtual-{delta.position}", *gate}
+        made = {"encoded"} if list(delta.children()) else set()
+        mixed = {"mixed"} if any(tensor.dim() > 2 for tensor in tensors) else set()
+        return {f"virtual-{delta.position}", *gate, *(mixed or made)}
     if delta.port == "branch":
         return {"adapter-beside" if delta.reads_input and site.kind == "sublayer" else "adapter", *gate}
     if delta.port == "param":
@@ -137,12 +143,22 @@ def _own_marks(site: Any, delta: Any) -> set[str]:
     found = set(gate)
     wide = [tensor for tensor in tensors if tensor.dim() > 1 and min(tensor.shape) > 1]
     if acts(delta, "add") or acts(delta, "add_over"):
-        found.add("low-rank" if len(wide) > 1 else "rows" if site.kind == "embedding" else "bias")
+        # VeRA's vectors stand between and behind maps that all sites share.
+        whole = len(wide) > 1 or len(list(delta.parameters())) > 1
+        found |= _low_rank(site, delta) if whole else {"rows" if site.kind == "embedding" else "bias"}
     if acts(delta, "before"):
         found.add("scale-in")
     if acts(delta, "after"):
         found.add("bias" if any("bias" in name for name, _ in delta.named_parameters()) else "scale")
     return found
+
+
+def _low_rank(site: Any, delta: Any) -> set[str]:
+    """A change of two maps, and which vectors are trained between and behind them."""
+    trained = list(delta.parameters())
+    found = {"low-rank" if any(tensor.dim() > 1 for tensor in trained) else "drawn"}
+    lengths = {len(tensor) for tensor in trained if tensor.dim() == 1}
+    return found | {"scale" if length == site.out_features else "ranked" for length in lengths}
 
 
 def _shown_as(mark: str) -> str:
@@ -171,11 +187,21 @@ def _arrow(x1: float, y1: float, x2: float, y2: float) -> str:
     return _path("line", f"M{x1:g} {y1:g} L{x2:g} {y2:g} M{x2 - 5:g} {y2 - 3:g} L{x2:g} {y2:g} L{x2 - 5:g} {y2 + 3:g}")
 
 
-def _bow(x: float, y: float, wide: float = 13, high: float = 7) -> str:
+def _bow(x: float, y: float, wide: float = 13, high: float = 7, how: str = "trained") -> str:
     """Two maps with a narrow place between them, around (x, y)."""
     left = f"M{x - wide:g} {y - high:g} L{x - 1:g} {y - 2:g} V{y + 2:g} L{x - wide:g} {y + high:g} Z"
     right = f"M{x + wide:g} {y - high:g} L{x + 1:g} {y - 2:g} V{y + 2:g} L{x + wide:g} {y + high:g} Z"
-    return _path("trained", f"{left} {right}")
+    return _path(how, f"{left} {right}")
+
+
+def _dot(x: float, y: float) -> str:
+    """A factor for each rank, in the narrow place of a bow around (x, y)."""
+    return f'<circle class="trained" cx="{x:g}" cy="{y:g}" r="4.5" style="stroke:#fff"/>'
+
+
+def _sources(x: float, y: float) -> str:
+    """Frozen prompts of other tasks: three rows of tokens."""
+    return "".join(_rect("frozen", x + 11 * number, y + 8 * row, 8, 5, 1) for row in range(3) for number in range(3))
 
 
 def _bottleneck(x: float, y: float) -> str:
@@ -224,10 +250,12 @@ def _box(x: float, y: float, width: float, title: str, marks: set[str]) -> str:
             drawn.append(_rect("trained", x + width - 6, y, 6, _HEIGHT, 2))
     drawn.append(_text(x + width / 2 - (3 if "bias" in marks and "whole" not in marks else 0), middle + 4, title,
                        "on" if "whole" in marks else ""))  # fmt: skip
-    if "low-rank" in marks:
+    if "low-rank" in marks or "drawn" in marks:
         top = y - 10
         drawn.append(_path("path", f"M{x - 5:g} {middle:g} V{top:g} H{x + width + 5:g} V{middle:g}"))
-        drawn.append(_bow(x + width / 2, top))
+        drawn.append(_bow(x + width / 2, top, how="trained" if "low-rank" in marks else "solid"))
+    if "ranked" in marks:
+        drawn.append(_dot(x + width / 2, y - 10))
     if "scale" in marks:
         drawn.append(_factor(x + width + 9, middle))
     if "scale-in" in marks:
@@ -270,6 +298,10 @@ def _stack(marks: dict[str, set[str]], parts: Sequence[Any], touched: frozenset[
     for number, cell in enumerate(cells):
         how = "trained" if cell == "virtual" else "frozen"
         body.append(_rect(how, 16 + 14 * number, y + 4, 11, 16, 2))
+    first = 16 + 14 * (cells.index("virtual") if where else 0)
+    if "encoded" in own or "mixed" in own:
+        body.append(_path("path", f"M{first + 19} {y + 34} V{y + 22}"))
+        body.append(_bow(first + 19, y + 40) if "encoded" in own else _sources(first + 4, y + 36))
     if "gate" in own:
         body.append(_gate(16 + 14 * len(cells) + 8, y + 12))
     at = 150
@@ -364,6 +396,8 @@ def _legend(marks: Sequence[str]) -> list[str]:
         "whole": lambda x: _rect("trained", x, y, 24, 18),
         "bias": lambda x: _rect("frozen", x, y, 24, 18) + _rect("trained", x + 18, y, 6, 18, 2),
         "low-rank": lambda x: _bow(x + 13, y + 9),
+        "drawn": lambda x: _bow(x + 13, y + 9, how="solid"),
+        "ranked": lambda x: _dot(x + 13, y + 9),
         "scale": lambda x: _factor(x + 14, y + 9),
         "values": lambda x: _rect("frozen", x, y, 24, 18) + "".join(
             _rect("trained", x + right, y + down, 5, 5, 1) for right, down in ((3, 3), (11, 10), (17, 4))
@@ -373,6 +407,8 @@ def _legend(marks: Sequence[str]) -> list[str]:
         + _path("path", f"M{x + 3} {y + 18} l7 -7 M{x + 12} {y + 18} l7 -7"),
         "adapter": lambda x: _rect("touched", x - 3, y - 3, 30, 24, 4) + _bow(x + 12, y + 9, 11, 7),
         "virtual": lambda x: _virtual(x, y + 4, 2, 10),
+        "encoded": lambda x: _bow(x + 13, y + 9),
+        "mixed": lambda x: _sources(x - 2, y - 1),
         "gate": lambda x: _gate(x + 14, y + 9),
     }  # fmt: skip
     for mark in marks:

@@ -543,13 +543,15 @@ def figure_of(name: str) -> str:
     _on_path(DOCS)
     from drawing import drawing_of
 
-    if name == "ports":
-        return drawing_of("one method at each port", read_method(PORTS))
-    return drawing_of(name, _example(name))
+    title, text = DRAWN.get(name, (name, ""))
+    return drawing_of(title, read_method(text) if text else _example(name))
 
 
-#: A method at each port, for the figure of the mechanism.
-PORTS = "lora(targets=[query,value])+series+prefix+prompt+modules(norm)"
+#: Title and method of the figures that do not show a method as it is by itself.
+DRAWN = {
+    "ports": ("one method at each port", "lora(targets=[query,value])+series+prefix+prompt+modules(norm)"),
+    "modules": ("modules", "modules([embed,head])"),
+}
 
 
 def _example(name: str) -> Any:

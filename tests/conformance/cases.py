@@ -164,16 +164,19 @@ def grid(cases: dict[str, Method] | None = None, models: tuple[str, ...] = tuple
 
 
 def cross(cases: dict[str, Method] | None = None) -> pytest.MarkDecorator:
-    """A thinner grid: every case on a few unlike models, and a few cases on every model."""
+    """The grid, of which the usual run takes every case on a few unlike models, and a few cases on every model."""
     chosen = CASES if cases is None else cases
     few_models, few_cases = ("qwen2", "gpt2", "roberta", "t5"), ("lora", "bitfit", "full")
     pairs = [
-        (case, model)
+        pytest.param(
+            case, model, id=f"{model}-{case}",
+            marks=() if model in few_models or case in few_cases else pytest.mark.slow,
+        )
         for model in MODELS
         for case in chosen
-        if (model in few_models or case in few_cases) and (case, model) not in REFUSALS
-    ]
-    return pytest.mark.parametrize(("case", "model_name"), pairs, ids=[f"{model}-{case}" for case, model in pairs])
+        if (case, model) not in REFUSALS
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("case", "model_name"), pairs)
 
 
 def starts_as_identity(method: Method) -> bool:

@@ -168,6 +168,14 @@ def test_figures_are_current(generate):
     assert {file.name for file in (DOCS / "figures").glob("*.svg")} == {file.name for file in drawn} | others
 
 
+def test_each_method_is_drawn_as_itself(generate):
+    seen = {}
+    for file, text in generate.figures().items():
+        body = text.partition("<style>")[2]
+        assert body not in seen, f"{file.name} shows the same as {seen[body]}"
+        seen[body] = file.name
+
+
 def test_links_lead_somewhere():
     """Those of README and the pages; mkdocs --strict checks the anchors."""
     for page in PAGES:

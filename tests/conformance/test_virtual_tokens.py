@@ -340,6 +340,15 @@ def test_a_shifted_prefix_of_t5_stands_next_to_the_first_real_token(gate, side):
         assert_close(found[row, place], wanted[row])
 
 
+def test_a_prefix_without_its_mlp_keeps_the_bias_over_it():
+    model = tiny("t5")
+    method = PrefixTuning(length=3, mlp=4, positions="shifted", targets="decoder/attention")
+    for part in attach(model, method).parts:
+        plain = part.delta.plain()
+        assert plain.has_bias
+        assert torch.equal(plain.bias(2, 4), part.delta.bias(2, 4))
+
+
 @pytest.mark.parametrize("model_name", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("case", ["prefix", "prefix-shifted", "prompt+prefix+lora"])
 def test_left_padding_without_positions_changes_nothing(case, model_name):

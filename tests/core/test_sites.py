@@ -125,6 +125,14 @@ def test_every_unmatched_selector_is_reported_with_the_nearest(llama):
     assert "q_proj (2)" in findings[0].message
 
 
+def test_a_group_without_members_is_not_offered():
+    model = nn.Module()
+    model.fnn = nn.Linear(2, 2)
+    with pytest.raises(SiteError) as caught:
+        survey(model).select("ffn")
+    assert caught.value.findings[0].fix == "targets=fnn"
+
+
 @pytest.mark.parametrize(
     ("model_name", "word", "fused", "first"),
     [

@@ -472,6 +472,18 @@ def test_the_fisher_information_of_several_labels_is_that_of_coins():
     torch.testing.assert_close(16 * score, (chance * (1 - chance)).detach(), rtol=0.25, atol=0)
 
 
+def test_the_fisher_information_of_numbers_is_that_of_a_normal_distribution():
+    """Its variance is 1 whatever the number is, and a number's share in the loss is one of four."""
+    model = tiny("bert")
+    model.config.problem_type = "regression"
+    model.classifier = torch.nn.Linear(model.config.hidden_size, 4)
+    model.classifier.bias.data = torch.tensor([9.0, 0.0, 0.0, -9.0])
+    data = [{**batch, "labels": torch.zeros(3, 4)} for batch in batches(model) for _ in range(100)]
+    torch.manual_seed(0)
+    (score,) = scores_from_data(model, [model.classifier.bias], "fisher", Samples(data))
+    torch.testing.assert_close(16 * score, torch.ones(4), rtol=0.25, atol=0)
+
+
 def test_the_fisher_information_needs_logits():
     model = tiny("bert").bert  # a body without a head
     with pytest.raises(MethodError) as caught:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def test_merged_exports_are_the_adapter(model: str, text: str, tokenizer: Any, t
     [
         *((model, "nf4", text) for model in ("llama", "gpt2", "qwen2") for text in ("lora(rank=4)", "dora(rank=2)")),
         *((model, "int8", text) for model in ("llama", "gpt2", "qwen2") for text in ("ia3", "lora+norm")),
-        ("gpt2", "nf4", "bitfit"),  # the others have no place for its biases; see the test on that
+        *((model, format, "bitfit") for model in ("llama", "gpt2") for format in ("nf4", "int8")),
     ],
 )
 def test_a_packed_base_is_merged_into_a_plain_model(
@@ -96,15 +98,23 @@ def test_a_packed_base_is_merged_into_a_plain_model(
         assert again.difference == 0
 
 
-@pytest.mark.parametrize("model", ["gpt2", "opt"])
-def test_bitfit_is_merged_where_the_base_has_biases(model: str, tokenizer: Any, tmp_path: Path) -> None:
-    assert (
-        export_adapter(trained(model, "bitfit"), tokenizer, tmp_path / "out", to="merged", rows=ROWS).agreement == 1.0
-    )
+@pytest.mark.parametrize("text", ["bitfit", "bitfit(targets=[query,down])"])
+@pytest.mark.parametrize("model", ["gpt2", "opt", "llama"])
+def test_bitfit_is_merged_where_the_class_has_a_place_for_biases(
+    model: str, text: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    adapter = trained(model, text)
+    wanted = logits_of(adapter.model)
+    switches = {key: value for key, value in adapter.model.config.to_dict().items() if key.endswith("bias")}
+    assert export_adapter(adapter, tokenizer, tmp_path / "out", to="merged", rows=ROWS).agreement == 1.0
+    alone = type(adapter.model).from_pretrained(tmp_path / "out").eval()  # as plain transformers has it
+    torch.testing.assert_close(logits_of(alone), wanted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits_of(tiny(model)), wanted, atol=1e-3), "the adapter changed nothing"
+    assert switches.items() <= adapter.model.config.to_dict().items()
 
 
 def test_biases_that_the_class_has_no_place_for_are_noticed(tokenizer: Any, tmp_path: Path) -> None:
-    adapter = trained("llama", "bitfit")
+    adapter = trained("qwen2", "bitfit")
     with pytest.raises(GraftError, match="A245"):
         export_adapter(adapter, tokenizer, tmp_path / "out", to="merged", rows=ROWS)
     assert list(tmp_path.iterdir()) == []
@@ -133,18 +143,25 @@ def test_every_kind_of_head_is_read_back_as_itself(kind: str, to: Any, tokenizer
     assert found.difference < 1e-4
 
 
-@pytest.mark.parametrize("format", [None, "nf4"])
-@pytest.mark.parametrize("to", ["merged", "peft"])
+@pytest.mark.parametrize(
+    ("model", "format", "text", "to"),
+    [
+        *((model, format, "lora(rank=4)", to) for model in ("llama", "gpt2") for format in (None, "nf4")
+          for to in ("merged", "peft")),
+        *(("llama", None, text, to) for text in ("dora(rank=2)", "ia3") for to in ("merged", "peft")),
+        *((model, None, text, "merged") for model in ("llama", "gpt2") for text in ("sparse(fraction=0.05)", "bitfit")),
+    ],
+)  # fmt: skip
 def test_a_corrupted_export_is_refused(
-    to: Any, format: str | None, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, format: str | None, text: str, to: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = trained("llama", "lora(rank=4)", format)
+    adapter = trained(model, text, format)
     read = exporting._read_merged if to == "merged" else exporting._read_adapter
 
     def corrupted(fresh: Path, *args: Any) -> Any:
         file = next(path for path in fresh.iterdir() if path.suffix == ".safetensors")
         tensors = load_file(file)
-        name = next(name for name in sorted(tensors) if "q_proj" in name)
+        name = next(name for name in sorted(tensors) if any(each in name for each in ("k_proj", "c_attn")))
         tensors[name] = tensors[name] * 1.05
         save_file(tensors, file, metadata={"format": "pt"})
         return read(fresh, *args)
@@ -172,7 +189,16 @@ def test_vllm_gets_what_it_takes_and_nothing_else(tokenizer: Any, tmp_path: Path
         trained("llama", "lora(rank=12)"), tokenizer, tmp_path / "fine", to="vllm", rows=ROWS, base="my/base"
     )
     assert "--max-lora-rank 16" in found.command
-    assert found.command in (tmp_path / "fine" / "serve.sh").read_text()
+    assert found.command.endswith(f" fine={tmp_path / 'fine'}")
+    # The script finds the adapter from anywhere, and where it was moved to.
+    moved, programs = tmp_path / "moved here", tmp_path / "bin"
+    (tmp_path / "fine").rename(moved)
+    programs.mkdir()
+    (programs / "vllm").write_text('#!/bin/sh\nfor word; do last=$word; done\necho "$last"\n')
+    (programs / "vllm").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    said = subprocess.run(["sh", moved / "serve.sh"], capture_output=True, text=True, cwd="/", env=environment)
+    assert said.stdout.strip() == f"fine={moved}"
     for text, why in (("dora", "dora"), ("lora+bitfit", "bitfit"), ("ia3", "LoRA alone")):
         with pytest.raises(GraftError, match=why) as caught:
             export_adapter(trained("gpt2", text), tokenizer, tmp_path / "no", to="vllm", rows=ROWS)

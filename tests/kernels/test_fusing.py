@@ -100,6 +100,16 @@ def test_recomputing(name: str, recompute: str) -> None:
     same(model, [shaken(model, "lora(rank=3,targets=all-linear)")], recompute=recompute)
 
 
+@pytest.mark.parametrize(("recompute", "least_bytes"), [("none", 2**24), ("feedforward", 2**20), ("blocks", 2**20)])
+def test_who_has_parts_computed_again_gets_small_memory_back(
+    recompute: Any, least_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(fusing, "give_back_large_memory", given.append)
+    with fuse(tiny("llama"), recompute=recompute):
+        assert given == [least_bytes]
+
+
 def test_half_precision() -> None:
     model = tiny("llama").bfloat16()
     same(model, [shaken(model, "lora(rank=3,targets=all-linear)")], close=0.02)

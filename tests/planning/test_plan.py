@@ -198,6 +198,7 @@ SMALL: dict[str, Any] = {"base": "bundled", "method": "lora(rank=8)", "batch": 4
         ({"dtype": "bfloat16"}, "weights", False),
         ({"quantize": "nf4"}, "weights", False),
         ({"quantize": "nf4"}, "quantisation", True),
+        ({"quantize": "nf4"}, "runtime", True),
         ({"recompute": "blocks", "length": 256}, "activations", None),
         ({"accumulate": 4}, "activations", False),
         ({"labelled": 0.25}, "logits", False),

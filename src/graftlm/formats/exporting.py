@@ -101,13 +101,15 @@ def export_adapter(
             writes = head_kind(type(model).__name__) in ("causal", "conditional")
             command = f"graftlm generate {shlex.quote(str(folder))} 'a prompt'" if writes else ""
         else:
-            used = adapter.without_readers()
-            command = _vllm_command(used, folder, base) if to == "vllm" else ""
+            used, command = adapter.without_readers(), ""
+            start = _vllm_start(used, folder, base) if to == "vllm" else ""
             used.save(fresh, facts=facts or {})
             _must_be_pefts(used, fresh)
             found = _read_adapter(fresh, model, rows)
             if to == "vllm":
-                (fresh / "serve.sh").write_text(f"#!/bin/sh\nexec {command}\n", encoding="utf-8")
+                command = start + shlex.quote(str(folder))
+                here = '"$(cd "$(dirname "$0")" && pwd)"'  # wherever it is called from, and moved to
+                (fresh / "serve.sh").write_text(f"#!/bin/sh\nexec {start}{here}\n", encoding="utf-8")
         difference, agreement = _compared(wanted, found, model.dtype, tolerance, to)
     if to == "peft":
         command = f'PeftModel.from_pretrained(base, "{folder}")'
@@ -121,20 +123,58 @@ def _write_merged(adapter: Adapter, tokenizer: Any, fresh: Path, template: str |
     model: Any = adapter.model
     if any(quantized(model)):
         # In place the other maps would stay packed, and only graftlm could read the file.
-        copied: Any = merged_copy(model, [adapter.name])
-        with quiet():
-            copied.save_pretrained(fresh)
+        _save(merged_copy(model, [adapter.name]), fresh)
     else:
         adapter.merge()
         try:
-            with quiet():
-                model.save_pretrained(fresh)
+            _save(model, fresh)
         finally:
             adapter.unmerge()
     written = copy.copy(tokenizer)
     if template is not None and not tokenizer.chat_template:
         written.chat_template = template
     written.save_pretrained(fresh)
+
+
+def _save(model: Any, fresh: Path) -> None:
+    """Write the model, with the switches of its class on that give a place to the biases that it has by now."""
+    flags, zeros = _switches(model)
+    before = {flag: getattr(model.config, flag) for flag in flags}
+    try:
+        for flag in flags:
+            setattr(model.config, flag, True)
+        with quiet():
+            model.save_pretrained(fresh, **({"state_dict": {**model.state_dict(), **zeros}} if zeros else {}))
+    finally:
+        for flag, value in before.items():
+            setattr(model.config, flag, value)
+
+
+def _switches(model: Any) -> tuple[list[str], dict[str, Tensor]]:
+    """The configuration's switches (`attention_bias`) under which the class has the model's biases.
+
+    Beside them zeros for the biases that come with a switch and that the model has not.
+    """
+    held, plain = set(model.state_dict()), _shapes(model, None)
+    lacking = {name for name in held - set(plain) if name.endswith(".bias")}
+    flags: list[str] = []
+    zeros: dict[str, Tensor] = {}
+    switches = (key for key, value in model.config.to_dict().items() if key.endswith("bias") and value is False)
+    for flag in switches if lacking else ():
+        new = {name: shape for name, shape in _shapes(model, flag).items() if name not in plain}
+        if lacking & set(new):
+            flags.append(flag)
+            zeros |= {name: torch.zeros(shape, dtype=model.dtype) for name, shape in new.items() if name not in held}
+    return flags, zeros
+
+
+def _shapes(model: Any, flag: str | None) -> dict[str, torch.Size]:
+    """The tensors that a model of this class and configuration has, with one of its switches on."""
+    config = copy.deepcopy(model.config)
+    if flag:
+        setattr(config, flag, True)
+    with torch.device("meta"), quiet():
+        return {name: tensor.shape for name, tensor in type(model)(config).state_dict().items()}
 
 
 def _must_be_pefts(adapter: Adapter, fresh: Path) -> None:
@@ -144,8 +184,8 @@ def _must_be_pefts(adapter: Adapter, fresh: Path) -> None:
         raise AdapterError(Finding("A243", message, fix="--to merged, or keep the run as it is"))
 
 
-def _vllm_command(adapter: Adapter, folder: Path, base: str) -> str:
-    """How vLLM is started with it. Raises AdapterError naming all that vLLM does not take."""
+def _vllm_start(adapter: Adapter, folder: Path, base: str) -> str:
+    """How vLLM is started with it, up to the folder. Raises AdapterError naming all that vLLM does not take."""
     faults = []
     ranks = []
     for part in adapter.method.parts:
@@ -161,10 +201,9 @@ def _vllm_command(adapter: Adapter, folder: Path, base: str) -> str:
         raise AdapterError(Finding("A244", f"vLLM does not take {', '.join(faults)}", fix="--to merged"))
     most = next(rank for rank in _VLLM_RANKS if rank >= max(ranks))
     name = "".join(c if c.isalnum() else "-" for c in folder.name)
-    return shlex.join(
-        ["vllm", "serve", base or "BASE", "--enable-lora", "--max-lora-rank", str(most), "--lora-modules",
-         f"{name}={folder}"]
-    )  # fmt: skip
+    where = str(Path(base).resolve()) if base and Path(base).is_dir() else base or "BASE"
+    start = ["vllm", "serve", where, "--enable-lora", "--max-lora-rank", str(most), "--lora-modules", f"{name}="]
+    return shlex.join(start)
 
 
 # --- reading back ---
@@ -243,5 +282,5 @@ def _compared(
 
 
 def _another(what: str, why: str) -> AdapterError:
-    fix = "keep the adapter as it is, or --to peft" if what == "merged" else "try again; if it stays, it is a defect"
+    fix = "keep the run as it is: graftlm reads it" if what == "merged" else "try again; if it stays, it is a defect"
     return AdapterError(Finding("A245", f"the export ({what}) is not the model that was trained: {why}", fix=fix))

@@ -20,12 +20,12 @@ from graftlm.comparison.bench import Bench, flops_of, open_bench
 from graftlm.comparison.budgets import count, sized
 from graftlm.comparison.comparing import next_factor
 from graftlm.comparison.incontext import in_context, prompted
-from graftlm.comparison.measures import MEASURES, measure_of
 from graftlm.comparison.settings import ComparisonSettings, read_budget
 from graftlm.comparison.summary import break_even, pareto, summarised
 from graftlm.errors import Finding, GraftError, RunError
 from graftlm.methods import read_method
 from graftlm.training import trainer
+from graftlm.training.measures import MEASURES, measure_of
 from training.tiny_runs import answered_rows, labelled_rows, rows_for, texts, write_jsonl
 
 Compare = Callable[..., Comparison]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from graftlm.errors import GraftError
 from graftlm.evaluation import texts
 from graftlm.training import evaluate
-from training.tiny_runs import Tiny, answered_rows, labelled_rows, write_jsonl
+from training.tiny_runs import Tiny, answered_rows, labelled_rows, rows_for, write_jsonl
 
 
 def test_two_runs_on_the_same_rows(tiny: Tiny, labelled: Path, tmp_path: Path) -> None:
@@ -50,6 +51,43 @@ def test_what_cannot_be_compared_is_refused(tiny: Tiny, labelled: Path, answered
         with pytest.raises(GraftError, match=why) as caught:
             evaluate(run.folder, against=against.folder)
         assert caught.value.findings[0].code == "U124"
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "base", "measure", "key"),
+    [
+        ("multi", "auto", "tiny_bert", "share of labels right", ""),
+        ("regress", "auto", "tiny_bert", "mean squared error", ""),
+        ("tag", "auto", "tiny_bert", "span F1", "span_f1"),
+        ("seq2seq", "auto", "tiny_t5", "loss in nats per token", "loss"),
+        ("choice", "auto", "tiny_base", "accuracy", "accuracy"),
+        ("dpo", "auto", "tiny_base", "pairs in order", "pair_accuracy"),
+        ("dpo", "reward", "tiny_bert", "pairs in order", "pair_accuracy"),
+    ],
+)
+def test_runs_of_every_task_are_tested_against_one_another(
+    rows: str, asked: str, base: str, measure: str, key: str, tiny: Tiny, tmp_path: Path, request: Any
+) -> None:
+    data, where = write_jsonl(tmp_path / "rows.jsonl", rows_for(rows, 24)), request.getfixturevalue(base)
+    one = tiny(data, task=asked, base=where, epochs=6.0, learning_rate=0.02)
+    other = tiny(data, task=asked, base=where, out="other", learning_rate=1e-6)
+    found = evaluate(one.folder, against=other.folder)
+    told = found["against"]["measures"]
+    assert list(told) == [measure]
+    assert told[measure]["low"] <= told[measure]["difference"] <= told[measure]["high"]
+    if key:
+        scores = found["scores"][0][key], found["against"]["scores"][key]
+        assert told[measure]["difference"] == pytest.approx(scores[0] - scores[1], abs=1e-5)
+    same = evaluate(one.folder, against=one.folder)["against"]["measures"][measure]
+    assert same["difference"] == 0
+    assert same["verdict"] == "not distinguishable"
+
+
+def test_a_task_without_a_score_of_single_rows_is_not_compared(tiny: Tiny, tmp_path: Path) -> None:
+    run = tiny(write_jsonl(tmp_path / "rows.jsonl", rows_for("kto", 12)))
+    with pytest.raises(GraftError, match="kto has no score of single rows") as caught:
+        evaluate(run.folder, against=run.folder)
+    assert caught.value.findings[0].code == "U124"
 
 
 def test_writers_against_one_another_and_their_written_answers(tiny: Tiny, answered: Path, tiny_base: Path) -> None:

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from graftlm.comparison.measures import MEASURES, Scored, measure_of
 from graftlm.comparison.settings import ComparisonSettings
 from graftlm.core import Adapter, Method, Samples, WholeParameterDelta, attach, use
 from graftlm.data import Collator, MaskingCollator, Prepared, prepare
@@ -38,6 +37,7 @@ from graftlm.training import GraftTrainer
 from graftlm.training.callbacks import OtherTokensEachEpoch
 from graftlm.training.decisions import decide_epochs, decide_learning_rates, decide_length, with_head
 from graftlm.training.early import context_of
+from graftlm.training.measures import MEASURES, Scored, measure_of
 from graftlm.training.ready import kind_of
 from graftlm.training.tasks import Learnt
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from graftlm.comparison.bench import Bench, flops_of
-from graftlm.comparison.measures import Scored, scored_classes
 from graftlm.data import Collator, Template
 from graftlm.data.checking import Notes
 from graftlm.data.tokenising import IGNORED, encode_chats
@@ -29,6 +28,7 @@ from graftlm.evaluation import losses
 from graftlm.evaluation.losses import batches, evaluating
 from graftlm.objectives import CausalLM
 from graftlm.training.early import context_of
+from graftlm.training.measures import Scored, scored_classes
 
 __all__ = ["InContext", "Prompted", "in_context", "prompted"]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from graftlm.comparison.measures import Measure
 from graftlm.evaluation import Estimate, crossed_mean, crossed_test, holm, verdict_on
 from graftlm.evaluation.classes import macro_f1
+from graftlm.training.measures import Measure
 
 __all__ = ["COSTS", "break_even", "pareto", "summarised"]
 

@@ -27,6 +27,7 @@ from graftlm.evaluation.texts import ROW_MEASURES, answer_rows, need_text_metric
 from graftlm.objectives import CausalLM
 from graftlm.training.decisions import positions_taken
 from graftlm.training.early import context_of, data_of
+from graftlm.training.measures import MEASURES, measure_of
 from graftlm.training.opening import Opened, open_adapter
 from graftlm.training.scoring import questions_of, score_classification, text_results
 from graftlm.training.tasks import chooses_by_head, learnt_of
@@ -53,7 +54,8 @@ def evaluate(
 
     Every row of `data` is used. Classifiers are scored beside the baselines that learn from the run's own training rows
     (where those are still as they were), writers beside their untouched base. With `against`, another run is scored on
-    the same rows, and `against` of the result says by how much they differ, with an interval, a p-value and a verdict.
+    the same rows, and `against` of the result says by how much they differ, with an interval, a p-value and a verdict:
+    in accuracy and loss, or in the score of the task that rows have (`graftlm.training.measures`).
     `generate` is the number of rows that are answered in full and compared with their references (ROUGE-L, chrF, BLEU).
     `worst` is how many of the rows with the largest loss are in the result. `placing` lays the bases out over
     devices and disk, as in `open_adapter`.
@@ -70,16 +72,18 @@ def evaluate(
         need_text_metrics()
     opened = open_adapter(path, base=base, **placing)
     held, known = _rows(path, data, opened, mapping, max_rows)
-    found = _scored(opened, held, known)
+    other = None
+    if against is not None:
+        other = open_adapter(against, **placing)
+        _check_comparable(path, opened, against, other, held)
+    found = _scored(opened, held, known, by_row=other is not None)
     results = found.results
     results["worst"] = found.worst(worst)
     pairs = None
     if generate:
         pairs = _answered(opened, held[:generate], results, max_new_tokens)
-    if against is not None:
-        other = open_adapter(against, **placing)
-        _check_comparable(path, opened, against, other, held)
-        rival = _scored(other, held, ())
+    if other is not None:
+        rival = _scored(other, held, (), by_row=True)
         results["against"] = _compared(str(against), found, rival)
         if pairs is not None:
             second = _written(other, held[:generate], max_new_tokens)
@@ -188,13 +192,19 @@ def _not_trained_on(path: str | Path, rows: Sequence[Any], trained: Sequence[Any
         raise RunError(Finding("U125", message, fix="leave DATA out, or give rows that it has not seen"))
 
 
-def _scored(opened: Opened, held: list[Any], known: Sequence[Any]) -> _Found:
+def _scored(opened: Opened, held: list[Any], known: Sequence[Any], *, by_row: bool) -> _Found:
+    """The model's scores; of tasks whose score is not made row by row, the rows' own too where `by_row` asks for it."""
     collate = Collator(opened.tokenizer.pad_token_id, max_length=opened.max_length)
     name = opened.adapter.method.parts[0].title if opened.adapter is not None else "untouched base"
     one_label = opened.task == "classify" and opened.labels is not None and not opened.labels.several
     if opened.task not in ("lm", "sft") and not one_label:
-        told, rows = learnt_of(opened).score(held, known)
-        return _Found(told, {}, lambda count: rows[:count])
+        learnt, each_row = learnt_of(opened), {}
+        told, rows = learnt.score(held, known)
+        if by_row:
+            measure = measure_of(opened.task, opened.labels)
+            scored = measure.score(learnt, held)
+            each_row[measure.title] = (measure.by_row(scored.values, scored.counts), None, measure.higher_is_better)
+        return _Found(told, each_row, lambda count: rows[:count])
     measures = learnt_of(opened).measures() if opened.adapter is not None else {}
     if one_label:
         assert opened.labels is not None
@@ -245,8 +255,10 @@ def _check_comparable(path: str | Path, one: Opened, against: str | Path, other:
 
     names = [opened.labels.names if opened.labels else None for opened in (one, other)]
     fault = ""
-    if (one.task == "classify") != (other.task == "classify"):
+    if one.task != other.task and {one.task, other.task} != {"lm", "sft"}:
         fault = f"{path} was trained for {one.task}, {against} for {other.task}"
+    elif one.task not in MEASURES:
+        fault = f"{one.task} has no score of single rows"
     elif names[0] != names[1]:
         fault = f"{path} and {against} have other labels"
     elif one.tokenizer.get_vocab() != other.tokenizer.get_vocab():

@@ -14,11 +14,13 @@ import torch
 import transformers as tf
 
 from graftlm.core import attach
-from graftlm.kernels import fuse
+from graftlm.kernels import fuse, given_back_bytes, native
 from graftlm.methods import read_method
 from graftlm.planning import Speed, asked, said_time, speed_of, time_of
 from graftlm.planning.operations import Operation
 from graftlm.planning.step import objective_of
+
+SIZE = given_back_bytes("none")
 
 
 class Known(Speed):
@@ -61,10 +63,36 @@ def test_an_operation_is_measured_once() -> None:
     x = torch.ones(8, 8)
     one = Operation.of(torch.ops.aten.mm.default, (x, x), {})
     speed = Speed("cpu", 0.0, 0.0, 0.0, clock=clock)
-    assert speed.of(one) == 1.0  # by this clock one second lies between any two looks at it
+    assert speed.of(one, SIZE) == 1.0  # by this clock one second lies between any two looks at it
     looked = now_s
-    assert speed.of(one) == 1.0
+    assert speed.of(one, SIZE) == 1.0
     assert now_s == looked
+
+
+def test_operations_are_measured_with_the_memory_given_back_that_training_gives_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked_for: list[int] = []
+    monkeypatch.setattr(native, "give_back_large_memory", asked_for.append)
+    monkeypatch.setattr(native, "_asked", [2**21])
+    measured: dict[int, float] = {}
+
+    class Seen(Speed):
+        def _measured(self, operation: Operation) -> float:
+            del operation
+            measured[asked_for[-1]] = 1e-3
+            return 1e-3
+
+    speed = Seen("cpu", 0.0, 0.0, 0.0)
+    one = Operation.of(torch.ops.aten.mm.default, (torch.ones(8, 8), torch.ones(8, 8)), {})
+    for recompute in ("none", "blocks"):
+        plan = tiny_step(recompute=recompute).plan()
+        speed.step_s(plan)
+        speed.of(one, given_back_bytes(recompute))
+        assert asked_for[-2:] == [given_back_bytes(recompute), 2**21]  # and then as it was
+    assert set(measured) == {2**24, 2**20}
+    assert (2**20, one) in speed.seconds
+    assert (2**24, one) in speed.seconds
 
 
 def test_dropout_is_drawn_where_it_is_measured_and_numbers_stay_as_they_were() -> None:
@@ -80,7 +108,7 @@ def test_dropout_is_drawn_where_it_is_measured_and_numbers_stay_as_they_were() -
     torch.manual_seed(0)
     Speed("cpu", 0.0, 0.0, 0.0).step_s(plan)
     assert torch.equal(torch.rand(3), expected)
-    assert all(speed.of(one) for one in drawn)
+    assert all(speed.of(one, SIZE) for one in drawn)
 
 
 def test_what_was_measured_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -97,10 +125,10 @@ def test_what_was_measured_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for _ in range(3):
         with speed_of("cpu") as speed:
             assert (speed.call_s, speed.update_s, speed.tensor_s) == (1e-4, 1e-6, 1e-5)
-            took_s = speed.of(one)
+            took_s = speed.of(one, SIZE)
     assert measured == ["cpu"]
     with speed_of("cpu") as speed:
-        assert speed.seconds == {one: took_s}
+        assert speed.seconds == {(SIZE, one): took_s}
     place = tmp_path / "graftlm" / "speed.json"
     assert [each.name for each in place.parent.iterdir()] == ["speed.json"]
     place.write_text("{ broken")

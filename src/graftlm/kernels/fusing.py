@@ -28,7 +28,7 @@ from graftlm.kernels.linear import low_rank_linear
 from graftlm.kernels.native import give_back_large_memory
 from graftlm.kernels.norm import frozen_norm, invertible
 
-__all__ = ["RECOMPUTE", "Fused", "Recompute", "fuse"]
+__all__ = ["RECOMPUTE", "Fused", "Recompute", "fuse", "given_back_bytes"]
 
 Recompute = Literal["none", "feedforward", "blocks"]
 #: What is computed again in the backward instead of being kept: each level needs less memory and more time.
@@ -73,6 +73,11 @@ class Fused:
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+
+def given_back_bytes(recompute: Recompute) -> int:
+    """From which size on freed memory is given back in training: who has parts computed again pays time for memory."""
+    return 16 * 2**20 if recompute == "none" else 2**20
 
 
 def fuse(model: nn.Module, *, recompute: Recompute = "none", device: str = "") -> Fused:
@@ -126,8 +131,7 @@ def fuse(model: nn.Module, *, recompute: Recompute = "none", device: str = "") -
                 done.left[path] = "a feed-forward part of another kind"
     on_processor = (device or next(model.parameters()).device.type) in ("cpu", "meta")
     if on_processor and not next(model.parameters()).is_meta:
-        # Who has parts computed again pays time for memory.
-        give_back_large_memory(16 * 2**20 if recompute == "none" else 2**20)
+        give_back_large_memory(given_back_bytes(recompute))
     for site in found.attentions if on_processor else ():
         owner: Any = modules[site.path]
         if implementation_of(owner) == "sdpa" and not _has_prefixes(owner):

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Loops", "give_back_large_memory", "loops_for", "why_not", "without_loops"]
+__all__ = ["Loops", "give_back_large_memory", "giving_back", "loops_for", "why_not", "without_loops"]
 
 _SOURCE = Path(__file__).with_name("native.c")
 # Sums may be made in any order; what is not a number stays so. Compilers that know no OpenMP get the second line.
@@ -42,6 +42,8 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 MOST_KEYS = 2**16
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
+_GIVEN_BACK_BYTES = 16 * 2**20
+_asked: list[int] = []  # what the C library was told last
 
 _left_out = False
 
@@ -100,7 +102,7 @@ def why_not() -> str:
     return "GRAFTLM_NATIVE is 0" if os.environ.get("GRAFTLM_NATIVE") == "0" else _library()[1]
 
 
-def give_back_large_memory(least_bytes: int = 16 * 2**20) -> bool:
+def give_back_large_memory(least_bytes: int = _GIVEN_BACK_BYTES) -> bool:
     """Have glibc give memory of `least_bytes` and more back when it is freed; False where the C library is another.
 
     It moves that limit up to the largest that was ever freed (32 MiB at most), and below it lets holes stand between
@@ -112,7 +114,19 @@ def give_back_large_memory(least_bytes: int = 16 * 2**20) -> bool:
         set_option = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
+    _asked[:] = [least_bytes]
     return bool(set_option(_M_MMAP_THRESHOLD, least_bytes))
+
+
+@contextlib.contextmanager
+def giving_back(least_bytes: int) -> Iterator[None]:
+    """`give_back_large_memory` for the block; then as it was asked for last, or by itself."""
+    before = list(_asked) or [_GIVEN_BACK_BYTES]
+    give_back_large_memory(least_bytes)
+    try:
+        yield
+    finally:
+        give_back_large_memory(*before)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from graftlm.core import attach
-from graftlm.kernels import fuse
+from graftlm.kernels import fuse, given_back_bytes, giving_back
 from graftlm.methods import read_method
 from graftlm.planning.operations import Operation, again, forward_of, given_tensors, is_attention, smaller
 from graftlm.planning.plan import Asked, Plan
@@ -35,7 +35,7 @@ __all__ = ["Speed", "said_time", "speed_of", "time_of"]
 
 _METHOD = "lora(rank=8,targets=all-linear)"
 _FEW = (1, 8)  # rows and tokens a row of the step that calls much and computes little
-_VERSION = 3
+_VERSION = 4
 
 #: An operation is made smaller until it has no more work than this, a thread: some milliseconds on a processor.
 _MOST_FLOPS, _MOST_BYTES = {"cpu": 3e8, "cuda": 1e11}, {"cpu": 1.6e8, "cuda": 5e8}
@@ -53,14 +53,15 @@ class Speed:
     """What a device takes for an operation, measured when it is first asked for and then known.
 
     `call_s` is what a call of an operation takes beside it, `update_s` and `tensor_s` what an optimizer's step with
-    clipping takes a number and a tensor. `seconds` holds what is known of operations. `clock` tells the seconds.
+    clipping takes a number and a tensor. `seconds` holds what is known of operations, by the size from which on the
+    processor's memory is given back when it is freed, and has to be fetched anew. `clock` tells the seconds.
     """
 
     device: str
     call_s: float
     update_s: float
     tensor_s: float
-    seconds: dict[Operation, float] = field(default_factory=dict)
+    seconds: dict[tuple[int, Operation], float] = field(default_factory=dict)
     clock: Callable[[], float] = time.perf_counter
 
     @classmethod
@@ -69,7 +70,7 @@ class Speed:
         found = cls(device, 0.0, 0.0, 0.0, clock=clock)
         with _same_random_numbers():
             traced, took_s = _tiny_step(device, clock)
-            computed_s = found._sum_s(traced)
+            computed_s = found._sum_s(traced, given_back_bytes("none"))
             calls = sum(each.total() for each in traced.operations.values())
             found.call_s = max(took_s - computed_s, 0.0) / calls
             found.update_s, found.tensor_s = _optimizer_s(device, clock)
@@ -86,21 +87,26 @@ class Speed:
         """
         traced = plan.traced
         update_s = self.update_s * traced.trainable + self.tensor_s * traced.trained_tensors
-        return self._sum_s(traced) * plan.accumulate + update_s
+        return self._sum_s(traced, given_back_bytes(plan.shape.recompute)) * plan.accumulate + update_s
 
-    def _sum_s(self, traced: Traced) -> float:
+    def _sum_s(self, traced: Traced, given_back: int) -> float:
         with _same_random_numbers():
             return sum(
-                count * (self.of(operation) + self.call_s)
+                count * (self.of(operation, given_back) + self.call_s)
                 for phase in ("forward", "backward")
                 for operation, count in traced.operations[phase].items()
             )
 
-    def of(self, operation: Operation) -> float:
-        """The seconds of one operation; none where it cannot be made again, as where values decide."""
-        if operation not in self.seconds:
-            self.seconds[operation] = self._measured(operation)
-        return self.seconds[operation]
+    def of(self, operation: Operation, given_back: int) -> float:
+        """The seconds of one operation; none where it cannot be made again, as where values decide.
+
+        Memory of `given_back` bytes and more goes back when it is freed, as in a training (`given_back_bytes`).
+        """
+        key = given_back, operation
+        if key not in self.seconds:
+            with giving_back(given_back) if self.device == "cpu" else contextlib.nullcontext():
+                self.seconds[key] = self._measured(operation)
+        return self.seconds[key]
 
     def _measured(self, operation: Operation) -> float:
         threads = torch.get_num_threads() if self.device == "cpu" else 1
@@ -117,13 +123,16 @@ class Speed:
     def to_dict(self) -> dict[str, Any]:
         """As plain values, to be kept."""
         kept = list(self.seconds.items())[-_KEPT:]
-        known = {f"{one.name} {one.given}": took_s for one, took_s in kept}
+        known = {f"{given_back} {one.name} {one.given}": took_s for (given_back, one), took_s in kept}
         return {"call_s": self.call_s, "update_s": self.update_s, "tensor_s": self.tensor_s, "seconds": known}
 
     @classmethod
     def from_dict(cls, device: str, kept: dict[str, Any]) -> Speed:
         """What `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
-        known = {Operation(*text.split(" ", 1)): float(took_s) for text, took_s in kept["seconds"].items()}
+        known = {}
+        for text, took_s in kept["seconds"].items():
+            given_back, name, given = text.split(" ", 2)
+            known[int(given_back), Operation(name, given)] = float(took_s)
         call_s, update_s, tensor_s = (float(kept[name]) for name in ("call_s", "update_s", "tensor_s"))
         return cls(device, call_s, update_s, tensor_s, seconds=known)
 

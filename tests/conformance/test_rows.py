@@ -54,24 +54,30 @@ def alone(model, batch, spec=ROWS):
     return torch.cat(found)
 
 
-#: Where one entry stands for all rows and the model itself combines it later, rows cannot be told apart.
-UNKNOWN_ROWS = {
-    (case, model) for case in ("full", "lora+full") for model in ("t5", "t5_gated")
-}  # fmt: skip
+#: What rows of one batch cannot have different adapters in, by what the error names.
+REFUSED_TOGETHER = {
+    # One entry stands for all rows, and the model itself combines it later.
+    **{(case, model): "relative_attention_bias" for case in ("full", "lora+full") for model in ("t5", "t5_gated")},
+    ("prompt-both", "bart"): "BartDecoder counts positions by column",
+}
+#: Rounding in float32 alone is above the bound (1.2e-5 of the largest logit): held to 1e-12 in float64.
+IN_FLOAT64 = {("prune+lora", "t5_gated")}
 
 
 @cross()
 def test_a_row_in_a_mixed_batch_equals_the_row_alone(case, model_name):
     model = with_two(model_name, CASES[case], LoRA(rank=2, targets="all-linear"))
+    if (case, model_name) in IN_FLOAT64:
+        model.double()
     batch = inputs_for(model, rows=4)
     batch["input_ids"][:] = batch["input_ids"][:1]  # equal rows: only the adapters can tell them apart
     wanted = alone(model, batch)
     use(model, ROWS)
-    if (case, model_name) in UNKNOWN_ROWS:
-        with pytest.raises(RoutingError, match="relative_attention_bias"):
+    if (case, model_name) in REFUSED_TOGETHER:
+        with pytest.raises(RoutingError, match=REFUSED_TOGETHER[case, model_name]):
             logits_of(model, batch)
         return
-    assert_close(logits_of(model, batch), wanted)
+    assert_close(logits_of(model, batch), wanted, **({"tolerance": 1e-12} if (case, model_name) in IN_FLOAT64 else {}))
 
 
 @pytest.mark.parametrize("model_name", MODELS)

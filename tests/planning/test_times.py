@@ -17,7 +17,7 @@ from graftlm.core import attach
 from graftlm.kernels import fuse, given_back_bytes, native
 from graftlm.methods import read_method
 from graftlm.planning import Speed, asked, said_time, speed_of, time_of
-from graftlm.planning.operations import Operation
+from graftlm.planning.operations import Operation, output_bytes, smaller
 from graftlm.planning.step import objective_of
 
 SIZE = given_back_bytes("none")
@@ -26,8 +26,8 @@ SIZE = given_back_bytes("none")
 class Known(Speed):
     """A device on which every operation takes a millisecond."""
 
-    def _measured(self, operation: Operation) -> float:
-        del operation
+    def _measured(self, operation: Operation, given_back: int) -> float:
+        del operation, given_back
         return 1e-3
 
 
@@ -75,24 +75,19 @@ def test_operations_are_measured_with_the_memory_given_back_that_training_gives_
     asked_for: list[int] = []
     monkeypatch.setattr(native, "give_back_large_memory", asked_for.append)
     monkeypatch.setattr(native, "_asked", [2**21])
-    measured: dict[int, float] = {}
-
-    class Seen(Speed):
-        def _measured(self, operation: Operation) -> float:
-            del operation
-            measured[asked_for[-1]] = 1e-3
-            return 1e-3
-
-    speed = Seen("cpu", 0.0, 0.0, 0.0)
-    one = Operation.of(torch.ops.aten.mm.default, (torch.ones(8, 8), torch.ones(8, 8)), {})
+    speed, x = Speed("cpu", 0.0, 0.0, 0.0), torch.empty(4096, 4096, device="meta")
+    small = Operation.of(torch.ops.aten.mm.default, (torch.ones(8, 8), torch.ones(8, 8)), {})
+    large = Operation.of(torch.ops.aten.mm.default, (x, x), {})
+    assert speed.of(small, 2**20) > 0
+    assert asked_for == [2**20, 2**21]  # and then as it was
+    assert speed.of(large, 2**20) > 0
+    less, share = smaller(large, 3e8 * torch.get_num_threads(), 1.6e8)
+    assert share > 1
+    assert asked_for[2:] == [2**20 * output_bytes(less) // (4 * 4096**2), 2**21]
+    speed = known_speed()
     for recompute in ("none", "blocks"):
-        plan = tiny_step(recompute=recompute).plan()
-        speed.step_s(plan)
-        speed.of(one, given_back_bytes(recompute))
-        assert asked_for[-2:] == [given_back_bytes(recompute), 2**21]  # and then as it was
-    assert set(measured) == {2**24, 2**20}
-    assert (2**20, one) in speed.seconds
-    assert (2**24, one) in speed.seconds
+        speed.step_s(tiny_step(recompute=recompute).plan())
+    assert {given_back for given_back, _ in speed.seconds} == {2**24, 2**20}
 
 
 def test_dropout_is_drawn_where_it_is_measured_and_numbers_stay_as_they_were() -> None:

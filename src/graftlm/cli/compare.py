@@ -53,7 +53,9 @@ __all__ = ["verb"]
 @click.option("--map", "mapping", metavar="ROLE=COLUMN", help="Which column of DATA plays which role.")
 @click.option("--task", metavar="TASK", help="What is learnt, as for train; without one, what the rows look like.")
 @click.option("--general", metavar="FILE", help="Texts on which it is measured what each method forgets.")
+@click.option("--general-map", "general_mapping", metavar="text=COLUMN", help="Which column of those has the texts.")
 @click.option("--other", metavar="FILE", help="Rows of another task on which the same is measured.")
+@click.option("--other-map", "other_mapping", metavar="ROLE=COLUMN", help="Which column of those plays which role.")
 @click.option(
     "--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="COUNT",
     help="Trainings beside one another, each on one thread; the base is in memory once.",
@@ -76,7 +78,8 @@ def verb(command: str, /, output: str | None, as_json: bool, jobs: int, **flags:
     given["methods"] = tuple(split_methods(given["methods"]))
     given["shots"] = tuple(_whole_numbers(given["shots"])) if "shots" in given else ()
     given["waive"] = tuple(given["waive"].replace(" ", "").split(",")) if "waive" in given else ()
-    given["mapping"] = read_mapping(given.get("mapping"))
+    for name in ("mapping", "general_mapping", "other_mapping"):
+        given[name] = read_mapping(given.get(name))
     settings = ComparisonSettings(**given)
     from graftlm.comparison.comparing import compare_with
 

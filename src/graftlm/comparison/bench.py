@@ -24,14 +24,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from graftlm.comparison.settings import ComparisonSettings
 from graftlm.core import Adapter, Method, Samples, WholeParameterDelta, attach, use
+from graftlm.core.kind import head_kind
 from graftlm.data import Collator, MaskingCollator, Prepared, prepare
 from graftlm.data.collating import length_of
 from graftlm.data.splitting import split
-from graftlm.errors import Finding, RunError
+from graftlm.errors import Finding, GraftError, RunError
 from graftlm.evaluation import losses, probe_baseline
 from graftlm.evaluation.losses import Collate
 from graftlm.methods import Head
-from graftlm.models import head_of, load_base, load_config, load_tokenizer, resolve_base
+from graftlm.models import generates, head_of, load_base, load_config, load_tokenizer, resolve_base
 from graftlm.objectives import CausalLM, Objective, Reference, mean_loss
 from graftlm.training import GraftTrainer
 from graftlm.training.callbacks import OtherTokensEachEpoch
@@ -80,11 +81,12 @@ class Bench:
         sha256: Mapping[str, str],
         lines: Sequence[str] = (),
         general: Sequence[Any] = (),
+        writer: Any = None,
         other: tuple[Sequence[Any], Sequence[Any]] = ((), ()),
     ) -> None:
         self.tokenizer, self.task, self.labels = tokenizer, prepared.task, prepared.labels
         self.train, self.validation, self.test, self.general = train, validation, test, list(general)
-        self.other, self.template = other, prepared.template
+        self.writer, self.other, self.template = writer, other, prepared.template
         self.max_length, self.settings = max_length, settings
         self.sha256, self.lines = dict(sha256), tuple(lines)
         self.learnt = Learnt(
@@ -332,7 +334,7 @@ class Bench:
         """The loss in nats per token on the general texts; None without any."""
         if not self.general:
             return None
-        return losses(self.model, CausalLM.of(self.model), self.general, self.collate).mean
+        return losses(self.writer, CausalLM.of(self.writer), self.general, self.collate).mean
 
     def on_other(self) -> float | None:
         """The score on the rows of another task; None without any.
@@ -449,13 +451,14 @@ def open_bench(settings: ComparisonSettings) -> Bench:
         dtype=settings.dtype,
     )
     general: list[Any] = []
-    sha256 = dict(prepared.sha256)
+    sha256, writer = dict(prepared.sha256), None
     if settings.general:
-        if head_of(prepared.task, config) != "causal":
-            what = "a classifier" if prepared.task == "classify" else f"a model for {prepared.task}"
-            message = f"forgetting is measured by a language model's loss on texts, and {what} has none"
-            raise RunError(Finding("U156", message, fix="--other FILE, rows of another task with labels"))
-        texts = prepare(data_of(settings.general), eval_share=0, task="lm", tokenizer=tokenizer, max_length=max_length)
+        writer = _writer(settings, model, config)
+        with _told_of("general"):
+            texts = prepare(
+                data_of(settings.general), eval_share=0, mapping=settings.general_mapping, task="lm",
+                tokenizer=tokenizer, max_length=max_length,
+            )  # fmt: skip
         general = texts.train
         sha256 |= texts.sha256
     other: tuple[Sequence[Any], Sequence[Any]] = ((), ())
@@ -469,8 +472,34 @@ def open_bench(settings: ComparisonSettings) -> Bench:
     )
     return Bench(
         model, tokenizer, prepared, train, validation, test=test, max_length=max_length, settings=settings,
-        sha256=sha256, lines=lines, general=general, other=other,
+        sha256=sha256, lines=lines, general=general, writer=writer, other=other,
     )  # fmt: skip
+
+
+def _writer(settings: ComparisonSettings, model: Any, config: Any) -> Any:
+    """The model by whose loss on texts it is told what is forgotten: a classifier's body with the base's own head.
+
+    Raises RunError for bases that are no language models that write.
+    """
+    if not generates(config):
+        kind = type(config).__name__.removesuffix("Config")
+        message = f"forgetting of texts is measured by what a causal base makes of them, and {kind} is none"
+        raise RunError(Finding("U156", message, fix="--other FILE, rows of another task"))
+    if head_kind(type(model).__name__) == "causal":
+        return model
+    writer, _ = load_base(settings.base, task="lm", dtype=settings.dtype)
+    setattr(writer, writer.base_model_prefix, model.base_model)
+    return writer
+
+
+@contextlib.contextmanager
+def _told_of(option: str) -> Iterator[None]:
+    """In what is said of a file beside DATA, `--map` is that file's own flag."""
+    try:
+        yield
+    except GraftError as error:
+        own = f"--{option}-map "
+        raise type(error)([replace(each, fix=each.fix.replace("--map ", own)) for each in error.findings]) from None
 
 
 def _other_rows(
@@ -479,15 +508,17 @@ def _other_rows(
     """Rows of another task, with labels halved into those to learn from and those to ask; with the files' hashes."""
     from graftlm.training.early import data_of
 
-    found = prepare(
-        data_of(str(settings.other)),
-        eval_share=0.5 if task == "classify" else 0,
-        max_rows=settings.max_rows,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        waived=settings.waive,
-        **kind_of(config),
-    )
+    with _told_of("other"):
+        found = prepare(
+            data_of(str(settings.other)),
+            eval_share=0.5 if task == "classify" else 0,
+            mapping=settings.other_mapping,
+            max_rows=settings.max_rows,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            waived=settings.waive,
+            **kind_of(config),
+        )
     if found.task != task:
         message = f"{settings.other} is read as rows for {found.task}, and what is asked of it is {task}"
         raise RunError(Finding("U156", message, fix=f"--other with a file for {task}"))

@@ -21,7 +21,8 @@ class ComparisonSettings:
     `budget` is the number of trained parameters beside the head, as a share of the base ("0.3%") or a count ("20000").
     `trials` learning rates are tried for each method, on validation rows. `shots` are numbers of examples shown to the
     untouched base in its prompt. `general` is a file of texts and `other` one with rows of another task: on these is
-    measured what is forgotten. `head` is where new heads of classifiers start: "probe", a regression on the training
+    measured what is forgotten; `mapping` and its like say which column plays which role in each. `head` is where new
+    heads of classifiers start: "probe", a regression on the training
     rows and the same for all, or "fresh", drawn by the seed.
 
     Example:
@@ -49,7 +50,9 @@ class ComparisonSettings:
     task: str = "auto"
     shots: tuple[int, ...] = ()
     general: str | None = None
+    general_mapping: dict[str, str] | None = None
     other: str | None = None
+    other_mapping: dict[str, str] | None = None
     head: str = "probe"
     dtype: str = "float32"
     threads: int | None = None

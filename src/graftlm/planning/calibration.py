@@ -27,7 +27,7 @@ import torch
 from graftlm.core import attach
 from graftlm.kernels import fuse, given_back_bytes, giving_back
 from graftlm.methods import read_method
-from graftlm.planning.operations import Operation, again, forward_of, given_tensors, is_attention, smaller
+from graftlm.planning.operations import Operation, again, forward_of, given_tensors, is_attention, output_bytes, smaller
 from graftlm.planning.plan import Asked, Plan
 from graftlm.planning.step import Shape, Traced, objective_of
 
@@ -104,18 +104,20 @@ class Speed:
         """
         key = given_back, operation
         if key not in self.seconds:
-            with giving_back(given_back) if self.device == "cpu" else contextlib.nullcontext():
-                self.seconds[key] = self._measured(operation)
+            self.seconds[key] = self._measured(operation, given_back)
         return self.seconds[key]
 
-    def _measured(self, operation: Operation) -> float:
+    def _measured(self, operation: Operation, given_back: int) -> float:
         threads = torch.get_num_threads() if self.device == "cpu" else 1
         try:
             most_flops = _MOST_FLOPS[self.device] * threads * (_ATTENTION if is_attention(operation.name) else 1)
             less, share = smaller(operation, most_flops, _MOST_BYTES[self.device])
-            took_s = _seconds(less, self.device, self.clock)
-            if (forward := forward_of(less)) is not None:
-                took_s = max(took_s - _seconds(forward, self.device, self.clock), 0.0)
+            # What comes back of a smaller operation goes back where that of the whole one would.
+            limit = given_back * output_bytes(less) // max(output_bytes(operation), 1) if share > 1 else given_back
+            with giving_back(limit) if self.device == "cpu" else contextlib.nullcontext():
+                took_s = _seconds(less, self.device, self.clock)
+                if (forward := forward_of(less)) is not None:
+                    took_s = max(took_s - _seconds(forward, self.device, self.clock), 0.0)
         except Exception:  # an operation of a model may want values that it is not given here
             return 0.0
         return took_s * share

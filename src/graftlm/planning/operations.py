@@ -21,7 +21,7 @@ from graftlm.kernels import attention as blocks
 
 __all__ = [
     "BLOCKED", "BLOCKED_BACKWARD", "FUSED_BACKWARD", "Operation", "again", "forward_of", "given_tensors",
-    "is_attention", "is_product", "is_view", "smaller", "tensors", "work",
+    "is_attention", "is_product", "is_view", "output_bytes", "smaller", "tensors", "work",
 ]  # fmt: skip
 
 _aten = torch.ops.aten
@@ -198,6 +198,20 @@ def smaller(operation: Operation, most_flops: float, most_bytes: float) -> tuple
         operation = cut
     now = _work_of(operation)
     return operation, whole[0] / now[0] if now[0] else whole[1] / max(now[1], 1)
+
+
+def output_bytes(operation: Operation) -> int:
+    """The bytes of the largest tensor that the operation makes, or is given in its place.
+
+    Example:
+        >>> output_bytes(Operation.of(torch.ops.aten.mm.default, (torch.ones(8, 4), torch.ones(4, 16)), {}))
+        512
+    """
+    try:
+        made = tensors((again(operation, "meta")(),))
+    except Exception:  # what is written for a device alone gives as much as it takes
+        made = tensors(_built(json.loads(operation.given)[0], "meta"))
+    return max((tensor.numel() * tensor.itemsize for tensor in made), default=0)
 
 
 def _work_of(operation: Operation) -> tuple[int, int]:

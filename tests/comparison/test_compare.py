@@ -22,9 +22,14 @@ from graftlm.comparison.comparing import next_factor
 from graftlm.comparison.incontext import in_context, prompted
 from graftlm.comparison.settings import ComparisonSettings, read_budget
 from graftlm.comparison.summary import break_even, pareto, summarised
+from graftlm.data import Collator, prepare
 from graftlm.errors import Finding, GraftError, RunError
+from graftlm.evaluation import losses
 from graftlm.methods import read_method
+from graftlm.models import load_base
+from graftlm.objectives import CausalLM
 from graftlm.training import trainer
+from graftlm.training.early import data_of
 from graftlm.training.measures import MEASURES, measure_of
 from training.tiny_runs import answered_rows, labelled_rows, rows_for, texts, write_jsonl
 
@@ -219,7 +224,7 @@ def test_everything_that_is_wrong_is_said_before_anything_is_trained(
         ({"budget": "many"}, "no share of the base"),
         ({"seeds": 0, "trials": 0}, "seeds is 0"),
         ({"shots": (2,)}, "is an encoder"),
-        ({"general": "bundled:messages"}, "a classifier has none"),
+        ({"general": "bundled:messages"}, "Bert is none"),
     ):
         with pytest.raises(GraftError, match=why):
             small(**settings)
@@ -345,6 +350,38 @@ def test_answers_with_prompting_forgetting_and_full_fine_tuning(tiny_base: Path,
     assert len(table) == 1 + len(found.contestants)
     assert "\\toprule" in (found.folder / "table.tex").read_text()
     assert (found.folder / "table.md").read_text().count("\n") == 2 + len(found.contestants)
+
+
+def test_what_a_classifier_on_a_causal_base_forgets(tiny_base: Path, tmp_path: Path) -> None:
+    """Its body writes on with the base's own output map; columns of the other files have flags of their own."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", labelled_rows(40))
+    general = write_jsonl(tmp_path / "general.jsonl", [{"line": text} for text in texts(8).splitlines() if text])
+    other = write_jsonl(
+        tmp_path / "other.jsonl", [{"line": f"{r['text']}!", "kind": r["label"]} for r in labelled_rows(24)]
+    )
+
+    def compared(**settings: Any) -> Comparison:
+        return compare(
+            rows, base=tiny_base, methods=["lora", "prefix"], seeds=1, trials=1, steps=3, batch=4, quiet=True,
+            general=str(general), other=str(other), output=tmp_path / "out", **settings,
+        )  # fmt: skip
+
+    with pytest.raises(GraftError) as caught:
+        compared(general_mapping={"text": "lines"})
+    assert "--general-map text=" in str(caught.value)
+    with pytest.raises(GraftError) as caught:
+        compared(general_mapping={"text": "line"}, other_mapping={"text": "lines", "label": "kind"})
+    assert "--other-map text=" in str(caught.value)
+    found = compared(general_mapping={"text": "line"}, other_mapping={"text": "line", "label": "kind"})
+    by_name = {row["name"]: row for row in found.contestants}
+    model, tokenizer = load_base(str(tiny_base))
+    items = prepare(
+        data_of(str(general)), mapping={"text": "line"}, eval_share=0, task="lm", tokenizer=tokenizer, max_length=128
+    ).train
+    untouched = losses(model, CausalLM.of(model), items, Collator(tokenizer.pad_token_id, max_length=128)).mean
+    assert by_name["probe"]["general"] == pytest.approx(untouched, rel=1e-5)
+    assert len({row["general"] for row in found.contestants if row.get("general") is not None}) == 4
+    assert found.record["base"]["sha256_before"] == found.record["base"]["sha256_after"]
 
 
 # --- tasks ---

@@ -32,7 +32,8 @@ from graftlm.errors import Finding, GraftError, RunError
 from graftlm.evaluation import losses, probe_baseline
 from graftlm.evaluation.losses import Collate
 from graftlm.methods import Head
-from graftlm.models import generates, head_of, load_base, load_config, load_tokenizer, resolve_base
+from graftlm.models import head_of, load_base, load_config, load_tokenizer, resolve_base
+from graftlm.models.loading import generates
 from graftlm.objectives import CausalLM, Objective, Reference, mean_loss
 from graftlm.training import GraftTrainer
 from graftlm.training.callbacks import OtherTokensEachEpoch

@@ -1,18 +1,19 @@
 """How near plans come: planned against measured memory and time, each case in processes of its own.
 
-    taskset -c 1 python -m benchmarks.plan_accuracy --keep cases.jsonl               # 144 cases, 20 minutes of one core
+    taskset -c 1 python -m benchmarks.plan_accuracy --keep cases.jsonl               # 144 cases, 30 minutes of one core
     taskset -c 1 python -m benchmarks.plan_accuracy --keep cases.jsonl --first 648   # the whole grid
 
 Results go to benchmarks/results/plan_accuracy.json, the plot to docs/figures/plan.svg. `--keep` holds what was measured
-and is not measured again; everything is planned anew. The grid is 3 architectures, 5 methods, 4 sizes, 3 levels of
+and is not measured again; memory is planned anew. The grid is 3 architectures, 5 methods, 4 sizes, 3 levels of
 recomputing and 4 kinds of numbers; it is in an order whose first part has every pair of these many times.
 
 A case is measured by two children of a process that has imported everything. One takes two training steps: its peak is
 its highest resident set (Linux: VmHWM), less what it held before the model was made, so Python and the libraries do not
 flatter the figure. There the C library is told to give freed blocks of a quarter of a megabyte back at once
 (M_MMAP_THRESHOLD): left alone it keeps holes, and the resident set of these small models is up to twice what they
-allocate; `--holes` leaves it alone. The other child takes four steps with the allocator as it is: time is the median
-processor time of the last three. One thread. The device's speed is measured by processor time too.
+allocate; `--holes` leaves it alone. The other child takes three steps with the allocator as a run has it, then measures
+the device's speed and plans, then takes three more: time is the median processor time of the last two of each, set
+against what was planned between them, since machines get faster and slower by a fifth within minutes. One thread.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ import transformers as tf
 from graftlm.core import attach
 from graftlm.kernels import RECOMPUTE, fuse
 from graftlm.methods import read_method
-from graftlm.planning import Speed, plan
+from graftlm.planning import Plan, Speed, plan
 from graftlm.planning.memory import RUNTIME_BYTES
 from graftlm.planning.step import objective_of
 from graftlm.quantisation import quantize
@@ -89,12 +90,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was seen of a case: bytes over those `at_rest`, which the process held before, and seconds of a step."""
+    """What was seen of a case: bytes over those `at_rest`, which the process held before, and seconds of a step.
+
+    `planned_s` is what was planned in the same minute.
+    """
 
     case: Case
     peak_bytes: int
     at_rest_bytes: int
     step_s: float
+    planned_s: float
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,6 @@ class Planned:
 
     seen: Measured
     planned_bytes: int
-    planned_s: float
 
     @property
     def memory_error(self) -> float:
@@ -113,7 +117,7 @@ class Planned:
     @property
     def time_error(self) -> float:
         """Planned over measured time, less one."""
-        return self.planned_s / self.seen.step_s - 1
+        return self.seen.planned_s / self.seen.step_s - 1
 
 
 def cases() -> list[Case]:
@@ -141,14 +145,12 @@ def _groups(levels: tuple[Any, ...], size: int) -> Iterator[Any]:
     return itertools.combinations(enumerate(levels), size)
 
 
-def planned(seen: Measured, speed: Speed) -> Planned:
-    """Bytes besides those of the process at rest, and seconds of a step on this machine."""
-    case = seen.case
-    told = plan(
+def planned(case: Case) -> Plan:
+    """The plan of a case."""
+    return plan(
         CONFIGS[case.architecture](), case.method, dtype=case.dtype, batch=case.rows, length=case.length,
         task=case.task, recompute=case.recompute, quantize=case.quantize,
     )  # fmt: skip
-    return Planned(seen, told.total_bytes - RUNTIME_BYTES["cpu"], speed.step_s(told))
 
 
 def measured_bytes(case: Case, *, holes: bool = False) -> tuple[int, int]:
@@ -164,10 +166,12 @@ def measured_bytes(case: Case, *, holes: bool = False) -> tuple[int, int]:
     return _status("VmHWM"), rest
 
 
-def measured_s(case: Case) -> float:
-    """The processor time of a step, with the allocator as a run has it; run in a process of its own."""
+def measured_s(case: Case) -> tuple[float, float]:
+    """The processor time of a step, and what is planned between; run in a process of its own."""
     torch.manual_seed(0)
-    return statistics.median(_steps(case, 4)[1:])
+    times = _steps(case, 3)[1:]
+    planned_s = Speed.measured("cpu", clock=time.process_time).step_s(planned(case))
+    return statistics.median(times + _steps(case, 3)[1:]), planned_s
 
 
 def _steps(case: Case, count: int, *, holes: bool = True) -> list[float]:
@@ -248,17 +252,16 @@ def main() -> None:
             if time.monotonic() - began_s > 60 * given.minutes:
                 continue
             memory = in_child(functools.partial(measured_bytes, holes=given.holes), case)
-            step_s = in_child(measured_s, case)
-            if memory is None or step_s is None:
+            times = in_child(measured_s, case)
+            if memory is None or times is None:
                 print("FAILED", case)
                 continue
-            known[case] = Measured(case, memory[0] - memory[1], memory[1], step_s)
+            known[case] = Measured(case, memory[0] - memory[1], memory[1], *times)
             if given.keep:
                 with given.keep.open("a") as file:
                     file.write(json.dumps(asdict(known[case])) + "\n")
         seen.append(known[case])
-    speed = Speed.measured("cpu", clock=time.process_time)
-    found = [planned(one, speed) for one in seen]
+    found = [Planned(one, planned(one.case).total_bytes - RUNTIME_BYTES["cpu"]) for one in seen]
     print(table(found))
     errors = {"memory": [one.memory_error for one in found], "time": [one.time_error for one in found]}
     for what, values in errors.items():
@@ -273,7 +276,7 @@ def main() -> None:
                         "peak_mb": round(one.seen.peak_bytes / 1e6, 2),
                         "planned_mb": round(one.planned_bytes / 1e6, 2),
                         "step_s": round(one.seen.step_s, 4),
-                        "planned_s": round(one.planned_s, 4),
+                        "planned_s": round(one.seen.planned_s, 4),
                     }
                     for one in found
                 ],
@@ -296,10 +299,7 @@ def machine() -> str:
 def kept(place: Path | None) -> list[Measured]:
     """The cases of a file of an earlier run."""
     lines = place.read_text().splitlines() if place and place.exists() else []
-    return [
-        Measured(Case(**fields["case"]), *(fields[name] for name in ("peak_bytes", "at_rest_bytes", "step_s")))
-        for fields in map(json.loads, lines)
-    ]
+    return [Measured(**{**fields, "case": Case(**fields["case"])}) for fields in map(json.loads, lines)]
 
 
 def table(found: list[Planned]) -> str:
@@ -313,7 +313,7 @@ def table(found: list[Planned]) -> str:
             f"{case.architecture} | {case.method.partition('(')[0]} | {case.rows} x {case.length} | "
             f"{case.dtype}{', ' + case.quantize if case.quantize else ''} | {case.recompute} | "
             f"{one.planned_bytes / 1e6:.1f} | {one.seen.peak_bytes / 1e6:.1f} | {100 * one.memory_error:+.1f} % | "
-            f"{one.planned_s:.3f} | {one.seen.step_s:.3f} | {100 * one.time_error:+.1f} %"
+            f"{one.seen.planned_s:.3f} | {one.seen.step_s:.3f} | {100 * one.time_error:+.1f} %"
         )
     return "\n".join(f"| {line} |" for line in lines)
 

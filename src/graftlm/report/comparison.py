@@ -249,6 +249,7 @@ def _matrix(summary: Mapping[str, Any]) -> dict[str, Any]:
     """For each pair the difference and a sign: + the line is better, - worse, = not distinguishable."""
     names = [row["name"] for row in summary["contestants"] if row["kind"] != "baseline"]
     found: dict[tuple[str, str], tuple[str, float, float]] = {}
+    nothing = ("", "", "", "")
     turned = {"better": "worse", "worse": "better"}
     for pair in summary["pairs"]:
         verdict = pair["verdict"]
@@ -260,11 +261,11 @@ def _matrix(summary: Mapping[str, Any]) -> dict[str, Any]:
         cells = []
         for other in names:
             if one == other:
-                cells.append(("", "", ""))
+                cells.append(nothing)
                 continue
             verdict, difference, p = found[one, other]
             said = f"{one} minus {other}: {difference:+.4f}, corrected p = {p:.2g}, {verdict}"
-            cells.append((f"{signs[verdict]} {abs(difference):.3f}", verdict.replace(" ", "-"), said))
+            cells.append((f"{signs[verdict]} {abs(difference):.3f}", f"p {p:.2g}", verdict.replace(" ", "-"), said))
         lines.append((one, cells))
     return {"names": names, "lines": lines}
 

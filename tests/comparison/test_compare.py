@@ -209,6 +209,32 @@ def test_a_folder_with_another_comparison_is_left_alone(small: Compare, tmp_path
         small("mine")
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "why"),
+    [
+        ("comparison.json", "{", "no JSON"),
+        ("comparison.json", '{"settings": {}}', "no data, base, started"),
+        ("runs/bitfit-1.json", "[]", "no object"),
+        ("runs/bitfit-1.json", '{"values": [1]}', "no counts"),
+        ("trials/bitfit/1.json", '{"value": 1}', "no factor"),
+    ],
+)
+def test_a_damaged_file_of_a_comparison_is_named(
+    file: str, text: str, why: str, small: Compare, tmp_path: Path
+) -> None:
+    scores = {row["name"]: row["score"] for row in small().contestants}
+    place = tmp_path / "out" / file
+    place.write_text(text)
+    with pytest.raises(GraftError, match=why) as caught:
+        small()
+    assert [finding.code for finding in caught.value.findings] == ["U160"]
+    assert f"rm {place}" in caught.value.findings[0].fix
+    assert place.read_text() == text
+    if file != "comparison.json":
+        place.unlink()
+        assert {row["name"]: row["score"] for row in small().contestants} == scores
+
+
 def test_everything_that_is_wrong_is_said_before_anything_is_trained(
     small: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

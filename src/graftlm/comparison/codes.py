@@ -16,5 +16,6 @@ CODES: dict[str, str] = {
     "U157": "too few rows are left for training, validation or test",
     "U158": "no candidate is within the limits of memory and time",
     "U159": "methods cannot be trained beside one another here",
+    "U160": "a file of an unfinished comparison is damaged",
 }
 """Code to meaning."""

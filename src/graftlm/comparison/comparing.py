@@ -16,6 +16,7 @@ import datetime
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -146,6 +147,7 @@ def compare_with(
 
 
 _PARENT = Path("comparisons")
+_NEEDED = ("settings", "data", "base", "started")
 
 
 class _Work:
@@ -240,7 +242,7 @@ class _Work:
             "environment": environment(bench.model),
         }
         if place.exists():
-            there = json.loads(place.read_text(encoding="utf-8"))
+            there = _kept(place, _NEEDED) or {}
             for key, what in (("data", "sha256"), ("base", "fingerprint")):
                 if there[key][what] != record[key][what]:
                     message = f"the {key} changed since the comparison in {self.folder} began"
@@ -258,7 +260,7 @@ class _Work:
         history: list[tuple[float, float]] = []
         for number in range(self.settings.trials):
             place = self.folder / "trials" / contestant.name / f"{number}.json"
-            found = _kept(place)
+            found = _kept(place, ("factor", "value"))
             if found is None:
                 factor = next_factor(history)
                 try:
@@ -282,7 +284,7 @@ class _Work:
 
     def _trained(self, bench: Bench, contestant: Contestant, factor: float, seed: int) -> dict[str, Any]:
         place = self.folder / "runs" / f"{contestant.name}-{seed}.json"
-        found = _kept(place)
+        found = _kept(place, ("values", "counts"))
         if found is None:
             with bench.fitted(contestant.method, seed=seed, factor=factor, counted=True) as (_, cost):
                 scored = bench.scored(bench.test)
@@ -307,7 +309,7 @@ class _Work:
         runs = []
         for rival in rivals:
             place = self.folder / "runs" / f"{rival.name}.json"
-            found = _kept(place)
+            found = _kept(place, ("values", "counts"))
             if found is None:
                 found = _run(rival.name, 0, rival.scored())
                 if rival.name in ("base", "probe"):  # the body as it was
@@ -336,7 +338,7 @@ class _Work:
             own = []
             for seed in [seed for k, seed in prompts if k == shots]:
                 place = self.folder / "runs" / f"{name}-{seed}.json"
-                found = _kept(place)
+                found = _kept(place, ("values", "counts"))
                 if found is None:
                     if bench.has_new_head and model is bench.model:
                         # One base in memory: the classifier has had its turn.
@@ -551,8 +553,22 @@ def keep(path: Path, value: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _kept(path: Path) -> dict[str, Any] | None:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+def _kept(path: Path, needs: Sequence[str]) -> dict[str, Any] | None:
+    """What was kept in a file; None where it is not there. Raises RunError (U160) where it lacks what it `needs`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise _damaged(path, f"it is no JSON ({error})") from None
+    if not isinstance(found, dict) or (lacking := [name for name in needs if name not in found]):
+        raise _damaged(path, f"it has no {', '.join(lacking)}" if isinstance(found, dict) else "it is no object")
+    return found
+
+
+def _damaged(path: Path, why: str) -> RunError:
+    fix = f"rm {shlex.quote(str(path))}, and the same command again makes anew what it held"
+    return RunError(Finding("U160", f"{path} cannot be gone on from: {why}", fix=fix))
 
 
 def _run(name: str, seed: int, scored: Any) -> dict[str, Any]:
@@ -569,7 +585,7 @@ def _check_folder(folder: Path, settings: ComparisonSettings) -> None:
     """Raise RunError (U152) where the folder holds anything but this comparison."""
     place = folder / _RECORD
     if place.exists():
-        there = json.loads(place.read_text(encoding="utf-8"))["settings"]
+        there = (_kept(place, _NEEDED) or {})["settings"]
         now = settings.to_dict()
         changed = [f"{key}: {there.get(key)} there, {now[key]} asked for" for key in now if there.get(key) != now[key]]
         if changed:

@@ -68,14 +68,20 @@ RECORD: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def written(place: Path) -> Path:
+    """The record in a folder."""
     record = copy.deepcopy(RECORD)
     for line in record["summary"]["contestants"]:
         if line["kind"] == "trained":
             line["break_even"] = {"in-context-2": {"plain": 125.0, "cached": None}}
-    (tmp_path / "comparison.json").write_text(json.dumps(record))
-    return tmp_path
+    place.mkdir(exist_ok=True)
+    (place / "comparison.json").write_text(json.dumps(record))
+    return place
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return written(tmp_path)
 
 
 def test_the_page_says_what_the_record_says_and_needs_nothing_from_outside(folder: Path) -> None:

@@ -55,7 +55,10 @@ def test_train_hands_over_what_was_given(cli: Callable, rooms: Rooms, tmp_path: 
     ("task", "status", "following"),
     [
         ("sft", "done", "graftlm chat 'runs/x y' --vs base"),
-        ("classify", "done", "graftlm predict 'runs/x y' TEXT"),
+        ("classify", "done", "graftlm predict 'runs/x y' \"a text to label\""),
+        ("regress", "done", "graftlm predict 'runs/x y' \"a text to label\""),
+        ("tfew", "done", "graftlm evaluate 'runs/x y' more.jsonl"),
+        ("lm", "done", "graftlm generate 'runs/x y' \"a prompt\" --vs base"),
         ("lm", "stopped", "graftlm train -o 'runs/x y' --resume"),
     ],
 )
@@ -195,10 +198,15 @@ def test_predict_refuses(cli: Callable, labeller: Rooms, adapter_folder: str, wo
 
 
 def test_each_kind_of_adapter_is_sent_to_its_verb(cli: Callable, rooms: Rooms, adapter_folder: str) -> None:
-    assert "fix: graftlm generate runs/faq-1" in cli("predict", adapter_folder, "x").err
-    rooms.task = "classify"
-    assert "fix: graftlm predict runs/faq-1" in cli("generate", adapter_folder, "x").err
-    assert cli("chat", adapter_folder).code == 2
+    assert "fix: graftlm chat runs/faq-1" in cli("predict", adapter_folder, "x").err
+    for task, verb in (("classify", "predict"), ("regress", "predict"), ("tag", "predict"), ("reward", "evaluate")):
+        rooms.task = task
+        for words in (["generate", adapter_folder, "x"], ["chat", adapter_folder]):
+            answer = cli(*words)
+            assert answer.code == 2
+            assert f"fix: graftlm {verb} runs/faq-1" in answer.err
+    rooms.task = "reward"
+    assert "fix: graftlm evaluate runs/faq-1" in cli("predict", adapter_folder, "x").err
 
 
 # --- generate ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,8 +126,10 @@ def _told(run: str, opened: Any, texts: Sequence[Any]) -> tuple[list[str], list[
             {"text": text, "tokens": words[: len(found)], "tags": found}
             for text, words, found in zip(texts, rows, tags, strict=True)
         ]
+    from graftlm.report.content import next_verb
+
     message = f"{run} was trained for {opened.task}, not to label texts"
-    raise UsageFault(Finding("L105", message, fix=f"graftlm generate {run}"))
+    raise UsageFault(Finding("L105", message, fix=f"graftlm {next_verb(opened.task, shlex.quote(run))}"))
 
 
 def _asked(run: str, prompt: Any, text: str | tuple[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def open_speaker(
 ) -> Speaker:
     """The model that `what` means: a run, an adapter or a base model; `placing` as in `open_adapter`.
 
-    Raises UsageFault for a classifier, for flags that would do nothing, and where nothing is at `what`.
+    Raises UsageFault for a model that does not write, for flags that would do nothing, and where nothing is at `what`.
     """
     faults = []
     kind = kind_of(what)
@@ -102,10 +103,12 @@ def open_speaker(
         faults.append(Finding("L103", message, fix="--temperature 0.7"))
     if faults:
         raise UsageFault(faults)
+    from graftlm.report.content import next_verb
     from graftlm.training import open_adapter
 
     opened = open_adapter(Path(what).expanduser() if kind == "adapter" else what, base=base, **placing)
-    if opened.task == "classify":
-        message = f"{what} was trained to label texts, not to write"
-        raise UsageFault(Finding("L105", message, fix=f'graftlm predict {what} "a text"'))
+    silent = opened.task in ("classify", "regress", "tag", "reward", "mlm")
+    if silent or chooses_by_head(opened.task, getattr(opened.model, "config", None)):
+        message = f"{what} was trained for {opened.task}, not to write"
+        raise UsageFault(Finding("L105", message, fix=f"graftlm {next_verb(opened.task, shlex.quote(what))}"))
     return Speaker(opened.model, opened.tokenizer, opened.template, opened.adapter is not None)

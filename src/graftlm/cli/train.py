@@ -50,7 +50,7 @@ def verb(command: str, /, resume: bool, config: str | None, set: tuple[str, ...]
     folder = shlex.quote(str(run.folder))
     if run.record.get("status") == "stopped":
         click.echo(f"next     graftlm train -o {folder} --resume")
-    elif run.record.get("task") == "classify":
-        click.echo(f"next     graftlm predict {folder} TEXT")
     else:
-        click.echo(f"next     graftlm chat {folder} --vs base")
+        from graftlm.report.content import next_verb
+
+        click.echo(f"next     graftlm {next_verb(str(run.record.get('task')), folder)}")

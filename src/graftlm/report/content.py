@@ -177,21 +177,31 @@ def settings(run: RunFolder) -> list[tuple[str, Any, str]]:
     return list(walk(run.mapping("settings"), ""))
 
 
+def next_verb(task: str, folder: str) -> str:
+    """The verb, with its arguments, that shows what an adapter of this task does; `folder` is quoted.
+
+    Example:
+        >>> next_verb("tag", "runs/news-1"), next_verb("sft", "runs/faq-1")
+        ('predict runs/news-1 "a text to label"', 'chat runs/faq-1 --vs base')
+    """
+    if task in ("classify", "regress", "tag"):
+        return f'predict {folder} "a text to label"'
+    if task in ("choice", "tfew", "mlm", "reward"):
+        return f"evaluate {folder} more.jsonl"
+    return f'generate {folder} "a prompt" --vs base' if task in ("lm", "seq2seq") else f"chat {folder} --vs base"
+
+
+_SHOWS = {"predict": "what it says of a text", "chat": "talk to it, and to the base", "generate": "one answer of each"}
+
+
 def commands(run: RunFolder) -> list[Row]:
     """What can be typed next, with what it does."""
     name = shlex.quote(run.name)
-    if run.text("task") in ("classify", "regress", "tag"):
-        first = [(f'graftlm predict {name} "a text to label"', "what it says of a text")]
-    elif run.text("task") in ("choice", "mlm", "reward"):
-        first = []
-    else:
-        first = [
-            (f"graftlm chat {name}", "talk to it"),
-            (f'graftlm generate {name} "a prompt"', "one answer"),
-        ]
-        if run.text("task") == "lm":
-            first = first[1:]
-    return [*first, (f"graftlm evaluate {name} more.jsonl", "score it on rows of your own")]
+    first = next_verb(run.text("task"), name)
+    shown = [(f"graftlm {first}", _SHOWS[verb])] if (verb := first.partition(" ")[0]) in _SHOWS else []
+    if verb == "chat":
+        shown.append((f'graftlm generate {name} "a prompt"', "one answer"))
+    return [*shown, (f"graftlm evaluate {name} more.jsonl", "score it on rows of your own")]
 
 
 def python_lines(run: RunFolder) -> str:

@@ -103,12 +103,13 @@ def open_speaker(
         faults.append(Finding("L103", message, fix="--temperature 0.7"))
     if faults:
         raise UsageFault(faults)
+    from graftlm.core.kind import head_kind
     from graftlm.report.content import next_verb
     from graftlm.training import open_adapter
 
     opened = open_adapter(Path(what).expanduser() if kind == "adapter" else what, base=base, **placing)
     silent = opened.task in ("classify", "regress", "tag", "reward", "mlm")
-    if silent or chooses_by_head(opened.task, getattr(opened.model, "config", None)):
+    if silent or head_kind(type(opened.model).__name__) == "sequence":  # choices by an encoder
         message = f"{what} was trained for {opened.task}, not to write"
         raise UsageFault(Finding("L105", message, fix=f"graftlm {next_verb(opened.task, shlex.quote(what))}"))
     return Speaker(opened.model, opened.tokenizer, opened.template, opened.adapter is not None)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from graftlm.comparison import Comparison, bench, compare
 from graftlm.comparison.bench import Bench, flops_of, open_bench
@@ -376,6 +377,13 @@ def test_answers_with_prompting_forgetting_and_full_fine_tuning(tiny_base: Path,
     assert len(table) == 1 + len(found.contestants)
     assert "\\toprule" in (found.folder / "table.tex").read_text()
     assert (found.folder / "table.md").read_text().count("\n") == 2 + len(found.contestants)
+
+
+@pytest.mark.parametrize("config", [transformers.BertConfig(), transformers.T5Config(), transformers.BartConfig()])
+def test_texts_are_for_causal_bases_alone(config: Any) -> None:
+    with pytest.raises(RunError, match="is none") as caught:
+        bench._writer(ComparisonSettings(), None, config)
+    assert caught.value.findings[0].code == "U156"
 
 
 def test_what_a_classifier_on_a_causal_base_forgets(tiny_base: Path, tmp_path: Path) -> None:

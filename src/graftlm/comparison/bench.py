@@ -482,7 +482,7 @@ def _writer(settings: ComparisonSettings, model: Any, config: Any) -> Any:
 
     Raises RunError for bases that are no language models that write.
     """
-    if not generates(config):
+    if not generates(config) or getattr(config, "is_encoder_decoder", False):
         kind = type(config).__name__.removesuffix("Config")
         message = f"forgetting of texts is measured by what a causal base makes of them, and {kind} is none"
         raise RunError(Finding("U156", message, fix="--other FILE, rows of another task"))

@@ -340,6 +340,21 @@ def test_a_shifted_prefix_of_t5_stands_next_to_the_first_real_token(gate, side):
         assert_close(found[row, place], wanted[row])
 
 
+@pytest.mark.parametrize("model_name", FAMILIES)
+@pytest.mark.parametrize("case", ["prefix", "prefix-mlp", "prefix-shifted", "prompt"])
+def test_a_static_cache_is_exact_or_refused(case, model_name):
+    """Its mask is made for all places of the cache, in which nothing can be put before the tokens."""
+    model, adapter = ready(model_name, METHODS[case])
+    perturb(adapter)
+    batch = inputs_for(model, rows=2)
+    wanted = generate(model, batch)
+    if case in ("prefix", "prefix-mlp"):
+        assert torch.equal(generate(model, batch, cache_implementation="static"), wanted)
+    else:
+        with pytest.raises(RoutingError, match="masks of other shapes"):
+            generate(model, batch, cache_implementation="static")
+
+
 def test_a_prefix_without_its_mlp_keeps_the_bias_over_it():
     model = tiny("t5")
     method = PrefixTuning(length=3, mlp=4, positions="shifted", targets="decoder/attention")

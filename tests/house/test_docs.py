@@ -54,7 +54,7 @@ def run_blocks(blocks: list[Block], folder: Path) -> None:
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m graftlm "$@"\n')
     program.chmod(0o755)
     environment = os.environ | {
-        "PATH": f"{commands}:{os.environ['PATH']}",
+        "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",  # torchrun is beside Python
         "PYTHONPATH": f"{ROOT / 'src'}:{folder}",
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "120",

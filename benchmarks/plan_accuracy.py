@@ -1,6 +1,7 @@
 """How near plans come: planned against measured memory and time, each case in processes of its own.
 
-    taskset -c 1 python -m benchmarks.plan_accuracy --keep cases.jsonl               # 144 cases, 30 minutes of one core
+    taskset -c 1 python -m benchmarks.plan_accuracy --keep cases.jsonl --first 57    # half an hour of a shared core
+    taskset -c 1 python -m benchmarks.plan_accuracy --keep cases.jsonl               # 144 cases
     taskset -c 1 python -m benchmarks.plan_accuracy --keep cases.jsonl --first 648   # the whole grid
 
 Results go to benchmarks/results/plan_accuracy.json, the plot to docs/figures/plan.svg. `--keep` holds what was measured

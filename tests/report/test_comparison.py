@@ -91,7 +91,7 @@ def test_the_page_says_what_the_record_says_and_needs_nothing_from_outside(folde
     for part in (
         "lora leads, 1 of 3 are not distinguishable from it", "It cannot be told apart from ia3_<b>",
         "It is better than full and in-context-2", "It beats the strongest baseline, TF-IDF",
-        "bit-identical before and after", "77aa", "125", "never", "graftlm compare a&b.csv",
+        "bit-identical before and after", "77aa", "= 0.010 p 0.4", "125", "never", "graftlm compare a&b.csv",
     ):  # fmt: skip
         assert part in said, part
     assert "<b>" not in page, "names are escaped"

@@ -155,11 +155,15 @@ def _switches(model: Any) -> tuple[list[str], dict[str, Tensor]]:
 
     Beside them zeros for the biases that come with a switch and that the model has not.
     """
-    held, plain = set(model.state_dict()), _shapes(model, None)
-    lacking = {name for name in held - set(plain) if name.endswith(".bias")}
     flags: list[str] = []
     zeros: dict[str, Tensor] = {}
-    switches = (key for key, value in model.config.to_dict().items() if key.endswith("bias") and value is False)
+    switches = [key for key, value in model.config.to_dict().items() if key.endswith("bias") and value is False]
+    held = set(model.state_dict())
+    biases = {name for name in held if name.endswith(".bias")}
+    if not switches or not biases:  # most exports: the class need not be asked
+        return flags, zeros
+    plain = _shapes(model, None)
+    lacking = biases - set(plain)
     for flag in switches if lacking else ():
         new = {name: shape for name, shape in _shapes(model, flag).items() if name not in plain}
         if lacking & set(new):

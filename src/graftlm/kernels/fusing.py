@@ -25,7 +25,7 @@ from graftlm.core.lane import lane_of
 from graftlm.kernels.attention import attention_forward
 from graftlm.kernels.feedforward import Map, feed_forward
 from graftlm.kernels.linear import low_rank_linear
-from graftlm.kernels.native import give_back_large_memory
+from graftlm.kernels.native import LARGE_BYTES, give_back_large_memory
 from graftlm.kernels.norm import frozen_norm, invertible
 
 __all__ = ["RECOMPUTE", "Fused", "Recompute", "fuse", "given_back_bytes"]
@@ -77,7 +77,7 @@ class Fused:
 
 def given_back_bytes(recompute: Recompute) -> int:
     """From which size on freed memory is given back in training: who has parts computed again pays time for memory."""
-    return 16 * 2**20 if recompute == "none" else 2**20
+    return LARGE_BYTES if recompute == "none" else 2**20
 
 
 def fuse(model: nn.Module, *, recompute: Recompute = "none", device: str = "") -> Fused:

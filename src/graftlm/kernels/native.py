@@ -42,7 +42,8 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 MOST_KEYS = 2**16
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
-_GIVEN_BACK_BYTES = 16 * 2**20
+#: From which size on memory is given back where time counts.
+LARGE_BYTES = 16 * 2**20
 _asked: list[int] = []  # what the C library was told last
 
 _left_out = False
@@ -102,7 +103,7 @@ def why_not() -> str:
     return "GRAFTLM_NATIVE is 0" if os.environ.get("GRAFTLM_NATIVE") == "0" else _library()[1]
 
 
-def give_back_large_memory(least_bytes: int = _GIVEN_BACK_BYTES) -> bool:
+def give_back_large_memory(least_bytes: int) -> bool:
     """Have glibc give memory of `least_bytes` and more back when it is freed; False where the C library is another.
 
     It moves that limit up to the largest that was ever freed (32 MiB at most), and below it lets holes stand between
@@ -120,8 +121,8 @@ def give_back_large_memory(least_bytes: int = _GIVEN_BACK_BYTES) -> bool:
 
 @contextlib.contextmanager
 def giving_back(least_bytes: int) -> Iterator[None]:
-    """`give_back_large_memory` for the block; then as it was asked for last, or by itself."""
-    before = list(_asked) or [_GIVEN_BACK_BYTES]
+    """`give_back_large_memory` for the block; then as it was asked for last, or from `LARGE_BYTES` on."""
+    before = list(_asked) or [LARGE_BYTES]
     give_back_large_memory(least_bytes)
     try:
         yield

@@ -266,6 +266,16 @@ def test_optuna_is_asked_for_by_name(small: Compare, monkeypatch: pytest.MonkeyP
         small(trials=4)
 
 
+def test_tags_without_the_library_that_scores_them_are_not_compared(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "seqeval.metrics.sequence_labeling", None)
+    rows = write_jsonl(tmp_path / "rows.jsonl", rows_for("tag", 24))
+    with pytest.raises(GraftError, match=r"graftlm\[scores\]"):
+        compare(rows, base=tiny_bert, methods=["lora", "head"], output=tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_few_trials_are_the_same_for_all_and_go_to_the_better_side() -> None:
     assert next_factor([]) == 1.0
     assert next_factor([(1.0, 0.5)]) == 3.0

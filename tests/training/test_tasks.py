@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -64,6 +65,17 @@ def test_a_run_of_every_task(
     again = evaluate(run.folder)
     assert again["scores"][0] == pytest.approx(tuned, abs=1e-6)
     assert again["measure"] == results["measure"]
+
+
+def test_tags_without_the_library_that_scores_them_are_refused_before_anything_is_made(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "seqeval.metrics.sequence_labeling", None)
+    data = write_jsonl(tmp_path / "rows.jsonl", rows_for("tag"))
+    with pytest.raises(GraftError, match=r"graftlm\[scores\]") as caught:
+        tiny(data)
+    assert [finding.code for finding in caught.value.findings] == ["E130"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_masked_words_of_plain_text(tiny: Tiny, tiny_bert: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from graftlm.data.splitting import split
 from graftlm.errors import Finding, GraftError, RunError
 from graftlm.evaluation import losses, probe_baseline
 from graftlm.evaluation.losses import Collate
+from graftlm.evaluation.spans import need_span_metrics
 from graftlm.methods import Head
 from graftlm.models import head_of, load_base, load_config, load_tokenizer, resolve_base
 from graftlm.models.loading import generates
@@ -431,6 +432,8 @@ def open_bench(settings: ComparisonSettings) -> Bench:
     )
     if prepared.task not in MEASURES:
         raise RunError(Finding("U150", f"a comparison is of {', '.join(MEASURES)}; these rows are for {prepared.task}"))
+    if prepared.task == "tag":
+        need_span_metrics()
     labels = prepared.labels
     examples = [item["example"] for item in prepared.train]
     by_label = prepared.task == "classify" and labels is not None and not labels.several

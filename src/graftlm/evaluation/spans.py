@@ -16,7 +16,7 @@ from graftlm.evaluation.losses import Collate, batches, evaluating
 from graftlm.evaluation.statistics import with_interval
 from graftlm.objectives import Tagging
 
-__all__ = ["commonest_tags", "f1_of", "predicted_tags", "span_counts", "span_scores", "tag_words"]
+__all__ = ["commonest_tags", "f1_of", "need_span_metrics", "predicted_tags", "span_counts", "span_scores", "tag_words"]
 
 
 def predicted_tags(
@@ -103,6 +103,11 @@ def span_counts(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str
 def _of_equal_length(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> list[list[str]]:
     """The predictions with O where words have none."""
     return [[*(got[: len(want)]), *["O"] * (len(want) - len(got))] for want, got in zip(truth, predicted, strict=True)]
+
+
+def need_span_metrics() -> None:
+    """Raise EnvironmentFault where the library that reads tags into spans is not installed."""
+    _entities()
 
 
 def _entities() -> Any:

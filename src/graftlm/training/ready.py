@@ -21,6 +21,7 @@ from graftlm.data.reading import read_rows
 from graftlm.data.streaming import Source, prepare_streamed
 from graftlm.data.tokenising import IGNORED
 from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, SettingsError
+from graftlm.evaluation.spans import need_span_metrics
 from graftlm.methods import Value, read_method
 from graftlm.models import head_of, is_encoder, load_config, load_tokenizer, resolve_base
 from graftlm.models.placing import Placing
@@ -162,6 +163,8 @@ def make_ready(settings: RunSettings, origin: Mapping[str, str]) -> Ready:
             for part in (method.parts if method is not None else ())
             if part.needs_samples
         ]
+    if prepared is not None and prepared.task == "tag":
+        attempt(need_span_metrics)
     attempt(lambda: waived(data.waive))
     attempt(lambda: Placing(model.device_map, model.max_memory or None, model.offload_folder))
     attempt(lambda: check_optimizer(train.optimizer))

@@ -75,7 +75,12 @@ def test_merged_exports_are_the_adapter(model: str, text: str, tokenizer: Any, t
     [
         *((model, "nf4", text) for model in ("llama", "gpt2", "qwen2") for text in ("lora(rank=4)", "dora(rank=2)")),
         *((model, "int8", text) for model in ("llama", "gpt2", "qwen2") for text in ("ia3", "lora+norm")),
-        *((model, format, "bitfit") for model in ("llama", "gpt2") for format in ("nf4", "int8")),
+        *(
+            (model, format, text)
+            for model in ("llama", "gpt2")
+            for format in ("nf4", "int8")
+            for text in ("bitfit", "sparse(fraction=0.05)")
+        ),
     ],
 )
 def test_a_packed_base_is_merged_into_a_plain_model(

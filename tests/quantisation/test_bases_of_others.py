@@ -14,6 +14,8 @@ from torch import nn
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     TorchAoConfig,
@@ -23,7 +25,7 @@ from transformers import (
 from graftlm import load_adapter
 from graftlm.core import attach, dense, parameter_count, survey
 from graftlm.errors import GraftError, NotMergeable
-from graftlm.methods import DoRA, LoRA, PiSSA
+from graftlm.methods import DoRA, LoRA, PiSSA, Prune, Sparse
 from graftlm.models import bundled_base, load_base
 from graftlm.objectives import CausalLM
 from graftlm.quantisation import merged_copy, quantized
@@ -63,8 +65,13 @@ def packed(kind: str):
 
 
 @pytest.mark.parametrize(
-    "method", [LoRA(rank=4, targets="all-linear"), DoRA(rank=4), PiSSA(rank=4, alpha=2.0)], ids=str
-)
+    "method",
+    [
+        LoRA(rank=4, targets="all-linear"), DoRA(rank=4), PiSSA(rank=4, alpha=2.0), Sparse(fraction=0.05),
+        Sparse(fraction=0.3, targets="attention"),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_deltas_on_four_bits_of_bitsandbytes(method):
     model = packed("four")
     before = logits_of(model)
@@ -97,6 +104,56 @@ def test_numbers_of_eight_bits_of_bitsandbytes():
     assert torch.equal(logits_of(model), before)
     perturb(adapter)
     assert not torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bits_are_the_same_numbers_after_a_call(double, tmp_path):
+    """A call without gradients turns them around on processors that multiply bfloat16; rows of several blocks each."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+                         num_key_value_heads=4, vocab_size=64, pad_token_id=0)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=four, dtype=torch.float32).eval()
+    before = {path: dense(module).clone() for path, module in quantized(model)}
+    logits_of(model)
+    for path, numbers in before.items():
+        assert (dense(model.get_submodule(path)) - numbers).norm() < 0.005 * numbers.norm(), path
+
+
+def test_a_base_is_pruned_in_four_bits_of_bitsandbytes():
+    model = packed("four")
+    before = logits_of(model)
+    adapter = attach(model, Prune(0.5))
+    pruned = logits_of(model)
+    with pytest.raises(NotMergeable):
+        adapter.merge()
+    out = merged_copy(model, dtype=torch.float32)
+    assert (logits_of(out) - pruned).norm() < 0.05 * pruned.norm()
+    zeros = (out.model.layers[0].mlp.up_proj.weight == 0).float().mean()
+    assert 0.49 < float(zeros) < 0.7  # and codes of zero
+    adapter.detach()
+    assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_maps_stored_across_are_turned_back(bits, tmp_path):
+    """bitsandbytes holds a GPT-2's weights the other way round than its files."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=64, n_positions=64, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "plain")
+    wanted = BitsAndBytesConfig(load_in_4bit=True) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "plain", quantization_config=wanted, dtype=torch.float32).eval()
+    assert len(list(quantized(model))) == 8
+    adapter = attach(model, Sparse(fraction=0.05))
+    perturb(adapter)
+    acted = logits_of(model)
+    merged_copy(model, dtype=torch.float32).save_pretrained(tmp_path / "merged")
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
+    assert (logits_of(again) - acted).norm() < 0.05 * acted.norm()
+    dense_one = GPT2LMHeadModel.from_pretrained(tmp_path / "plain").eval()
+    attach(dense_one, adapter.method, state=adapter.state())
+    assert (logits_of(dense_one) - acted).norm() < 0.3 * acted.norm()  # the same places of another rounding
 
 
 @pytest.fixture

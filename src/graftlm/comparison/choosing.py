@@ -154,10 +154,10 @@ def importance(bench: Bench) -> dict[str, dict[str, float]]:
     """
     sites = survey(bench.model).select("all-linear", kinds=("linear", "conv1d"))
     modules = dict(bench.model.named_modules())
-    weights = [modules[site.path].weight for site in sites]
+    maps = [modules[site.path] for site in sites]
     some = bench.train[:: max(len(bench.train) // _LOOKED_AT, 1)][:_LOOKED_AT]
     samples = Samples([bench.batch([item]) for item in some], bench.loss)
-    scores = scores_from_data(bench.model, weights, "empirical-fisher", samples)
+    scores = scores_from_data(bench.model, maps, "empirical-fisher", samples)
     by: dict[str, dict[str, list[float]]] = {"layer": defaultdict(list), "role": defaultdict(list)}
     for site, score in zip(sites, scores, strict=True):
         mean = float(score.mean())

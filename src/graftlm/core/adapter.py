@@ -42,7 +42,7 @@ from graftlm.core.kind import is_encoder_decoder
 from graftlm.core.method import Method, Part, Samples, device_at
 from graftlm.core.routing import Routing, Spec, read_spec
 from graftlm.core.sites import Site, Survey, linear_kind
-from graftlm.core.storage import dense, is_offloaded, is_packed
+from graftlm.core.storage import dense, entries, is_across, is_offloaded, is_packed
 from graftlm.core.survey import survey
 from graftlm.errors import AdapterError, Finding, GraftError, MethodError, NotMergeable, RoutingError, nearest
 
@@ -746,16 +746,22 @@ def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:
                     now = modules[path]._parameters[name]
                     assert now is not None
                     original = originals.get((path, name))
-                    start = now if original is None else original
+                    stored = now if original is None else original
+                    packed = name == "weight" and is_packed(module)
+                    start = entries(module, stored) if packed else stored
                     value = delta.parameter(start)
                     # Where an adapter merged before stands already, the changes add up, as at a junction.
-                    put(places, value.clone() if now is start else now + (value - start), now, now.dtype)
+                    if now is not stored:
+                        here = entries(module, now) if packed else now
+                        value = here + (value - start)
+                    turned = value.T if packed and is_across(module) else value
+                    put(places, turned.clone(), now, _held_as(module, now))
             elif isinstance(delta, LinearDelta):
                 weight, bias = module._parameters["weight"], module._parameters.get("bias")
                 assert weight is not None
                 across = linear_kind(module) == "conv1d"  # stored [in, out]
                 whole = dense(module).float()
-                dtype: Any = weight.dtype if weight.is_floating_point() else module.dtype  # what it was before packing
+                dtype = _held_as(module, weight)
                 folded, shift = _fold(part, whole.T if across else whole, None if bias is None else bias.float())
                 put([(part.site.path, "weight")], folded.T if across else folded, weight, dtype)
                 if shift is not None:
@@ -764,7 +770,15 @@ def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:
         for part, kept in (pair for name in merged if graft.keep_zeros for pair in _zeros(graft.adapters[name])):
             changed = modules[part.site.path]._parameters[part.site.parameter or ""]
             assert changed is not None
-            changed.mul_(kept)  # a merge has put it there: the original is kept elsewhere
+            module = modules[part.site.path]
+            # A merge has put it there: the original is kept elsewhere.
+            changed.mul_(kept.T if is_packed(module) and is_across(module) else kept)
+
+
+def _held_as(module: nn.Module, weight: Tensor) -> torch.dtype:
+    """The type of the numbers of a map's `weight`: of a packed one what it was before."""
+    dtype: Any = weight.dtype if weight.is_floating_point() else module.dtype
+    return dtype  # type: ignore[no-any-return]
 
 
 def _zeros(adapter: Adapter) -> list[tuple[Part, Tensor]]:
@@ -788,7 +802,7 @@ def _thaw(model: nn.Module, name: str) -> None:
 def _takes_weights(model: nn.Module, part: Part) -> bool:
     """Whether a merged weight can be put in place of the one that `part` changes."""
     module = model.get_submodule(part.site.path)
-    if not isinstance(part.delta, LinearDelta):
+    if not isinstance(part.delta, LinearDelta) and part.site.parameter != "weight":
         return True
     weight = module._parameters.get("weight")
     return (

@@ -152,10 +152,16 @@ class ParameterDelta(Delta):
     """A delta that stands for one parameter of a module. Several at one parameter add up their changes.
 
     Where it stands for the weight of a linear map or an embedding it may have an `add` too, the same change beside the
-    map: what a changed weight adds to the output. `adds` says when that is the cheaper way.
+    map: what a changed weight adds to the output. `adds` says when that is the cheaper way. Where the weight is packed,
+    all that stand for it act beside the map, those without an `add` by the difference of both weights.
     """
 
     port: ClassVar[Port] = "param"
+
+    @property
+    def has_add(self) -> bool:
+        """Whether there is an `add`."""
+        return type(self).add is not ParameterDelta.add
 
     def adds(self, x: Tensor, rows: bool) -> bool:
         """Whether `add` is to be called for the input `x` instead of `parameter`; `rows`: for some rows of a batch."""

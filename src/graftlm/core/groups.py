@@ -35,6 +35,7 @@ class Group:
     slices: tuple[Slice, ...] = ()
     parameters: tuple[tuple[str, tuple[ParameterDelta, ...]], ...] = ()
     products: tuple[ParameterDelta, ...] = ()  # those of `parameters` that may act beside their map
+    packed: bool = False  # whether the weight is packed: they must
     branches: tuple[tuple[Site, BranchDelta], ...] = ()
     streams: tuple[BranchDelta, ...] = ()  # before the module, which is the norm behind the add
     prefixes: tuple[KeyValueDelta, ...] = ()
@@ -61,7 +62,7 @@ class Group:
 
     def beside(self, x: Tensor) -> tuple[ParameterDelta, ...]:
         """The parameter deltas that act beside their map for this input, not through a changed weight."""
-        return tuple(delta for delta in self.products if delta.adds(x, self.rows is not None))
+        return self.products if self.packed else tuple(d for d in self.products if d.adds(x, self.rows is not None))
 
     @property
     def inserted(self) -> int:

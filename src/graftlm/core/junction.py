@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from graftlm.core.attention import Splice
@@ -34,7 +36,7 @@ from graftlm.core.lane import Lane, plain_forward
 from graftlm.core.routing import Batch, Choice, Routing
 from graftlm.core.sequence import Layout, check_cache, positions_by_mask
 from graftlm.core.sites import Site, linear_kind
-from graftlm.core.storage import dense
+from graftlm.core.storage import dense, entries, is_across, is_packed
 from graftlm.errors import Finding, RoutingError
 
 __all__ = ["Junction", "MapChange", "Replay", "Switch", "columns_of", "junction_of"]
@@ -181,6 +183,8 @@ class Junction:
         self.path, self.rows, self.switch = path, rows, switch
         #: Whether the module is a linear map or an embedding.
         self.maps = linear_kind(module) is not None
+        #: Whether the weight is packed, so that no other can stand in its place.
+        self.packed = is_packed(module)
         self.deltas: dict[str, list[tuple[Site, str, Delta]]] = {}  # adapter -> (site, parameter name, delta)
         #: Adapters with a delta elsewhere that reads what this module is given.
         self.watchers: set[str] = set()
@@ -250,8 +254,8 @@ class Junction:
     # --- the plan ---
 
     def _products(self, parameters: Iterable[ParameterDelta]) -> tuple[ParameterDelta, ...]:
-        """Those of the weight's `parameters` that may act beside the map."""
-        return tuple(delta for delta in parameters if type(delta).adds is not ParameterDelta.adds) if self.maps else ()
+        """Those of the weight's `parameters` that may act beside the map; all of them where it is packed."""
+        return tuple(delta for delta in parameters if self.packed or delta.has_add) if self.maps else ()
 
     def plan(self) -> tuple[Group, ...]:
         """The groups of the routing in force, without idle ones where one choice holds for all rows."""
@@ -296,7 +300,8 @@ class Junction:
         asking = any(acts(delta, "add_over") for delta in (*linear, *(d for part in slices.values() for d in part)))
         return Group(
             rows,
-            products=() if asking else self._products(parameters.get("weight", ())),
+            products=() if asking and not self.packed else self._products(parameters.get("weight", ())),
+            packed=self.packed,
             befores=tuple(delta for delta in linear if acts(delta, "before")),
             adds=tuple(
                 (delta, acts(delta, "add_over")) for delta in linear if acts(delta, "add") or acts(delta, "add_over")
@@ -482,9 +487,9 @@ class Junction:
         `index` are its entries in the `whole` input, None for all.
         """
         for product in group.beside(x) if group.products else ():
-            output = output + product.add(x, partial(self.own_weight, module)).to(output.dtype)
+            output = output + self.product(module, product, x).to(output.dtype)
         if group.acts:
-            base = self._base(module, output, index, whole) if group.asks_base else None
+            base = self._base(module, group, output, index, whole) if group.asks_base else None
             for delta, over in group.adds:
                 added = delta.add_over(x, base) if over and base is not None else delta.add(x)
                 if added is not None:
@@ -526,23 +531,51 @@ class Junction:
             y = delta.branch(given.reshape(y.shape), y, mask)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def _base(self, module: nn.Module, output: Tensor, index: Tensor | None, whole: Tensor) -> Base:
+    def product(self, module: nn.Module, delta: ParameterDelta, x: Tensor) -> Tensor:
+        """What `delta`, which stands for the map's weight, adds to its output, [..., out], for the input x [..., in].
+
+        One without an `add` gives the weight as it is to be: the difference is made again in the backward pass, so that
+        nothing dense is kept where weights are packed.
+        """
+        own = partial(self.own_weight, module)
+        if delta.has_add:
+            return delta.add(x, own)
+        across = is_across(module)
+
+        def changed(x: Tensor) -> Tensor:
+            base = own().detach()
+            change = (delta.parameter(base) - base).to(x.dtype)
+            return x @ change if across else F.linear(x, change)
+
+        if not torch.is_grad_enabled():
+            return changed(x)
+        found: Tensor = checkpoint(changed, x, use_reentrant=False, preserve_rng_state=False)
+        return found
+
+    def _base(self, module: nn.Module, group: Group, output: Tensor, index: Tensor | None, whole: Tensor) -> Base:
         across = linear_kind(module) == "conv1d"
         bias = getattr(module, "bias", None)
         forward = plain_forward(module)
+        beside = group.products if group.packed else ()
 
         def bare(z: Tensor) -> Tensor:
             y: Tensor = forward(z)
-            return y if bias is None else y - bias
+            y = y if bias is None else y - bias
+            for product in beside:
+                y = y + self.product(module, product, z).to(y.dtype)
+            return y
 
         def weight() -> Tensor:
             whole = dense(module)
+            for product in beside:
+                base = self.own_weight(module)
+                change = product.parameter(base) - base
+                whole = whole + (change.T if is_across(module) else change)
             return whole.T if across else whole
 
         mask = self.switch.batch.mask_like(whole, index)
-        return Base(
-            output=output, map=bare, weight=weight, stored=module._parameters.get("weight"), bias=bias, mask=mask
-        )
+        stored = None if beside else module._parameters.get("weight")
+        return Base(output=output, map=bare, weight=weight, stored=stored, bias=bias, mask=mask)
 
     def _leave_rows(
         self,
@@ -612,9 +645,14 @@ class Junction:
             module._parameters[name] = value  # type: ignore[assignment]
 
     def own_weight(self, module: nn.Module) -> Tensor:
-        """The base's own weight, whatever is merged into it or stands in its place during this call."""
-        now = self._taken["weight"] if "weight" in self._taken else module._parameters["weight"]
+        """The base's own weight, whatever is merged into it or stands in its place during this call.
+
+        A packed one as numbers, in the layout that it had before.
+        """
         original = self.switch.originals.get((self.path, "weight"))
+        if self.packed:
+            return entries(module, original)
+        now = self._taken["weight"] if "weight" in self._taken else module._parameters["weight"]
         found = now if original is None else original
         assert found is not None
         return found

@@ -189,7 +189,7 @@ class _Steps:
 
     def __init__(self, lane: Lane, groups: tuple[Group, ...], count: int, total: int, device: torch.device) -> None:
         self.lane, self.count = lane, count
-        self.whole = not total
+        self.whole, self.packed = not total, lane.junction.packed
 
         def at(rows: Sequence[int]) -> Entries | None:
             return None if self.whole else Entries(rows, count, total, device)
@@ -276,7 +276,7 @@ class _Steps:
         token = self.token
         once = token is not None and x.numel() == self.count * x.shape[-1]
         left = token.others if once and token is not None else _ALL
-        if "products" in left and not all(product.adds(x, not self.whole) for product, _ in self.products):
+        if "products" in left and not (self.packed or all(p.adds(x, not self.whole) for p, _ in self.products)):
             return None
         if not once or token is None:
             x = self._entered(x)
@@ -316,8 +316,8 @@ class _Steps:
         """y with additions of these kinds, made in place."""
         if "products" in kinds:
             for product, at in self.products:
-                own = partial(self.lane.junction.own_weight, self.lane.module)
-                _add(y, at, product.add(x if at is None else at.take(x), own))
+                own = x if at is None else at.take(x)
+                _add(y, at, self.lane.junction.product(self.lane.module, product, own))
         for bias, at in self.biases:
             assert at is not None
             at.add(y, self._bias_change(bias))

@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from graftlm.core.lane import plain_forward
 from graftlm.core.sites import linear_kind
 
-__all__ = ["dense", "fetched", "is_offloaded", "is_packed", "parameter_count", "read_storage", "source_weight"]
+__all__ = [
+    "dense",
+    "entries",
+    "fetched",
+    "is_across",
+    "is_offloaded",
+    "is_packed",
+    "parameter_count",
+    "read_storage",
+    "source_weight",
+]
 
 _ROWS_AT_ONCE = 1024
 
@@ -72,6 +82,23 @@ def dense(module: nn.Module, stored: Tensor | None = None) -> Tensor:
         if not lies_elsewhere and weight is not None and not _is_plain(weight):
             return weight.dequantize()
         return _asked(module)
+
+
+def is_across(module: nn.Module) -> bool:
+    """Whether the weight of a linear map is [in, out] where it is held as numbers (`Conv1D`), packed or not."""
+    packed_from = getattr(
+        getattr(module, "source_cls", None), "__name__", ""
+    )  # transformers' note on bitsandbytes' maps
+    return linear_kind(module) == "conv1d" or bool(getattr(module, "across", False)) or packed_from == "Conv1D"
+
+
+def entries(module: nn.Module, stored: Tensor | None = None) -> Tensor:
+    """The weight of a linear map as numbers, in the layout in which these are held where nothing is packed.
+
+    So an entry has one place in it whatever the storage; `stored` is as for `dense`.
+    """
+    weight = dense(module, stored)
+    return weight.T if is_packed(module) and is_across(module) else weight
 
 
 def source_weight(module: nn.Module) -> Tensor | None:

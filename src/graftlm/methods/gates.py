@@ -145,6 +145,11 @@ class GatedParameterDelta(_Gated, ParameterDelta):
         """W + g (parameter(W) - W)."""
         return base + self.gate.factor(base, None) * (self.inner.parameter(base) - base)
 
+    @property
+    def has_add(self) -> bool:
+        """As the delta inside."""
+        return self.inner.has_add
+
     def adds(self, x: Tensor, rows: bool) -> bool:
         """As the delta inside."""
         return self.inner.adds(x, rows)

@@ -11,9 +11,19 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from graftlm.core import Method, Site, Survey, WholeParameterDelta
+from graftlm.core.storage import entries, is_across, is_packed
 from graftlm.errors import Finding, MethodError
 
-__all__ = ["Parameters", "in_layers", "need_values", "output_scale", "trained_copy", "weight_of", "weights_at"]
+__all__ = [
+    "Parameters",
+    "in_layers",
+    "need_values",
+    "output_scale",
+    "shape_of",
+    "trained_copy",
+    "weight_of",
+    "weights_at",
+]
 
 
 def trained_copy(method: Method, site: Site, module: nn.Module) -> WholeParameterDelta:
@@ -67,12 +77,19 @@ def weights_at(method: Method, sites: Sequence[Site]) -> list[Site]:
     return [replace(site, parameter="weight") for site in sites]
 
 
-def weight_of(method: Method, site: Site, module: nn.Module) -> nn.Parameter:
-    """The weight at `site`. Raises MethodError where it is stored as whole numbers."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    need_values(method.name, site.key, weight)
-    return weight
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear map as numbers, in the layout in which it is held where nothing is packed."""
+    return entries(module).detach()
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """The shape of `weight_of`, without unpacking anything."""
+    across = is_across(module)
+    if is_packed(module):
+        size = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+        return size[::-1] if across else size
+    rows, columns = module._parameters["weight"].shape  # type: ignore[union-attr]
+    return int(rows), int(columns)
 
 
 def need_values(name: str, place: str, tensor: Tensor) -> None:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, in_eval_mode, one_of
-from graftlm.methods.parameters import weight_of, weights_at
+from graftlm.core.storage import is_across
+from graftlm.methods.parameters import shape_of, weight_of, weights_at
 
 __all__ = ["Prune", "PruneDelta", "lowest"]
 
@@ -78,31 +79,30 @@ class Prune(Method):
 
     def build(self, site: Site, module: nn.Module) -> PruneDelta:
         """A mask for the weight at `site` that keeps every entry."""
-        weight = weight_of(self, site, module)
         scheduled = self.initial is not None
         norms = scheduled and self.needs_samples
-        return PruneDelta(tuple(weight.shape), site.in_features if norms else None, module if scheduled else None)
+        return PruneDelta(shape_of(module), site.in_features if norms else None, module if scheduled else None)
 
     def build_all(self, sites: Sequence[Site], modules: Mapping[str, nn.Module], *, values: bool) -> list[Delta]:
         """The masks of the weights, by magnitude until something is measured."""
         deltas = super().build_all(sites, modules, values=values)
         if values:
-            weights = [weight_of(self, site, modules[site.path]) for site in sites]
-            self._set([(cast(PruneDelta, d), s, w, None) for d, s, w in zip(deltas, sites, weights, strict=True)])
+            maps = [modules[site.path] for site in sites]
+            self._set([(cast(PruneDelta, delta), each, None) for delta, each in zip(deltas, maps, strict=True)])
         return deltas
 
     def _set(self, given: Sequence[_Given], sparsity: float | None = None) -> None:
         """Put the masks of `sparsity` in place, or those of the start."""
         share = sparsity if sparsity is not None else self.sparsity if self.initial is None else self.initial
         if self.scope == "global" and not self.pattern:
-            total = sum(weight.numel() for _, _, weight, _ in given)
+            total = sum(delta.mask.numel() for delta, _, _ in given)
             threshold, ties = lowest(lambda: (_score(each) for each in given), int(share * total))
             for each in given:
                 mask, ties = _above(_score(each), threshold, ties)
                 each[0].mask.copy_(mask)
             return
         for each in given:
-            across = each[1].kind == "conv1d"  # rows are outputs, whatever way round the weight is stored
+            across = is_across(each[1])  # rows are outputs, whatever way round the weight is stored
             score = _score(each)
             mask = _mask(score.T if across else score, share, self.scope, self.pattern)
             each[0].mask.copy_(mask.T if across else mask)
@@ -142,7 +142,7 @@ class Prune(Method):
             delta = cast(PruneDelta, part.delta)
             if delta.norms is not None:
                 delta.norms.copy_(norms)
-            given.append((delta, part.site, weight_of(self, part.site, model.get_submodule(part.site.path)), norms))
+            given.append((delta, model.get_submodule(part.site.path), norms))
         self._set(given)
 
     def share(self, step: int, total: int) -> float:
@@ -161,13 +161,7 @@ class Prune(Method):
         if self.initial is None or self.share(step, total) == self.share(step - 1, total):
             return
         deltas = [cast(PruneDelta, part.delta) for part in parts]
-        given = [(d, part.site, self._weight(d, part.site), d.norms) for d, part in zip(deltas, parts, strict=True)]
-        self._set(given, self.share(step, total))
-
-    def _weight(self, delta: PruneDelta, site: Site) -> Tensor:
-        (module,) = delta.at
-        assert module is not None
-        return weight_of(self, site, module)
+        self._set([(each, each.module, each.norms) for each in deltas], self.share(step, total))
 
     def bake(self, part: Part) -> Part:
         """The mask alone: what a schedule needs is dropped."""
@@ -194,6 +188,13 @@ class PruneDelta(ParameterDelta):
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
         self.register_buffer("norms", None if inputs is None else torch.ones(inputs, dtype=torch.float32))
 
+    @property
+    def module(self) -> nn.Module:
+        """The module at which a scheduled one acts."""
+        (module,) = self.at
+        assert module is not None
+        return module
+
     def parameter(self, base: Tensor) -> Tensor:
         """The weight with zeros where the mask says so."""
         return base * self.mask
@@ -203,18 +204,18 @@ class PruneDelta(ParameterDelta):
         return self.mask
 
 
-#: A mask, its site, the weight it is for, and the norms of its inputs where they count.
-_Given = tuple[PruneDelta, Site, Tensor, Tensor | None]
+#: A mask, the map whose weight it is for, and the norms of its inputs where they count.
+_Given = tuple[PruneDelta, nn.Module, Tensor | None]
 
 
 def _score(given: _Given) -> Tensor:
-    """|w|, or |w| times the norm of the input that it meets; float32, as the weight is stored."""
-    _, site, weight, norms = given
-    score = weight.detach().float().abs()
+    """|w|, or |w| times the norm of the input that it meets; float32, as the weight is held."""
+    _, module, norms = given
+    score = weight_of(module).float().abs().contiguous()
     if norms is None:
         return score
     norms = norms.to(score.device)
-    return score * (norms[:, None] if site.kind == "conv1d" else norms)
+    return score * (norms[:, None] if is_across(module) else norms)
 
 
 def lowest(scores: Callable[[], Iterable[Tensor]], count: int) -> tuple[float, int]:

@@ -9,7 +9,8 @@ square of the mean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch.nn import functional as F
 
 from graftlm.core import Samples, in_eval_mode
 from graftlm.core.kind import head_kind
+from graftlm.core.storage import is_across, is_packed
 from graftlm.errors import Finding, MethodError
+from graftlm.methods.parameters import shape_of, weight_of
 
 __all__ = ["FROM_DATA", "SCORES", "best", "scores_from_data"]
 
@@ -30,39 +33,80 @@ SCORES = ("magnitude", "random", *FROM_DATA)
 _NO_INPUTS = ("labels", "group", "target", "row", "reference")
 
 
-def scores_from_data(model: nn.Module, parameters: Sequence[nn.Parameter], kind: str, samples: Samples) -> list[Tensor]:
-    """The score of every entry of `parameters`, float32, each of its parameter's shape; the model is left as it was.
+def scores_from_data(
+    model: nn.Module, scored: Sequence[nn.Parameter | nn.Module], kind: str, samples: Samples
+) -> list[Tensor]:
+    """The score of every entry of what is `scored`, float32; the model is left as it was.
 
-    Every batch is taken row by row. Gradients and modes are put back afterwards.
+    That is parameters, or linear maps of the model, whose weights are meant, packed or not; the scores have the shape
+    of the parameter, or of `core.storage.entries`. Every batch is taken row by row. Gradients and modes are put back
+    afterwards.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    totals = [torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device) for parameter in parameters]
-    count = 0
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        with in_eval_mode(model), torch.enable_grad():
-            for batch in samples.batches:
-                for row in _rows(batch):
-                    loss = _own_loss(model, row) if kind == "fisher" else samples.loss(model, row)
-                    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                    for total, parameter, gradient in zip(totals, parameters, gradients, strict=True):
-                        if gradient is not None:
-                            total += _score(kind, parameter.detach().float(), gradient.float())
-                    count += 1
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+    with _gradients_of(scored) as leaves:
+        totals = [torch.zeros(leaf.shape, dtype=torch.float32, device=leaf.device) for leaf in leaves]
+        count = 0
+        try:
+            for parameter in flags:
+                parameter.requires_grad_(False)
+            for leaf in leaves:
+                leaf.requires_grad_(True)
+            with in_eval_mode(model), torch.enable_grad():
+                for batch in samples.batches:
+                    for row in _rows(batch):
+                        loss = _own_loss(model, row) if kind == "fisher" else samples.loss(model, row)
+                        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+                        for total, each, gradient in zip(totals, scored, gradients, strict=True):
+                            if gradient is not None:
+                                total += _score(kind, each, gradient.float())
+                        count += 1
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
     return [total / max(count, 1) for total in totals]
 
 
-def _score(kind: str, weight: Tensor, gradient: Tensor) -> Tensor:
+@contextmanager
+def _gradients_of(scored: Sequence[nn.Parameter | nn.Module]) -> Iterator[list[Tensor]]:
+    """Tensors whose gradients are those of what is `scored`: parameters themselves, and for packed maps zeros beside.
+
+    What is added to the output by x Z^T with Z = 0 is nothing, and its gradient is that of the weight.
+    """
+    leaves: list[Tensor] = []
+    handles = []
+    for each in scored:
+        if isinstance(each, nn.Parameter):
+            leaves.append(each)
+        elif not is_packed(each):
+            weight = each._parameters["weight"]
+            assert weight is not None
+            leaves.append(weight)
+        else:
+            zeros = torch.zeros(shape_of(each), device=next(each.buffers(), each.weight).device)  # type: ignore[arg-type]
+            leaves.append(zeros)
+            handles.append(each.register_forward_hook(_added(zeros, is_across(each))))
+    try:
+        yield leaves
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _added(zeros: Tensor, across: bool) -> Any:
+    def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        beside = zeros.to(x.dtype)
+        return output + (x @ beside if across else F.linear(x, beside)).to(output.dtype)
+
+    return hook
+
+
+def _score(kind: str, scored: nn.Parameter | nn.Module, gradient: Tensor) -> Tensor:
     if kind == "gradient":
         return gradient.abs()
     if kind == "snip":
-        return (weight * gradient).abs()
+        weight = scored.detach() if isinstance(scored, nn.Parameter) else weight_of(scored)
+        return (weight.float() * gradient).abs()
     return gradient.square()
 
 
@@ -119,14 +163,16 @@ def _own_loss(model: nn.Module, row: Mapping[str, Any]) -> Tensor:
     return F.cross_entropy(logits, drawn)
 
 
-def best(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+def best(scores: Iterable[Tensor], count: int) -> list[Tensor]:
     """The flat indices of the `count` highest entries over all `scores`, by tensor, each in rising order.
 
     Never more than one tensor's candidates and the winners so far are held together.
     """
     values = torch.empty(0)
     places = torch.empty(0, 2, dtype=torch.long)
+    tensors = 0
     for number, score in enumerate(scores):
+        tensors = number + 1
         flat = score.detach().flatten()
         top, index = flat.topk(min(count, flat.numel()))
         values = torch.cat([values, top.float().cpu()])
@@ -134,4 +180,4 @@ def best(scores: Sequence[Tensor], count: int) -> list[Tensor]:
         if len(values) > count:
             values, order = values.topk(count)
             places = places[order]
-    return [places[places[:, 0] == number, 1].sort().values for number in range(len(scores))]
+    return [places[places[:, 0] == number, 1].sort().values for number in range(tensors)]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, device_at, one_of
+from graftlm.core.storage import is_across
 from graftlm.errors import Finding, MethodError
-from graftlm.methods.parameters import weight_of, weights_at
+from graftlm.methods.parameters import shape_of, weight_of, weights_at
 from graftlm.methods.scoring import FROM_DATA, SCORES, best, scores_from_data
 
 __all__ = ["Sparse", "SparseDelta"]
@@ -109,42 +110,49 @@ class Sparse(Method):
 
     def build_all(self, sites: Sequence[Site], modules: Mapping[str, nn.Module], *, values: bool) -> list[Delta]:
         """A delta for each weight; its entries are chosen here, or by `apply_measured` for scores from data."""
-        weights = [weight_of(self, site, modules[site.path]) for site in sites]
-        numel = [weight.numel() for weight in weights]
+        maps = [modules[site.path] for site in sites]
         if not values or self.score in FROM_DATA:
             # How many fall to each tensor is known later; an even share stands for it.
             with torch.device("meta" if not values else "cpu"):
-                chosen = [torch.arange(max(1, int(self.fraction * each))) for each in numel]
+                chosen = [torch.arange(max(1, int(self.fraction * math.prod(shape_of(each))))) for each in maps]
         else:
-            scores = [torch.rand(w.shape) if self.score == "random" else w.detach().float().abs() for w in weights]
-            chosen = self._chosen(scores, sites)
+            chosen = self._chosen(map(self._score, maps), sites, maps)
         found = [
-            SparseDelta(index, tuple(weight.shape), across=site.kind == "conv1d")
-            for index, weight, site in zip(chosen, weights, sites, strict=True)
+            SparseDelta(index, shape_of(each), across=is_across(each)) for index, each in zip(chosen, maps, strict=True)
         ]
         return [
             delta.to(device_at(modules, site.path)) if values else delta
             for site, delta in zip(sites, found, strict=True)
         ]
 
-    def _chosen(self, scores: Sequence[Tensor], sites: Sequence[Site]) -> list[Tensor]:
-        """The flat indices of what is trained in each weight. Raises MethodError where the threshold leaves nothing."""
+    def _score(self, module: nn.Module) -> Tensor:
+        """The score without data of every entry of a map's weight."""
+        return torch.rand(shape_of(module)) if self.score == "random" else weight_of(module).float().abs()
+
+    def _chosen(self, scores: Iterable[Tensor], sites: Sequence[Site], maps: Sequence[nn.Module]) -> list[Tensor]:
+        """The flat indices of what is trained in each weight, for its score, one after the other.
+
+        Raises MethodError where the threshold leaves nothing.
+        """
         if self.unit != "entry":
-            return self._units(scores, sites)
+            return self._units(scores, sites, maps)
         if self.threshold is not None:
-            found = [(score.flatten() >= self.threshold).nonzero().flatten() for score in scores]
-            self._some(any(map(len, found)), max(float(score.max()) for score in scores))
+            found, highest = [], 0.0
+            for score in scores:
+                found.append((score.flatten() >= self.threshold).nonzero().flatten())
+                highest = max(highest, float(score.max()))
+            self._some(any(map(len, found)), highest)
             return found
         if self.scope == "tensor":
             return [best([score], max(1, int(self.fraction * score.numel())))[0] for score in scores]
-        return best(scores, max(1, int(self.fraction * sum(score.numel() for score in scores))))
+        return best(scores, max(1, int(self.fraction * sum(math.prod(shape_of(each)) for each in maps))))
 
-    def _units(self, scores: Sequence[Tensor], sites: Sequence[Site]) -> list[Tensor]:
+    def _units(self, scores: Iterable[Tensor], sites: Sequence[Site], maps: Sequence[nn.Module]) -> list[Tensor]:
         """The entries of the best layers or heads by their mean score."""
         totals: dict[tuple[str, int], tuple[float, int]] = {}
-        blocks = [_blocks(score, site, self.unit) for score, site in zip(scores, sites, strict=True)]
-        for site, parts in zip(sites, blocks, strict=True):
-            for number, part in enumerate(parts):
+        across = [is_across(each) for each in maps]
+        for site, turned, score in zip(sites, across, scores, strict=True):
+            for number, part in enumerate(_blocks(score, site, self.unit, turned)):
                 total, count = totals.get(key := _unit_of(site, number, self.unit), (0.0, 0))
                 totals[key] = (total + float(part.double().sum()), count + part.numel())
         means = {key: total / count for key, (total, count) in totals.items()}
@@ -155,11 +163,11 @@ class Sparse(Method):
             chosen = {key for key in ranked if means[key] >= self.threshold}
             self._some(bool(chosen), means[ranked[0]])
         found = []
-        for score, site in zip(scores, sites, strict=True):
-            places = torch.arange(score.numel(), device=score.device).view(score.shape)
+        for site, turned, each in zip(sites, across, maps, strict=True):
+            places = torch.arange(math.prod(shape := shape_of(each))).view(shape)
             own = [
                 part.flatten()
-                for number, part in enumerate(_blocks(places, site, self.unit))
+                for number, part in enumerate(_blocks(places, site, self.unit, turned))
                 if _unit_of(site, number, self.unit) in chosen
             ]
             found.append(torch.cat(own).sort().values if own else places.new_empty(0))
@@ -182,8 +190,8 @@ class Sparse(Method):
 
     def measure(self, model: nn.Module, sites: Sequence[Site], samples: Samples) -> list[Tensor]:
         """The chosen flat indices of each weight."""
-        weights = [weight_of(self, site, model.get_submodule(site.path)) for site in sites]
-        return self._chosen(scores_from_data(model, weights, self.score, samples), sites)
+        maps = [model.get_submodule(site.path) for site in sites]
+        return self._chosen(scores_from_data(model, maps, self.score, samples), sites, maps)
 
     def apply_measured(self, parts: Sequence[Part], measured: Any, model: nn.Module) -> None:
         """Give each delta its entries."""
@@ -198,11 +206,11 @@ def _shared(one: str, other: str) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _blocks(weight: Tensor, site: Site, unit: str) -> Sequence[Tensor]:
+def _blocks(weight: Tensor, site: Site, unit: str, across: bool) -> Sequence[Tensor]:
     """The parts of a weight that belong to one unit each: one for layers; for heads by key-value head."""
     if unit == "layer":
         return (weight,)
-    by_row = weight.T if site.kind == "conv1d" else weight
+    by_row = weight.T if across else weight
     return by_row.tensor_split(site.kv_heads, dim=1 if site.role == "output" else 0)
 
 

@@ -40,8 +40,11 @@ def _four_bits(module: nn.Module) -> Tensor:
         return torch.empty(int(module.out_features), int(module.in_features), device=weight.device)  # type: ignore[arg-type]
     codes, state = weight.data, copy.copy(weight.quant_state)
     if getattr(state, "packing_format_for_cpu", False):
-        # After a call without gradients on a CPU it lies in another order, its sizes in 16 bits.
+        # After a call without gradients on a CPU it lies in another order, its sizes in 16 bits and by columns, which
+        # the way back leaves as they are, or packs in 8 bits again.
+        sizes = state.absmax.T.reshape(-1).float()
         codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+        state.absmax, state.nested = sizes, False
     state.dtype = torch.float32
     dense: Tensor = functional.dequantize_4bit(codes, state)
     return dense

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core import Adapter, adapters, attach, dense, keep_merged, original_parameters, use
-from graftlm.core.storage import is_offloaded
+from graftlm.core.storage import is_across, is_offloaded
 from graftlm.errors import AdapterError, Finding, ModelError, nearest
 from graftlm.quantisation.converting import quantize, quantized
 from graftlm.quantisation.linear import QuantizedLinear
@@ -97,7 +97,7 @@ def _plain(module: nn.Module, kind: torch.dtype) -> nn.Module:
     weight = dense(module).detach()
     bias: Any = module.bias
     made: Any
-    if getattr(module, "across", False):
+    if is_across(module):
         from transformers.pytorch_utils import Conv1D
 
         with torch.device("meta"):

@@ -13,8 +13,9 @@ import torch
 import transformers as tf
 
 import graftlm
+from conformance.cases import CASES, REFUSALS
 from graftlm.core import attach
-from graftlm.errors import GraftError
+from graftlm.errors import GraftError, MethodError
 from graftlm.kernels import RECOMPUTE, Recompute, fuse
 from graftlm.kernels.native import without_loops
 from graftlm.methods import read_method
@@ -106,7 +107,13 @@ def _real(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("method", ["lora(rank=4,targets=all-linear)", "full", "prefix(length=4)", "ia3", "bitfit"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora(rank=4,targets=all-linear)", "lora(rank=4,dropout=0.1)", "full", "prefix(length=4)", "ia3", "bitfit",
+        "sparse(fraction=0.05)",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_a_step_without_values_allocates_what_a_step_with_values_does(
     name: str, method: str, recompute: Recompute
@@ -116,8 +123,9 @@ def test_a_step_without_values_allocates_what_a_step_with_values_does(
     rows, length = 3, 48  # long enough for activations to be most of it
     real = _real(config, method, task, rows, length, recompute)
     found = trace(config, read_method(method), task, Shape(rows=rows, length=length, recompute=recompute))
+    rel = 0.02 if method.startswith("sparse") else 0.01  # a bag's places are counted, which a processor leaves empty
     for phase, size in real.items():
-        assert found.peaks[phase].total() - found.sizes["optimizer"] == pytest.approx(size, rel=0.01), phase
+        assert found.peaks[phase].total() - found.sizes["optimizer"] == pytest.approx(size, rel=rel), phase
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -147,6 +155,35 @@ def test_the_step_of_other_tasks_allocates_what_is_planned(name: str, task: str)
 def test_a_preference_is_two_rows(task: str, times: int) -> None:
     one = graftlm.plan(tiny("llama").config, "lora(rank=2)", task=task, length=16, batch=2)
     assert one.terms == graftlm.plan(tiny("llama").config, "lora(rank=2)", length=16, batch=2 * times).terms
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "quantize"),
+    [
+        ("qwen2", "lm", None),
+        ("bert", "classify", "nf4"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("t5", "seq2seq", None),
+                ("t5", "seq2seq", "nf4"),
+                ("gpt2", "lm", "int8"),
+                ("phi3", "lm", None),
+            )
+        ),
+    ],
+)
+def test_every_method_can_be_planned(name: str, task: str, quantize: str | None) -> None:
+    for case, method in CASES.items():
+        if (case, name) in REFUSALS:
+            continue
+        try:
+            found = trace(tiny(name).config, method, task, Shape(rows=2, length=8, quantize=quantize))
+        except MethodError as error:
+            if not quantize or {finding.code for finding in error.findings} != {"T108"}:
+                raise
+        else:
+            assert set(found.peaks) >= {"forward", "optimizer"}, case
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("t5", "t5_gated", "bart", "modernbert")])

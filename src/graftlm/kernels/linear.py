@@ -85,7 +85,8 @@ def _limit(share: float) -> tuple[Unsigned, float]:
 
 def _kept(x: Tensor, share: float, seed: int) -> Tensor:
     """0 where an entry is dropped, 1 / (1 - share) elsewhere, in the type of x."""
-    generator = torch.Generator(x.device).manual_seed(seed)
+    # A plan has no values, and no numbers to draw.
+    generator = None if x.is_meta else torch.Generator(x.device).manual_seed(seed)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     words.random_(-(2**63), None, generator=generator)
     limit = round(share * 2**16)

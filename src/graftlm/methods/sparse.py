@@ -300,7 +300,8 @@ class SparseDelta(ParameterDelta):
             if bool((outputs[1:] < outputs[:-1]).any()):
                 order = outputs.argsort(stable=True)
                 outputs, inputs = outputs[order], inputs[order]
-            counts = outputs.bincount(minlength=self.shape[1 if self.across else 0])
+            counts = outputs.new_zeros(self.shape[1 if self.across else 0])
+            counts.index_add_(0, outputs, torch.ones_like(outputs))
             small = (tensor.to(self.kind) for tensor in (counts.cumsum(0) - counts, outputs, inputs))
             self._kept = (*known, (*small, order))
         found: tuple[Tensor, Tensor, Tensor, Tensor | None] = self._kept[3]

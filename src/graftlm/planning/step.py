@@ -163,7 +163,8 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
                 count = max(objective.count(batch), 1)
                 loss = objective.loss_sum(objective.outputs(model, batch), batch) / count
             with counted.phase("backward"):
-                torch.autograd.backward(loss)
+                if loss.requires_grad:  # a mask trains nothing
+                    torch.autograd.backward(loss)
                 del loss
             counted.hold("gradients", [parameter.grad for parameter in trained if parameter.grad is not None])
             with counted.phase("optimizer"):

@@ -47,7 +47,8 @@ _SAME = {
     "preferences.wanted_weight": "desirable_weight kto_chosen_weight kto_desirable_weight",
     "preferences.unwanted_weight": "undesirable_weight kto_rejected_weight kto_undesirable_weight",
     "model.name": "base model_name_or_path base_model model_name base_model_name base_model_name_or_path"
-    " pretrained_model pretrained_model_name_or_path model_id model_path checkpoint_dir model.path model.id model.model",
+    " pretrained_model pretrained_model_name_or_path model_id model_path checkpoint_dir"
+    " model.path model.id model.model",
     "model.revision": "model_revision revision_of_model base_model_revision",
     "model.dtype": "torch_dtype precision mixed_precision",
     "data.path": "dataset datasets dataset_name dataset_path data_path data_file data_files train_file train_data"

@@ -44,12 +44,14 @@ def test_compare_hands_over_what_was_given_and_shows_verdicts(cli: Callable, han
     said = cli(
         "compare", "x.csv", "-m", "y/z", "--methods", "lora(rank=4,alpha=8),ia3", "--seeds", "3", "--budget", "0.3%",
         "--shots", "2, 4", "--map", "text=body", "--no-full", "--waive", "D129, D132", "-o", "out",
+        "--set", "data.drop_bad_rows=true", "--set", "data.group=who",
     )  # fmt: skip
     assert said.code == 0, said.err
     settings, options = handed[0]
     assert settings.methods == ("lora(rank=4,alpha=8)", "ia3")
     assert (settings.seeds, settings.budget, settings.shots, settings.full) == (3, "0.3%", (2, 4), False)
     assert (settings.mapping, settings.waive, options["output"]) == ({"text": "body"}, ("D129", "D132"), "out")
+    assert (settings.drop_bad_rows, settings.group) == (True, "who")
     assert "--shots" in options["command"]
     for part in ("lora  ", "best", "worse (p 0.01)", "baseline", "12,000", "'comparisons/a b/report.html'"):
         assert part in said.out, part
@@ -62,6 +64,8 @@ def test_compare_hands_over_what_was_given_and_shows_verdicts(cli: Callable, han
         (("compare", "x.csv", "--shots", "two"), "no list of whole numbers"),
         (("compare", "x.csv", "--seeds", "0"), "seeds"),
         (("compare", "x.csv", "--budget", "lots"), "U155"),
+        (("compare", "x.csv", "--set", "train.batch=4"), "not train.batch"),
+        (("choose", "x.csv", "--set", "data.drop_bad_rows=maybe"), "data.drop_bad_rows"),
         (("compare", "x.csv", "--steps", "3", "--epochs", "2"), "exclude each other"),
         (("compare", "no-such.csv", "--trials", "1"), "no-such.csv"),
         (("compare", "bundled:mesages", "--trials", "1"), "no bundled data"),

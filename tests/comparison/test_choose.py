@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from graftlm.cli import usage
 from graftlm.comparison.bench import Bench, open_bench
 from graftlm.comparison.choosing import choose, importance, proposals
 from graftlm.comparison.settings import ComparisonSettings
 from graftlm.errors import GraftError
+from graftlm.settings import resolve
 from training.tiny_runs import labelled_rows, write_jsonl
 
 SMALL: dict[str, Any] = {"steps": 4, "batch": 4, "waive": ("D129",)}
@@ -41,6 +46,36 @@ def test_the_better_ones_go_on_and_the_margin_is_told(rows: Path, tiny_bert: Pat
     assert len(said) == 2 + 6 + 2 + 2
     with pytest.raises(GraftError, match="holds a choice already"):
         choose(rows, base=tiny_bert, candidates=FEW, output=tmp_path / "out", **SMALL)
+
+
+def test_the_command_reads_and_trains_as_the_choice_did(tiny_bert: Path, tmp_path: Path) -> None:
+    given = [
+        {"who": f"w{at // 4}", "body": row["text"], "kind": row["label"]} for at, row in enumerate(labelled_rows(40))
+    ]
+    rows = write_jsonl(tmp_path / "my rows.jsonl", [*given, {"who": "w9", "body": None, "kind": None}])
+    settings = SMALL | {"mapping": {"text": "body", "label": "kind"}, "drop_bad_rows": True, "group": "who"}
+    found = choose(rows, base=tiny_bert, candidates=["norm"], rounds=1, **settings)
+    words = shlex.split(found.command)
+    assert words[:3] == ["graftlm", "train", str(rows)]
+    verb = importlib.import_module("graftlm.cli.train").verb
+    assert not list(usage._strange_flags(verb, words[2:]))
+    sets = [word for before, word in itertools.pairwise(words) if before == "--set"]
+    read = resolve(sets=sets).settings.data
+    assert (read.drop_bad_rows, read.group, read.waive) == (True, "who", "D129")
+    assert "--map text=body,label=kind" in found.command
+    assert "--steps 4" in found.command
+    assert "--batch 4" in found.command
+
+
+def test_groups_stay_whole_in_every_part(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [row | {"who": f"w{at % 10}"} for at, row in enumerate(labelled_rows(60))]
+    settings = ComparisonSettings(
+        data=str(write_jsonl(tmp_path / "rows.jsonl", rows)), base=str(tiny_bert), group="who", **SMALL
+    )
+    bench = open_bench(settings)
+    parts = [{item["example"].raw["who"] for item in part} for part in (bench.train, bench.validation, bench.test)]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 10
 
 
 def test_what_does_not_fit_is_not_trained(rows: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from graftlm.cli.inputs import read_mapping
+from graftlm.cli.inputs import read_data_settings, read_mapping
 from graftlm.cli.output import print_json
 from graftlm.cli.usage import UsageFault, Verb
 from graftlm.errors import Finding
@@ -48,6 +48,10 @@ _TIMES = {"s": 1, "min": 60, "h": 3600}
 @click.option("--max-length", type=click.IntRange(2), metavar="COUNT", help="Most tokens of a row.")
 @click.option("--map", "mapping", metavar="ROLE=COLUMN", help="Which column of DATA plays which role.")
 @click.option("--task", metavar="TASK", help="What is learnt, as for train; without one, what the rows look like.")
+@click.option(
+    "--set", "sets", multiple=True, metavar="NAME=VALUE",
+    help="How the rows are read: data.format, drop_bad_rows, merge_labels, group, template.",
+)  # fmt: skip
 @click.option("--waive", metavar="CODES", help="Findings on the data that are not to stop it.")
 @click.option("--threads", type=click.IntRange(1), metavar="COUNT", help="Processor threads; without one, all.")
 @click.option("-o", "--out", "output", metavar="FOLDER", help="Keep every trial there, in choice.json.")
@@ -63,6 +67,7 @@ def verb(
     given = {key: value for key, value in flags.items() if value is not None}
     given["waive"] = tuple(given["waive"].replace(" ", "").split(",")) if "waive" in given else ()
     given["mapping"] = read_mapping(given.get("mapping"))
+    given |= read_data_settings(given.pop("sets"))
     limits: dict[str, Any] = {
         "memory_bytes": int(_quantity(memory, _SIZES, "--memory 2GB")) if memory else None,
         "time_s": _quantity(duration, _TIMES, "--time 10min") if duration else None,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from graftlm.cli.inputs import read_mapping
+from graftlm.cli.inputs import read_data_settings, read_mapping
 from graftlm.cli.output import print_json, print_table
 from graftlm.cli.usage import UsageFault, Verb
 from graftlm.errors import Finding
@@ -60,6 +60,10 @@ __all__ = ["verb"]
     "--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="COUNT",
     help="Trainings beside one another, each on one thread; the base is in memory once.",
 )  # fmt: skip
+@click.option(
+    "--set", "sets", multiple=True, metavar="NAME=VALUE",
+    help="How the rows are read: data.format, drop_bad_rows, merge_labels, group, template.",
+)  # fmt: skip
 @click.option("--waive", metavar="CODES", help="Findings on the data that are not to stop it.")
 @click.option("--threads", type=click.IntRange(1), metavar="COUNT", help="Processor threads; without one, all.")
 @click.option("-o", "--out", "output", metavar="FOLDER", help="Where it is kept; a stopped one is taken up from there.")
@@ -78,6 +82,7 @@ def verb(command: str, /, output: str | None, as_json: bool, jobs: int, **flags:
     given["methods"] = tuple(split_methods(given["methods"]))
     given["shots"] = tuple(_whole_numbers(given["shots"])) if "shots" in given else ()
     given["waive"] = tuple(given["waive"].replace(" ", "").split(",")) if "waive" in given else ()
+    given |= read_data_settings(given.pop("sets"))
     for name in ("mapping", "general_mapping", "other_mapping"):
         given[name] = read_mapping(given.get(name))
     settings = ComparisonSettings(**given)

@@ -18,7 +18,7 @@ from graftlm.data.reading import FORMATS, Table, read_rows
 from graftlm.data.recognise import ROLES, TEXT_PAIRS, Reading, recognise
 from graftlm.errors import DataError, Finding
 
-__all__ = ["prompts_of", "read_mapping", "texts_of"]
+__all__ = ["prompts_of", "read_data_settings", "read_mapping", "texts_of"]
 
 
 def read_mapping(text: str | None) -> dict[str, str] | None:
@@ -28,6 +28,23 @@ def read_mapping(text: str | None) -> dict[str, str] | None:
     from graftlm.settings import resolve
 
     return dict(resolve(flags={"map": text}).settings.data.map)
+
+
+def read_data_settings(sets: Sequence[str]) -> dict[str, Any]:
+    """The settings of rows that a comparison takes, out of texts `data.name=value`.
+
+    Raises SettingsError as for `--set` of `train`, UsageFault for settings that a comparison does not take.
+    """
+    from graftlm.comparison.settings import OF_DATA
+    from graftlm.settings import resolve
+
+    settings = resolve(sets=sets).settings if sets else None
+    names = [text.partition("=")[0].strip() for text in sets]
+    if strange := [name for name in names if name.removeprefix("data.") not in OF_DATA]:
+        taken = ", ".join(f"data.{name}" for name in OF_DATA)
+        raise UsageFault(Finding("L103", f"--set takes {taken} here, not {', '.join(strange)}"))
+    keys = [name.removeprefix("data.") for name in names]
+    return {key: getattr(settings.data, key) for key in keys} if settings is not None else {}
 
 
 def texts_of(words: Sequence[str], *, mapping: dict[str, str] | None, asked: str) -> list[str | tuple[str, str]]:

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from graftlm.comparison.settings import ComparisonSettings
+from graftlm.comparison.settings import OF_DATA, ComparisonSettings
 from graftlm.core import Adapter, Method, Samples, WholeParameterDelta, attach, use
 from graftlm.core.kind import head_kind
 from graftlm.data import Collator, MaskingCollator, Prepared, prepare
@@ -428,6 +428,7 @@ def open_bench(settings: ComparisonSettings) -> Bench:
         tokenizer=tokenizer,
         max_length=max_length,
         waived=settings.waive,
+        **{name: getattr(settings, name) for name in OF_DATA},
         **kind_of(config),
     )
     if prepared.task not in MEASURES:
@@ -438,7 +439,9 @@ def open_bench(settings: ComparisonSettings) -> Bench:
     examples = [item["example"] for item in prepared.train]
     by_label = prepared.task == "classify" and labels is not None and not labels.several
     names = [str(example.label) for example in examples] if by_label else None
-    inside, held = split([example.key for example in examples], names, share=settings.validation_share, seed=1)
+    groups = [str(example.raw[settings.group]) for example in examples] if settings.group else None
+    keys = [example.key for example in examples]
+    inside, held = split(keys, names, share=settings.validation_share, seed=1, groups=groups)
     train, validation = ([prepared.train[at] for at in part] for part in (inside, held))
     test = prepared.eval
     if settings.test_rows and len(test) > settings.test_rows:

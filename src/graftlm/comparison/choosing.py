@@ -12,6 +12,7 @@ chance, is part of the answer. All of it is judged on validation rows; the test 
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ import numpy as np
 from graftlm.comparison.bench import Bench, open_bench
 from graftlm.comparison.budgets import count, trained_beside_head
 from graftlm.comparison.comparing import keep
-from graftlm.comparison.settings import ComparisonSettings
+from graftlm.comparison.settings import OF_DATA, ComparisonSettings
 from graftlm.core import Method, Samples, survey
 from graftlm.errors import Finding, GraftError, RunError
 from graftlm.evaluation import crossed_mean, crossed_test, verdict_on
@@ -96,7 +97,8 @@ def choose(
         raise RunError(Finding("U155", f"rounds is {rounds}, wanted 1 or more", fix="--rounds 3"))
     if output is not None and (Path(output) / "choice.json").exists():
         raise RunError(Finding("U152", f"{output} holds a choice already", fix="another -o"))
-    bench = open_bench(ComparisonSettings(data=str(data) if data is not None else None, base=str(base), **settings))
+    settled = ComparisonSettings(data=str(data) if data is not None else None, base=str(base), **settings)
+    bench = open_bench(settled)
     ranked = importance(bench)
     texts = list(candidates) if candidates else [*CANDIDATES, *proposals(ranked)]
     found, dropped = _candidates(bench, texts, memory_bytes, strict=candidates is not None)
@@ -128,9 +130,8 @@ def choose(
     with bench.fitted(winner.method, seed=0, factor=winner.factor):
         test = bench.scored(bench.test).mean
     rate = bench.rates(winner.method, winner.factor)[0]
-    command = f"graftlm train {data or ''} -m {base} --method '{winner.name}' --lr {rate:g}"
     record = {
-        "command": " ".join(command.split()),
+        "command": _command(settled, winner.name, rate),
         "measure": bench.measure.title,
         "chosen": {"method": winner.name, "learning_rate": rate, "parameters": winner.parameters,
                    "memory_bytes": winner.memory_bytes, "test_score": test},
@@ -145,6 +146,31 @@ def choose(
         Path(output).mkdir(parents=True, exist_ok=True)
         keep(Path(output) / "choice.json", record)
     return Choice(winner.name, rate, record)
+
+
+def _command(settings: ComparisonSettings, method: str, rate: float) -> str:
+    """The training of `method` on the same rows, read and trained on as here."""
+    flags = {
+        "-m": settings.base,
+        "--method": method,
+        "--lr": f"{rate:g}",
+        "--task": None if settings.task == "auto" else settings.task,
+        "--map": ",".join(f"{role}={column}" for role, column in (settings.mapping or {}).items()),
+        "--steps": settings.steps,
+        "--epochs": settings.epochs,
+        "--batch": settings.batch,
+        "--max-length": settings.max_length,
+    }
+    words = ["graftlm", "train", *([settings.data] if settings.data else [])]
+    for flag, value in flags.items():
+        words += [flag, str(value)] if value else []
+    plain = ComparisonSettings()
+    sets = {name: value for name in OF_DATA if (value := getattr(settings, name)) != getattr(plain, name)}
+    sets |= {"waive": ",".join(settings.waive)} if settings.waive else {}
+    sets |= {"max_rows": settings.max_rows} if settings.max_rows else {}
+    for name, value in sets.items():
+        words += ["--set", f"data.{name}={str(value).lower() if isinstance(value, bool) else value}"]
+    return shlex.join(words)
 
 
 def importance(bench: Bench) -> dict[str, dict[str, float]]:

@@ -585,7 +585,8 @@ def _check_folder(folder: Path, settings: ComparisonSettings) -> None:
     """Raise RunError (U152) where the folder holds anything but this comparison."""
     place = folder / _RECORD
     if place.exists():
-        there = (_kept(place, _NEEDED) or {})["settings"]
+        # Settings that came later were then as they are by themselves.
+        there = ComparisonSettings().to_dict() | (_kept(place, _NEEDED) or {})["settings"]
         now = settings.to_dict()
         changed = [f"{key}: {there.get(key)} there, {now[key]} asked for" for key in now if there.get(key) != now[key]]
         if changed:

@@ -8,7 +8,10 @@ from typing import Any
 
 from graftlm.errors import Finding, SettingsError, nearest
 
-__all__ = ["TASKS", "ComparisonSettings", "read_budget"]
+__all__ = ["OF_DATA", "TASKS", "ComparisonSettings", "read_budget"]
+
+#: Those that are settings of the section `data` of a run file too, by the same names.
+OF_DATA = ("drop_bad_rows", "format", "group", "merge_labels", "template")
 
 #: What can be compared: a row by itself has a score there.
 TASKS = ("auto", "choice", "classify", "dpo", "lm", "mlm", "regress", "reward", "seq2seq", "sft", "tag", "tfew")
@@ -21,9 +24,10 @@ class ComparisonSettings:
     `budget` is the number of trained parameters beside the head, as a share of the base ("0.3%") or a count ("20000").
     `trials` learning rates are tried for each method, on validation rows. `shots` are numbers of examples shown to the
     untouched base in its prompt. `general` is a file of texts and `other` one with rows of another task: on these is
-    measured what is forgotten; `mapping` and its like say which column plays which role in each. `head` is where new
-    heads of classifiers start: "probe", a regression on the training
-    rows and the same for all, or "fresh", drawn by the seed.
+    measured what is forgotten; `mapping` and its like say which column plays which role in each. `format`,
+    `drop_bad_rows`, `merge_labels`, `group` and `template` are what they are in the section `data` of a run file; a
+    group is whole among the training, validation or test rows. `head` is where new heads of classifiers start: "probe",
+    a regression on the training rows and the same for all, or "fresh", drawn by the seed.
 
     Example:
         >>> ComparisonSettings(methods=("lora", "ia3"), seeds=3).trials
@@ -47,6 +51,11 @@ class ComparisonSettings:
     test_share: float = 0.25
     validation_share: float = 0.2
     mapping: dict[str, str] | None = None
+    format: str = "auto"
+    drop_bad_rows: bool = False
+    merge_labels: bool = False
+    group: str | None = None
+    template: str | None = None
     task: str = "auto"
     shots: tuple[int, ...] = ()
     general: str | None = None

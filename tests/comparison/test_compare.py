@@ -141,6 +141,8 @@ def test_what_a_classifier_forgets_is_seen_on_another_task(small: Compare, tmp_p
     assert known["head"] == known["probe"], "a head leaves the body as it was"
     assert 0 <= known["lora-rank-2"] <= 1
     assert known["tfidf"] is None
+    (headed,) = (row["other_change"] for row in found.contestants if row["name"] == "head")
+    assert headed == {"value": 0, "low": 0, "high": 0}
     assert "Another task" in found.report.read_text()
 
 
@@ -375,6 +377,11 @@ def test_answers_with_prompting_forgetting_and_full_fine_tuning(tiny_base: Path,
     by_name = {row["name"]: row for row in found.contestants}
     assert set(by_name) == {"lora", "full", "base", "in-context-1"}
     assert by_name["full"]["general"] != by_name["lora"]["general"]
+    for name in ("full", "lora"):
+        change = by_name[name]["general_change"]
+        assert change["low"] <= change["value"] <= change["high"]
+        assert change["value"] == pytest.approx(by_name[name]["general"] - by_name["base"]["general"])
+    assert "general_change" not in by_name["base"]
     assert by_name["lora"]["cost"]["beside_head"] <= 400 < by_name["full"]["cost"]["beside_head"]
     paid = by_name["full"]["break_even"]["in-context-1"]
     assert paid["plain"] is not None
@@ -425,6 +432,7 @@ def test_what_a_classifier_on_a_causal_base_forgets(tiny_base: Path, tmp_path: P
     untouched = losses(model, CausalLM.of(model), items, Collator(tokenizer.pad_token_id, max_length=128)).mean
     assert by_name["probe"]["general"] == pytest.approx(untouched, rel=1e-5)
     assert len({row["general"] for row in found.contestants if row.get("general") is not None}) == 4
+    assert "What was forgotten" in found.report.read_text()
     assert found.record["base"]["sha256_before"] == found.record["base"]["sha256_after"]
 
 
@@ -510,6 +518,23 @@ def test_the_summary_sees_what_is_there_and_not_what_is_not() -> None:
     assert found["best_baseline"] == "majority"
     assert {a["one"]: a["verdict"] for a in found["against_baseline"]}["good"] == "better"
     assert found["contestants"][-2]["name"] == "bad" or found["contestants"][-1]["name"] == "bad"
+
+
+def test_a_change_of_what_was_known_has_an_interval_over_seeds_and_rows() -> None:
+    draw = np.random.default_rng(1)
+    known = draw.normal(3, 1, 200)
+    runs = [run("base", 0, np.zeros(10)) | {"general": list(known)}]
+    for name, change in (("much", 0.5), ("nothing", 0.0)):
+        for seed in range(3):
+            own = known + change + draw.normal(0, 0.2, 200) + draw.normal(0, 0.02)
+            runs.append(run(name, seed, np.zeros(10)) | {"general": list(own)})
+    lines = [{"name": name, "title": name, "kind": "trained"} for name in ("much", "nothing")]
+    lines.append({"name": "base", "title": "base", "kind": "baseline"})
+    found = {row["name"]: row for row in summarised(lines, runs, measure_of("classify"))["contestants"]}
+    assert found["base"]["general"] == pytest.approx(known.mean())
+    much, nothing = found["much"]["general_change"], found["nothing"]["general_change"]
+    assert 0.3 < much["low"] < 0.5 < much["high"] < 0.7
+    assert nothing["low"] < 0 < nothing["high"]
 
 
 def test_fronts_and_break_even() -> None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import TrainingArguments
@@ -332,14 +331,16 @@ class Bench:
         """The model as it stands on `items`."""
         return self.measure.score(self.learnt, items)
 
-    def on_general(self) -> float | None:
-        """The loss in nats per token on the general texts; None without any."""
+    def on_general(self) -> list[float] | None:
+        """The loss in nats per token on the general texts, as what each text adds to it; None without any."""
         if not self.general:
             return None
-        return losses(self.writer, CausalLM.of(self.writer), self.general, self.collate).mean
+        found = losses(self.writer, CausalLM.of(self.writer), self.general, self.collate)
+        by_row: list[float] = MEASURES["lm"].by_row(found.sums, found.counts).tolist()
+        return by_row
 
-    def on_other(self) -> float | None:
-        """The score on the rows of another task; None without any.
+    def on_other(self) -> list[float] | None:
+        """The score on the rows of another task, as what each row adds to it; None without any.
 
         With a new head the accuracy of a logistic regression on what the body makes of them: what it still knows of a
         task that has another head. Without one the score of this task.
@@ -348,10 +349,12 @@ class Bench:
         if not asked:
             return None
         if not self.has_new_head:
-            return self.scored(asked).mean
+            scored = self.scored(asked)
+            by_row: list[float] = self.measure.by_row(scored.values, scored.counts).tolist()
+            return by_row
         collate = Collator(self.tokenizer.pad_token_id, max_length=context_of(self.model.config))
         predicted = probe_baseline(self.model, known, asked, collate)
-        return float(np.mean([int(item["labels"]) == at for item, at in zip(asked, predicted, strict=True)]))
+        return [float(int(item["labels"]) == at) for item, at in zip(asked, predicted, strict=True)]
 
 
 _NOTHING = Cost(0, 0, 0, 0, 0, 0, 0.0)

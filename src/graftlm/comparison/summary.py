@@ -1,7 +1,8 @@
 """What finished runs say: means with intervals, pairwise verdicts, Pareto fronts, break-even points.
 
 Pure arithmetic over what was stored; nothing is trained and nothing is read again. A run is what `compare` keeps of one
-contestant and seed: `contestant`, `seed`, `values` and `counts` by test row, `predicted`, `cost` and more.
+contestant and seed: `contestant`, `seed`, `values` and `counts` by test row, `predicted`, `cost`, and `general` and
+`other` by row of what is asked beside.
 """
 
 from __future__ import annotations
@@ -48,12 +49,15 @@ def summarised(
         labels: how many classes there are.
 
     Returns:
-        `measure`, `higher_is_better`, `contestants` (the best first, each with `score`, `low`, `high`), `pairs` (each
+        `measure`, `higher_is_better`, `contestants` (the best first, each with `score`, `low`, `high`, and where
+        forgetting was measured `general` and `other` with their changes from the untouched base), `pairs` (each
         with `p_value`, `p_corrected` by Holm over all of them and `verdict` on the first of the two), `best_baseline`,
         `against_baseline` (the same against the strongest baseline, corrected by themselves), `fronts` by cost.
     """
     higher = measure.higher_is_better
     tables = {c["name"]: _scores(runs, c["name"], measure) for c in contestants}
+    beside = {kept: _beside(runs, kept) for kept in ("general", "other")}
+    untouched = [contestant["name"] for contestant in contestants if contestant["kind"] == "baseline"]
     rows = []
     for contestant in contestants:
         name = contestant["name"]
@@ -72,10 +76,14 @@ def summarised(
         costs = [run["cost"] for run in own if run.get("cost")]
         if costs:
             row["cost"] = {key: statistics.median(cost[key] for cost in costs) for key in costs[0]}
-        for kept in ("general", "other"):
-            found = [run[kept] for run in own if run.get(kept) is not None]
-            if found:
-                row[kept] = statistics.mean(found)
+        for kept, measured in beside.items():
+            if name in measured:
+                row[kept] = float(measured[name].mean())
+                if name not in untouched:
+                    change = crossed_test(
+                        measured[name], next(measured[base] for base in untouched if base in measured)
+                    )
+                    row[f"{kept}_change"] = {"value": change.value, "low": change.low, "high": change.high}
         rows.append(row)
     rows.sort(key=lambda row: (-row["score"] if higher else row["score"], row["name"]))
     rivals = [row["name"] for row in rows if row["kind"] != "baseline"]
@@ -100,6 +108,13 @@ def _scores(runs: Sequence[Run], name: str, measure: Measure) -> np.ndarray:
     """[seeds, rows], the mean of which is the score: losses are divided by the mean number of tokens of a row."""
     own = sorted((run for run in runs if run["contestant"] == name), key=lambda run: run["seed"])
     return np.array([measure.by_row(run["values"], run["counts"]) for run in own])
+
+
+def _beside(runs: Sequence[Run], kept: str) -> dict[str, np.ndarray]:
+    """By contestant, what each row of other texts or of another task adds to the score there, [seeds, rows]."""
+    own = sorted((run for run in runs if run.get(kept)), key=lambda run: run["seed"])
+    names = dict.fromkeys(run["contestant"] for run in own)
+    return {name: np.array([run[kept] for run in own if run["contestant"] == name]) for name in names}
 
 
 def _tested(pairs: Sequence[tuple[str, str]], tables: Mapping[str, np.ndarray], higher: bool) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -302,30 +303,47 @@ def _prompting(contestants: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     return found
 
 
-def _forgetting(contestants: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Perplexity on general text of the base and of every contestant, the worst first."""
-    import math
-
-    base = next((row["general"] for row in contestants if row["name"] == "base" and "general" in row), None)
+def _forgetting(contestants: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Perplexity on general text of the base and of every contestant, the worst first, with its change."""
+    base = _untouched(contestants, "general")
     if base is None:
         return []
-    found = [("untouched base", measured(math.exp(base)), "", measured(base))]
+    found: list[tuple[str, ...]] = [("untouched base", measured(math.exp(base)), "", "", measured(base))]
     for row in sorted(contestants, key=lambda row: -row.get("general", 0.0)):
         if row["kind"] == "trained" and "general" in row:
-            change = 100 * (math.exp(row["general"] - base) - 1)
-            found.append(
-                (row["name"], measured(math.exp(row["general"])), f"{change:+.1f} %", measured(row["general"]))
+            own = row["general"]
+            said = (
+                f"{100 * math.expm1(own - base):+.1f} %",
+                _within(row, "general", lambda by: 100 * math.expm1(by), 1),
             )
+            found.append((row["name"], measured(math.exp(own)), *said, measured(own)))
     return found
 
 
-def _elsewhere(contestants: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+def _elsewhere(contestants: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Score on the rows of another task of the base and of every contestant, in the order of the table."""
-    base = next((row["other"] for row in contestants if row["kind"] == "baseline" and "other" in row), None)
+    base = _untouched(contestants, "other")
     if base is None:
         return []
     trained = [row for row in contestants if row["kind"] == "trained" and "other" in row]
     return [
-        ("untouched base", measured(base), ""),
-        *((row["name"], measured(row["other"]), f"{row['other'] - base:+.3f}") for row in trained),
+        ("untouched base", measured(base), "", ""),
+        *(
+            (row["name"], measured(row["other"]), f"{row['other'] - base:+.3f}", _within(row, "other", float, 3))
+            for row in trained
+        ),
     ]
+
+
+def _untouched(contestants: Sequence[Mapping[str, Any]], kept: str) -> float | None:
+    """What the base says of the rows that are asked beside."""
+    return next((row[kept] for row in contestants if row["kind"] == "baseline" and kept in row), None)
+
+
+def _within(row: Mapping[str, Any], kept: str, turned: Callable[[float], float], decimals: int) -> str:
+    """The interval of a change."""
+    change = row.get(f"{kept}_change")
+    if change is None:
+        return ""
+    low, high = (f"{turned(change[end]):+.{decimals}f}" for end in ("low", "high"))
+    return f"{low} to {high}"

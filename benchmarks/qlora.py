@@ -167,14 +167,14 @@ def one_run(options: argparse.Namespace, storage: str, seed: int) -> dict[str, A
             quantize=quantize, waive="D129",
         )  # fmt: skip
         lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    at_s = [line["seconds"] for line in lines if "grad_norm" in line]
+    steps, at_s = zip(*((line["step"], line["seconds"]) for line in lines if "grad_norm" in line), strict=True)
     model, _ = load_base(base, task="classify", labels=["no", "yes"], quantize=quantize)
     return {
         "quantize": storage,
         "seed": seed,
         "accuracy": run.record["results"]["test"]["scores"][0]["accuracy"],
         "test_rows": run.record["results"]["test"]["rows"],
-        "step_s": statistics.median(np.diff(at_s)),
+        "step_s": statistics.median(np.diff(at_s) / np.diff(steps)),
         "block_bytes": block_bytes(model),
         "held_bytes": held_bytes(model),
         "rest_bytes": before,

@@ -53,6 +53,12 @@ def pasted(fix):
             "pairs",
             {"system": "system", "prompt": "prompt", "completion": "completion"},
         ),
+        (
+            ("instruction", "input", "chosen", "rejected"),  # LLaMA-Factory's preferences
+            "dpo",
+            "preferences",
+            {"prompt": "instruction+input", "chosen": "chosen", "rejected": "rejected"},
+        ),
         (("messages",), "sft", "chat", {"messages": "messages"}),
         (("id", "conversations"), "sft", "chat", {"messages": "conversations"}),
         (("prompt", "messages"), "sft", "chat", {"messages": "messages"}),
@@ -93,6 +99,18 @@ def test_wrong_columns_have_a_fix_that_works():
     assert fault(table("question_text", "best_answer", "source")).fix == (
         "--map prompt=question_text,completion=best_answer"
     )
+
+
+def test_prompts_of_alpaca_rows_have_their_input():
+    found = recognise(table("instruction", "input", "output"), "grpo")
+    assert (found.kind, found.columns) == ("prompts", {"prompt": "instruction+input"})
+
+
+@pytest.mark.parametrize("task", ["tfew", "choice"])
+def test_labels_are_asked_by_a_prompt(task):
+    finding = fault(table("premise", "hypothesis", "label"), task)
+    assert finding.fix == "--set 'data.prompt={premise} {hypothesis} Label:'"
+    assert fault(table("text", "label"), task).fix == "--set 'data.prompt={text} Label:'"
 
 
 def test_no_idea_is_no_suggestion():

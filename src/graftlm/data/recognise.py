@@ -272,7 +272,7 @@ class _Columns:
 
     def prompts(self) -> list[dict[str, str]]:
         """Ways to find what is asked, with a passage before it where there is one, and a system prompt."""
-        prompts, systems = self.role("prompt"), self.role("system")
+        prompts, systems = self.asked(), self.role("system")
         if "prompt" not in self.given:
             contexts = self.named(_CONTEXTS)
             if len(prompts) == 1 and len(contexts) == 1:
@@ -280,13 +280,17 @@ class _Columns:
         head = {"system": systems[0]} if len(systems) == 1 else {}
         return [{**head, "prompt": prompt} for prompt in prompts]
 
+    def asked(self) -> list[str]:
+        """Columns that may be the prompt; in Alpaca's rows the input belongs to the instruction."""
+        prompts = self.role("prompt")
+        first, extra = self.by_lower.get("instruction"), self.by_lower.get("input")
+        if "prompt" not in self.given and first in prompts and extra in prompts:
+            return [f"{first}+{extra}", *(name for name in prompts if name not in (first, extra))]
+        return prompts
+
     def pairs(self) -> list[dict[str, str]]:
-        prompts, completions, systems = self.role("prompt"), self.role("completion"), self.role("system")
+        prompts, completions, systems = self.asked(), self.role("completion"), self.role("system")
         if "prompt" not in self.given:
-            first, extra = self.by_lower.get("instruction"), self.by_lower.get("input")
-            if first in prompts and extra in prompts:  # Alpaca: the input belongs to the instruction
-                joined = f"{first}+{extra}"
-                prompts = [joined, *(name for name in prompts if name not in (first, extra))]
             contexts = self.named(_CONTEXTS)
             if completions and len(prompts) == 1 and len(contexts) == 1 and "completion" not in self.given:
                 prompts = [f"{contexts[0]}+{prompts[0]}", *prompts]  # with the context or without it: the user says
@@ -400,6 +404,12 @@ def _wrong_columns(table: Table, task: str, given: Mapping[str, str]) -> Finding
                 return Finding("D110", message, table.path.name, fix)
         numeric = [name for name in table.columns if columns.is_numeric(name) and not name.lower().endswith("id")]
         looks = {"text": texts, "score": numeric[0]} if texts != "..." and len(numeric) == 1 else {}
+    if task in ("choice", "tfew") and not given and (labelled := _Columns(table, {}, "classify").labelled()):
+        # Rows with labels: a prompt makes questions of them, and the labels are what there is to choose from.
+        *fields, _ = labelled[0].values()
+        prompt = " ".join(f"{{{name}}}" for name in fields)
+        message += ". Rows with labels are asked by a prompt"
+        return Finding("D110", message, table.path.name, f"--set 'data.prompt={prompt} Label:'")
     if looks:
         message += ". Looks like " + ", ".join(f"{role}={column}" for role, column in looks.items())
     return Finding(

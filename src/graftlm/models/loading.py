@@ -276,7 +276,12 @@ def _check_loaded(name: str, model: Any, report: dict[str, Any], head: str) -> N
 
     missing = [key for key in report["missing_keys"] if needed(key)]
     misshapen = [entry[0] if isinstance(entry, tuple) else entry for entry in report.get("mismatched_keys") or []]
-    faults = [Finding("M114", f"{name}: the checkpoint lacks {key}") for key in missing[:8]]
+    faults = []
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        own = not any(key.startswith(prefix) for key in missing)
+        fix = "a checkpoint that was trained with this head, or another --task" if own else ""
+        faults.append(Finding("M114", f"{name}: the checkpoint lacks {shown}", fix=fix))
     faults += [Finding("M115", f"{name}: {key} has the wrong shape") for key in misshapen if needed(key)][:8]
     if faults:
         raise ModelError(faults)

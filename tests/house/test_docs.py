@@ -160,6 +160,18 @@ def test_every_verb_and_every_method_has_its_page(generate):
         assert f"({page.name}{'#' if heading else ''}{heading})" in index
 
 
+def test_every_task_has_a_page_that_is_run():
+    from graftlm.data.recognise import TASKS
+
+    pages = {page.stem: page for page in (DOCS / "tasks").glob("*.md") if page.stem != "index"}
+    assert set(pages) == set(TASKS)
+    index, navigation = (DOCS / "tasks" / "index.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    for task, page in pages.items():
+        assert any("graftlm train" in block.code for block in blocks_of(page) if block.how == ""), task
+        assert f"[`{task}`]({task}.md)" in index
+        assert f"tasks/{task}.md" in navigation
+
+
 def test_figures_are_current(generate):
     drawn = generate.figures()
     for file, text in drawn.items():

@@ -14,6 +14,7 @@ import graftlm
 from graftlm import attach, use
 from graftlm.core.lane import lane_of
 from graftlm.kernels import Fused, LossHead, fuse, fusing
+from graftlm.quantisation import merged_copy, quantize
 from models_for_tests import DECODERS, ENCODER_DECODERS, ENCODERS, inputs_for, tiny
 
 #: What may be fused in each model; everything else is left alone.
@@ -318,3 +319,57 @@ def test_less_is_kept(recompute: Any) -> None:
     before = kept_bytes(model, [adapter])
     with fuse(model, recompute=recompute):
         assert kept_bytes(model, [adapter]) <= (0.7 if recompute == "none" else 0.55) * before
+
+
+# --- packed bases ---
+
+
+@pytest.mark.parametrize("recompute", ["none", "feedforward", "blocks"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora(rank=3,targets=all-linear)", "ia3", "lora(rank=2,targets=all-linear)+ia3", "bitfit",
+     "dora(rank=2,targets=all-linear)", "lora(rank=3,targets=all-linear)+sparse(fraction=0.05)"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_packed_maps_are_fused_alike(name: str, method: str, recompute: Any) -> None:
+    model = quantize(tiny(name), "nf4" if name == "llama" else "int8")
+    fused = same(model, [shaken(model, method)], recompute=recompute)
+    if method == "lora(rank=3,targets=all-linear)":
+        assert {kind: len(paths) for kind, paths in fused.fused.items()} == EXPECTED[name]
+
+
+def test_packed_maps_in_half_precision() -> None:
+    model = quantize(tiny("llama"), "nf4").bfloat16()
+    same(model, [shaken(model, "lora(rank=3,targets=all-linear)")], close=3e-2)
+
+
+def test_dropout_over_packed_maps_is_that_over_their_numbers() -> None:
+    model = quantize(tiny("llama"), "nf4")
+    plain = merged_copy(model, [], dtype=torch.float32)
+    found = []
+    for each in (model.train(), plain.train()):
+        torch.manual_seed(5)
+        adapter = shaken(each, "lora(rank=3,targets=all-linear,dropout=0.5)")
+        for recompute in ("none", "feedforward", "blocks"):
+            with fuse(each, recompute=recompute):  # type: ignore[arg-type]
+                torch.manual_seed(7)
+                found.append(step(each, [adapter], inputs_for(each)))
+    for logits, gradients in found[1:]:
+        torch.testing.assert_close(logits, found[0][0])
+        for one, other in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_merged_in_place_of_codes_are_left_to_the_map() -> None:
+    model = quantize(tiny("llama"), "nf4")
+    shaken(model, "lora(rank=2,targets=ffn)", "first").merge()
+    same(model, [shaken(model, "lora(rank=3,targets=all-linear)", "second")])
+
+
+@pytest.mark.parametrize("recompute", ["none", "feedforward"])
+def test_less_is_kept_over_packed_maps(recompute: Any) -> None:
+    model = quantize(tiny("llama"), "nf4")
+    adapter = shaken(model, "lora(rank=3,targets=all-linear)")
+    before = kept_bytes(model, [adapter])
+    with fuse(model, recompute=recompute):
+        assert kept_bytes(model, [adapter]) <= (0.75 if recompute == "none" else 0.6) * before

@@ -3,13 +3,14 @@
 A base's weight may be packed (4 bits), a tensor of another library, or lie elsewhere (offloaded to disk). A delta asks
 for it here and never looks at the storage. What holds a packed weight says what it is by a method `dense_weight`; for
 modules of other libraries a reader is entered with `read_storage`; of what nobody knows, the module is asked itself,
-by running it on the rows of the identity.
+by running it on the rows of the identity. A packed map that can be multiplied by without autograd, forward and back,
+says so by the methods of `Packed`: operations that make its product together with a change need no more of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from graftlm.core.lane import plain_forward
 from graftlm.core.sites import linear_kind
 
 __all__ = [
+    "Packed",
     "dense",
     "entries",
     "fetched",
@@ -30,6 +32,18 @@ __all__ = [
 ]
 
 _ROWS_AT_ONCE = 1024
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """A packed weight W [out, in] as something to multiply by; neither method keeps anything or has a gradient."""
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """W x for x [..., in], in the type of `x`."""
+
+    def multiply_back(self, above: Tensor) -> Tensor:
+        """W^T g for g = `above` [..., out]."""
+
 
 _readers: dict[str, Callable[[nn.Module], Tensor]] = {}
 

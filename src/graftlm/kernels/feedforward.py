@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from graftlm.core import LowRank
+from graftlm.core.storage import Packed
 from graftlm.kernels.linear import (
     add_dropped,
     add_low_rank,
@@ -28,6 +29,8 @@ from graftlm.kernels.linear import (
     new_seed,
     plain_low_rank_linear,
     summed,
+    times,
+    times_back,
 )
 from graftlm.kernels.native import loops_for
 
@@ -38,12 +41,12 @@ Activation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Map:
-    """A linear map with a frozen weight [out, in], its bias [out], and the change that acts on it.
+    """A linear map with a frozen weight [out, in], packed or not, its bias [out], and the change that acts on it.
 
     `scaling` [in] is what its input is multiplied by; where it is a feed-forward part's last map.
     """
 
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None
     change: LowRank | None = None
     scaling: Tensor | None = None
@@ -61,6 +64,7 @@ def plain_feed_forward(x: Tensor, inner: Sequence[Map], down: Map, activation: A
     """The same as `feed_forward` by PyTorch's own operations, one after the other."""
 
     def through(x: Tensor, part: Map) -> Tensor:
+        assert isinstance(part.weight, Tensor)
         if part.change is None:
             return F.linear(x, part.weight, part.bias)
         return plain_low_rank_linear(x, part.weight, part.bias, part.change)
@@ -81,28 +85,36 @@ def feed_forward(
     Gains of `inner` are not next to zero: what they multiplied is had from the product.
     """
     maps = (*inner, down)
-    terms = tuple(_Term.of(each.change) for each in maps)
+    terms = tuple(_Term.of(each) for each in maps)
     tensors: list[Tensor | None] = []
     for each in maps:
         change = each.change
-        tensors += [each.weight, each.bias, *((change.down, change.up, change.gain) if change else (None,) * 3)]
+        plain = each.weight if isinstance(each.weight, Tensor) else None
+        tensors += [plain, each.bias, *((change.down, change.up, change.gain) if change else (None,) * 3)]
     y: Tensor = _FeedForward.apply(x, activation, recompute, terms, down.scaling, *tensors)  # type: ignore[no-untyped-call]
     return y
 
 
 @dataclass(frozen=True)
 class _Term:
-    """What is not a tensor of a map's change: its scale, the share that it drops of its input, and by which seed."""
+    """What is not a tensor of a map: a packed weight; of its change scale, share of the input that is dropped, seed."""
 
+    packed: Packed | None = None
     scale: float = 0.0
     dropout: float = 0.0
     seed: int = 0
 
     @classmethod
-    def of(cls, change: LowRank | None) -> _Term:
+    def of(cls, part: Map) -> _Term:
+        packed, change = None if isinstance(part.weight, Tensor) else part.weight, part.change
         if change is None:
-            return cls()
-        return cls(change.scale, change.dropout, new_seed() if change.dropout else 0)
+            return cls(packed)
+        return cls(packed, change.scale, change.dropout, new_seed() if change.dropout else 0)
+
+    def of_weight(self, weight: Any) -> Tensor | Packed:
+        """The weight, whichever it is."""
+        found: Tensor | Packed = weight if self.packed is None else self.packed
+        return found
 
     def read(self, x: Tensor) -> Tensor:
         """What the change reads of x."""
@@ -136,7 +148,7 @@ class _FeedForward(torch.autograd.Function):
         if scaling is not None:
             product = product.mul_(scaling.to(product.dtype)) if product is not wide[0] else product * scaling
         weight, bias, down, up, gain = maps[-1]
-        y = F.linear(product, weight, bias if gain is None else None)
+        y = times(product, terms[-1].of_weight(weight), bias if gain is None else None)
         narrow = None if down is None else add_low_rank(y, terms[-1].read(product), down, up, terms[-1].scale)
         del product
         before = None  # what the last map's gain multiplies
@@ -190,7 +202,7 @@ class _FeedForward(torch.autograd.Function):
                 acted = ctx.activation(first)
         weight, _, down, up, _ = maps[-1]
         above = through(count - 1, above, lambda: before)
-        grad_product = above @ weight
+        grad_product = times_back(above, terms[-1].of_weight(weight))
         grad_scaling = None
         if down is not None or needs[4]:
             if acted is None:
@@ -230,7 +242,7 @@ class _FeedForward(torch.autograd.Function):
             weight, bias, down, up, gain = maps[at]
             each = through(at, each, partial(_ungained, wide[at], gain, bias))
             if needs[0]:
-                grad_x = each @ weight if grad_x is None else grad_x.addmm_(each, weight)
+                grad_x = times_back(each, terms[at].of_weight(weight), grad_x)
             if down is not None:
                 needed = (needs[_BEFORE + _EACH * at + 2], needs[_BEFORE + _EACH * at + 3])
                 back, grads[_EACH * at + 2], grads[_EACH * at + 3] = back_low_rank(
@@ -298,7 +310,7 @@ def _inner(
     narrows: list[Tensor | None] = []
     for at, ((weight, bias, down, up, gain), term) in enumerate(zip(maps, terms, strict=False)):
         narrow = None if changed is None else changed[at]
-        y = F.linear(x, weight, bias if gain is None else None)
+        y = times(x, term.of_weight(weight), bias if gain is None else None)
         if narrow is not None:
             y.addmm_(narrow, up.to(x.dtype).T, alpha=term.scale)
         elif down is not None:

@@ -22,6 +22,7 @@ from graftlm.core import KeyValueDelta, LinearDelta, LowRank, in_eval_mode, line
 from graftlm.core.attention import implementation_of, named_attention
 from graftlm.core.junction import MapChange, junction_of
 from graftlm.core.lane import lane_of
+from graftlm.core.storage import Packed
 from graftlm.kernels.attention import attention_forward
 from graftlm.kernels.feedforward import Map, feed_forward
 from graftlm.kernels.linear import low_rank_linear
@@ -162,8 +163,10 @@ def _is_same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int)
     like = next(module.parameters())
     if like.is_meta:  # for planning: there are no numbers to compare
         return True
+    types: list[Any] = [each.dtype for each in module.parameters() if each.is_floating_point()]
+    types += [each.dtype for each in module.modules() if isinstance(each, Packed)]  # what it was before it was packed
     numbers = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, width, generator=numbers).to(like.device, like.dtype)
+    x = torch.randn(2, 3, width, generator=numbers).to(like.device, types[0])
     results: list[list[Tensor]] = []
     try:
         for each in (functools.partial(type(module).forward, module), forward):
@@ -201,9 +204,9 @@ def _offers_low_rank(module: nn.Module) -> bool:
 
 
 def _is_bare(module: Any) -> bool:
-    """Whether the module is a linear map over a plain tensor: not a subclass, not quantised."""
+    """Whether the module is a linear map over a plain tensor, not a subclass, or over what can be multiplied by."""
     if type(module) is not nn.Linear and linear_kind(module) != "conv1d":
-        return False
+        return isinstance(module, Packed)
     return type(module._parameters.get("weight")) in (Tensor, nn.Parameter)  # torchao puts a tensor of its own there
 
 
@@ -217,18 +220,24 @@ def _map_at(module: nn.Module, x: Tensor) -> Map | None:
         return None
     weight: Tensor | None = module._parameters["weight"]
     bias: Tensor | None = module._parameters.get("bias")
-    if weight is None or weight.dtype != x.dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
+    packed = module if type(module) is not nn.Linear and isinstance(module, Packed) else None
+    if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    # Where a merge put numbers in place of the codes, the module itself knows best.
+    if weight.dtype != x.dtype if packed is None else weight.is_floating_point():
         return None
     if linear_kind(module) == "conv1d":
         weight = weight.T
     junction = junction_of(module)
-    change = MapChange() if junction is None else junction.change(module, x.device, weight)
+    change = MapChange() if junction is None else junction.change(module, x.device, weight if packed is None else None)
     if change is None:
         return None
+    if packed is not None and bias is not None:
+        bias = bias.to(x.dtype)
     for shift in change.shifts:
         bias = shift.to(x.dtype) if bias is None else bias + shift.to(bias.dtype)
     scaling = functools.reduce(torch.mul, change.scalings) if change.scalings else None
-    return Map(weight, bias, _together(change.low) if change.low else None, scaling)
+    return Map(packed or weight, bias, _together(change.low) if change.low else None, scaling)
 
 
 def _together(changes: Sequence[LowRank]) -> LowRank | None:
@@ -254,12 +263,14 @@ def _linear_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> 
         junction = junction_of(module)
         # What scales the input has done so already.
         if found is not None and found.trains and junction is not None and not _drops_apart(junction):
-            if found.change is None:
-                y = F.linear(x, found.weight, found.bias)
-            else:
+            y = None
+            if found.change is not None:
                 y = low_rank_linear(x, found.weight, found.bias, found.change)
-            junction.added()
-            return y
+            elif isinstance(found.weight, Tensor):
+                y = F.linear(x, found.weight, found.bias)
+            if y is not None:
+                junction.added()
+                return y
     return type(module).forward(module, x, *args, **kwargs)
 
 
@@ -295,7 +306,7 @@ def _feed_forwards(
         if "down" not in named or "up" not in named or maps != set(named.values()):
             continue
         if not all(_is_bare(module._modules[name]) for name in maps):
-            continue  # quantised
+            continue
         others = {name: child for name, child in module._modules.items() if name not in maps and child is not None}
         idle = tuple(name for name, child in others.items() if isinstance(child, nn.Dropout))
         acting = [name for name in others if name not in idle]

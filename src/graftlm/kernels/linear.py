@@ -6,7 +6,8 @@ The change is added in place into the base's product; A and B are cast down to t
 for the backward are x, the narrow A x and nothing else: W gets no gradient, and a dropped-out x is made again from its
 seed. With a gain the product z = W x + s B A x is kept too. Backward, with a = A x and g = dL/dy: dn = sum of g z over
 tokens, then g <- n g, dB = s g^T a, dA = s (g B)^T x, dx = g W + s (g B) A, each product in the order that meets the
-narrow side first (Cherniuk et al. 2023, "RunLoRA"; Hu et al. 2021, section 4.1).
+narrow side first (Cherniuk et al. 2023, "RunLoRA"; Hu et al. 2021, section 4.1). W may be packed: it is multiplied by
+without being held as a whole (`core.storage.Packed`).
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from graftlm.core import LowRank
+from graftlm.core.storage import Packed
 from graftlm.kernels.native import Unsigned, loops_for
 
 __all__ = [
     "add_dropped", "add_low_rank", "back_low_rank", "dropped", "low_rank_linear", "new_seed", "plain_low_rank_linear",
-    "summed",
+    "summed", "times", "times_back",
 ]  # fmt: skip
 
 
@@ -39,13 +41,30 @@ def plain_low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change
     return y if change.bias is None else y + (change.scale * change.bias).to(x.dtype)
 
 
-def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, change: LowRank) -> Tensor:
+def low_rank_linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None, change: LowRank) -> Tensor:
     """y [..., out] for x [..., in], a frozen weight [out, in], a bias [out], and the change, in the type of x."""
     seed = new_seed() if change.dropout else 0
+    plain, packed = (weight, None) if isinstance(weight, Tensor) else (None, weight)
     y: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, change.down, change.up, change.bias, change.gain, change.scale, change.dropout, seed
+        x, plain, bias, change.down, change.up, change.bias, change.gain, change.scale, change.dropout, seed, packed
     )
     return y
+
+
+def times(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+    """W x + b for x [tokens, in], as a tensor of its own."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    y = weight.multiply(x)
+    return y if bias is None else y.add_(bias)
+
+
+def times_back(above: Tensor, weight: Tensor | Packed, into: Tensor | None = None) -> Tensor:
+    """g W for g = `above` [tokens, out]; added to `into` in place, where that is given."""
+    if isinstance(weight, Tensor):
+        return above @ weight if into is None else into.addmm_(above, weight)
+    found = weight.multiply_back(above)
+    return found if into is None else into.add_(found)
 
 
 def new_seed() -> int:
@@ -119,11 +138,11 @@ def summed(above: Tensor, like: torch.dtype, scale: float = 1.0) -> Tensor:
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, shift: Tensor | None,
-        gain: Tensor | None, scale: float, dropout: float, seed: int,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor, shift: Tensor | None,
+        gain: Tensor | None, scale: float, dropout: float, seed: int, packed: Packed | None,
     ) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
-        y = F.linear(flat, weight, bias if gain is None else None)
+        y = times(flat, weight if packed is None else packed, bias if gain is None else None)  # type: ignore[arg-type]
         read = dropped(flat, dropout, seed) if dropout else flat
         narrow = add_low_rank(y, read, down, up, scale)
         product = y if gain is not None and ctx.needs_input_grad[6] else None
@@ -136,7 +155,7 @@ class _LowRankLinear(torch.autograd.Function):
         # x is read for the gradient of A alone.
         ctx.save_for_backward(flat if ctx.needs_input_grad[3] else None, narrow, weight, down, up, shift, gain, product)
         ctx.bias = None if bias is None else bias.dtype
-        ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
+        ctx.scale, ctx.dropout, ctx.seed, ctx.shape, ctx.packed = scale, dropout, seed, x.shape, packed
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -155,10 +174,10 @@ class _LowRankLinear(torch.autograd.Function):
         back, grad_down, grad_up = back_low_rank(above, narrow, read, down, up, ctx.scale, (needs[3], needs[4]))
         grad_x = None
         if needs[0]:
-            grad_x = above @ weight
+            grad_x = times_back(above, weight if ctx.packed is None else ctx.packed)
             if ctx.dropout:
                 add_dropped(grad_x, back @ down.to(back.dtype), ctx.dropout, ctx.seed)
             else:
                 grad_x.addmm_(back, down.to(back.dtype))
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, grad_bias, grad_down, grad_up, grad_shift, grad_gain, None, None, None
+        return grad_x, None, grad_bias, grad_down, grad_up, grad_shift, grad_gain, None, None, None, None

@@ -125,6 +125,14 @@ class QuantizedLinear(nn.Module):
         self.source.check(self.format.pack(weight.to(self.dtype))["weight"], held)
         return weight.float().to(held.device)
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """W x for x [..., in], in the type of `x`, without autograd."""
+        return _multiplied(x, self.format, (self.out_features, self.in_features), _in_order(self.packed()))
+
+    def multiply_back(self, above: Tensor) -> Tensor:
+        """W^T g for g = `above` [..., out], alike."""
+        return _multiplied_back(above, self.format, (self.out_features, self.in_features), _in_order(self.packed()))
+
     def forward(self, x: Tensor) -> Tensor:
         """W x + b for x of shape [..., in], in the type of `x`."""
         kind = x.device.type
@@ -172,22 +180,32 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, format: Format, shape: tuple[int, int], *stored: Tensor | None) -> Tensor:
         ctx.save_for_backward(*stored)
         ctx.format, ctx.shape = format, shape
-        y = x.new_empty(*x.shape[:-1], shape[0])
-        for rows, weight in _slabs(format, shape, stored, x.dtype):
-            y[..., rows] = F.linear(x, weight)
-        return y
+        return _multiplied(x, format, shape, stored)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         stored = ctx.saved_tensors  # once: checkpointing computes them again for each look
         if not ctx.needs_input_grad[0]:
             return (None,) * (3 + len(stored))
-        gradient: Tensor = gradients[0]
-        total: Tensor | None = None
-        for rows, weight in _slabs(ctx.format, ctx.shape, stored, gradient.dtype):
-            part = gradient[..., rows] @ weight
-            total = part if total is None else total.add_(part)
-        return (total, None, None, *(None for _ in stored))
+        return (_multiplied_back(gradients[0], ctx.format, ctx.shape, stored), *((None,) * (2 + len(stored))))
+
+
+def _multiplied(x: Tensor, format: Format, shape: tuple[int, int], stored: tuple[Tensor | None, ...]) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], shape[0])
+    for rows, weight in _slabs(format, shape, stored, x.dtype):
+        y[..., rows] = F.linear(x, weight)
+    return y
+
+
+def _multiplied_back(
+    above: Tensor, format: Format, shape: tuple[int, int], stored: tuple[Tensor | None, ...]
+) -> Tensor:
+    total: Tensor | None = None
+    for rows, weight in _slabs(format, shape, stored, above.dtype):
+        part = above[..., rows] @ weight
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 def _slabs(

@@ -167,13 +167,26 @@ def one_run(options: argparse.Namespace, storage: str, seed: int) -> dict[str, A
             quantize=quantize, waive="D129",
         )  # fmt: skip
         lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        tested = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()[: options.rows]]
+        (Path(place) / "texts.txt").write_text("\n".join(row["text"] for row in tested))
+        command = [
+            sys.executable,
+            "-m",
+            "graftlm",
+            "predict",
+            str(run.folder),
+            str(Path(place) / "texts.txt"),
+            "--json",
+        ]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        right = [int(json.loads(one)["label"] == row["label_text"]) for one, row in zip(said, tested, strict=True)]
     steps, at_s = zip(*((line["step"], line["seconds"]) for line in lines if "grad_norm" in line), strict=True)
     model, _ = load_base(base, task="classify", labels=["no", "yes"], quantize=quantize)
     return {
         "quantize": storage,
         "seed": seed,
         "accuracy": run.record["results"]["test"]["scores"][0]["accuracy"],
-        "test_rows": run.record["results"]["test"]["rows"],
+        "right": right,
         "step_s": statistics.median(np.diff(at_s) / np.diff(steps)),
         "block_bytes": block_bytes(model),
         "held_bytes": held_bytes(model),
@@ -218,14 +231,16 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, own in by.items()
     }
-    apart = [by["nf4"][seed]["accuracy"] - run["accuracy"] for seed, run in by["float32"].items()]
-    spread = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
-    return {
-        **asked,
-        "runs": runs,
-        "table": table,
-        "nf4_over_float32": {"accuracy": statistics.fmean(apart), "standard_error": spread, "seeds": len(apart)},
+    seeds = sorted(by["float32"])
+    apart = crossed_test(*([by[name][seed]["right"] for seed in seeds] for name in ("nf4", "float32")))
+    difference = {
+        "accuracy": apart.value,
+        "low": apart.low,
+        "high": apart.high,
+        "p": apart.p_value,
+        "seeds": len(seeds),
     }
+    return {**asked, "runs": runs, "table": table, "nf4_over_float32": difference}
 
 
 # --- a large random base --------------------------------------------------------------------------------------------

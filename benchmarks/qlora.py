@@ -31,6 +31,7 @@ from torch import nn
 import graftlm
 from graftlm import LoRA, attach, load_base
 from graftlm.evaluation import crossed_test
+from graftlm.kernels import fuse
 from graftlm.models import bundled_base
 from graftlm.quantisation import FORMATS, QuantizedLinear, quantize
 
@@ -312,7 +313,7 @@ def large(options: argparse.Namespace, name: str, steps: int) -> dict[str, Any]:
         loaded_s, loaded = time.monotonic() - began, peak_bytes()
         print(json.dumps({"loaded_s": loaded_s, "peak_bytes": loaded}), flush=True)
         adapter = attach(model, LoRA(rank=16, targets="all-linear"))
-        model.gradient_checkpointing_enable()
+        stack.enter_context(fuse(model, recompute="blocks"))  # as `graftlm train` does
         model.train()
         optimizer = torch.optim.AdamW(list(adapter.parameters()), lr=1e-4)
         ids = torch.randint(5, 4000, (1, options.tokens), generator=torch.Generator().manual_seed(0))

@@ -20,8 +20,8 @@ from graftlm.quantisation.storage import Format
 
 __all__ = ["PACKED", "QuantizedLinear"]
 
-#: Entries dequantised together: 16 MiB in float32.
-_ENTRIES_AT_ONCE = 2**22
+#: Entries dequantised together: on a processor 2 MiB in float32, which its cache holds, elsewhere 16.
+_ENTRIES_AT_ONCE, _ENTRIES_ELSEWHERE = 2**19, 2**22
 
 #: The buffers that stand beside the codes, where a format has them.
 PACKED = ("sizes", "outer", "offset")
@@ -216,7 +216,8 @@ def _slabs(
     packed = {name: tensor for name, tensor in zip(names, stored, strict=True) if tensor is not None}
     rows, columns = shape
     together = format.rows_together(columns)
-    step = max(_ENTRIES_AT_ONCE // columns // together, 1) * together
+    most = _ENTRIES_AT_ONCE if packed["weight"].device.type in ("cpu", "meta") else _ENTRIES_ELSEWHERE
+    step = max(most // columns // together, 1) * together
     sizes = format.sizes(packed)
     for first in range(0, rows, step):
         last = min(first + step, rows)

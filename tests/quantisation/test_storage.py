@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from graftlm.errors import ModelError
-from graftlm.quantisation import FORMATS, Format, QuantizedLinear
+from graftlm.quantisation import FORMATS, Format, QuantizedLinear, storage, unpacking
 from graftlm.quantisation.books import book, dynamic_book
+from graftlm.quantisation.unpacking import by_torch, faster, unpacked_by
 
 logging.disable(logging.WARNING)  # bitsandbytes says that it looks for more kernels
 bnb = pytest.importorskip(
@@ -118,6 +119,44 @@ def test_unknown_formats_are_refused_with_the_nearest():
     with pytest.raises(ModelError) as caught:
         Format("nf4", block=63)
     assert caught.value.findings[0].code == "Q102"
+
+
+# --- unpacking by others' loops ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(8, 64), (70, 96), (33, 2), (5, 7), (256, 192)], ids=str)
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_loops_of_bitsandbytes_give_the_same_bits(name, shape, dtype, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    format = Format(name)
+    packed = format.pack(torch.randn(shape))
+    monkeypatch.setattr(unpacking, "_took_s", lambda unpack, *_: getattr(unpack, "__name__", "") != "theirs")
+    faster.cache_clear()
+    assert unpacked_by(name, dtype=dtype) == "bitsandbytes"
+    found = format.unpack(packed, shape, dtype)
+    monkeypatch.setattr(storage, "faster", lambda *_: None)
+    assert torch.equal(found, format.unpack(packed, shape, dtype))
+    faster.cache_clear()
+
+
+def test_slower_loops_and_other_bits_are_not_used(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(unpacking, "_took_s", lambda unpack, *_: getattr(unpack, "__name__", "") == "theirs")
+    faster.cache_clear()
+    assert unpacked_by("nf4") == "torch"
+    monkeypatch.setattr(unpacking, "_took_s", lambda unpack, *_: getattr(unpack, "__name__", "") != "theirs")
+    monkeypatch.setattr(unpacking, "by_torch", lambda *args: by_torch(*args) + 1)
+    faster.cache_clear()
+    assert unpacked_by("nf4") == "torch"
+    monkeypatch.undo()
+    faster.cache_clear()
+    assert unpacked_by("int4") == "torch"
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    faster.cache_clear()
+    assert unpacked_by("nf4") == "torch"
+    monkeypatch.undo()
+    faster.cache_clear()
 
 
 # --- the linear module ----------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from graftlm.data.wording import number
 from graftlm.errors import Finding, GraftError, ModelError, nearest
 from graftlm.methods import read_method
 from graftlm.models import HEADS, bundled_base, head_of
+from graftlm.quantisation.unpacking import unpacked_by
 
 __all__ = ["describe_model", "show_model"]
 
@@ -103,6 +104,8 @@ def describe_model(what: str, task: str = "auto", method: str | None = None) -> 
             for s in found
         ],
     }  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    described["four_bits"] = {"device": device, "unpacked_by": unpacked_by("nf4", device=device)}
     if chosen is not None:
         described["method"] = _would_train(model, chosen, described["parameters"])
     return described
@@ -119,6 +122,8 @@ def show_model(found: Mapping[str, Any]) -> None:
     roles = max((len(role) for _, role, _, _ in lines), default=0)
     for name, role, shape, tied in lines:
         click.echo(harmless(f"{name:{wide}}  {role:{roles}}  {shape}{tied}".rstrip()))
+    held = found["four_bits"]
+    click.echo(f"\nwith --quantize nf4 its maps are unpacked by {held['unpacked_by']} here ({held['device']})")
     if method := found.get("method"):
         click.echo(
             f"\n{method['text']}  trains {number(method['parameters'])} numbers ({method['percent']:.3g} % of the "

@@ -1,4 +1,4 @@
-"""Storage: what a weight becomes in fewer bits, and back; plain torch that runs on every device.
+"""Storage: what a weight becomes in fewer bits, and back; plain torch on every device, or what is faster (`unpacking`).
 
 Formats of four bits (`nf4`, `fp4`, `int4`) keep for each block of 64 entries the largest size and for each entry the
 nearest of 16 values of a code book times that size (Dettmers et al. 2023, "QLoRA", section 2 and 3). With double
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from graftlm.errors import Finding, ModelError, nearest
 from graftlm.quantisation.books import BOOKS, book, dynamic_book
+from graftlm.quantisation.unpacking import by_torch, faster
 
 __all__ = ["FORMATS", "Format", "as_format"]
 
@@ -138,15 +139,13 @@ class Format:
         columns = shape[1]
         start, stop = first * columns, last * columns
         codes = packed["weight"].view(torch.uint8)[start // 2 : -(-stop // 2)]
-        pairs = _pairs(self.name, codes.device)
-        values = torch.index_select(pairs, 0, codes.int()).view(-1)[: stop - start]
         blocks = sizes[start // self.block : -(-stop // self.block)]
-        whole = (stop - start) // self.block * self.block
-        scaled = values[:whole].view(-1, self.block).mul_(blocks[: whole // self.block, None])
-        if whole < stop - start:
-            values[whole:].mul_(blocks[-1])
-        del scaled
-        return values.view(last - first, columns).to(dtype)
+        unpack = None
+        if (stop - start) % self.block == 0:
+            unpack = faster(self.name, self.block, dtype, codes.device.type)
+        if unpack is None:
+            return by_torch(self.name, self.block, dtype, codes, blocks, last - first, columns)
+        return unpack(codes, blocks, last - first, columns)
 
     def rows_together(self, columns: int) -> int:
         """How many rows end where a block does."""
@@ -165,14 +164,6 @@ def _sorted(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """The values of a code book rising, and the code of each."""
     values, order = book(name).sort(stable=True)
     return values.to(device), order.to(device, torch.uint8)
-
-
-@functools.cache
-def _pairs(name: str, device: torch.device) -> Tensor:
-    """The two values of every byte, [256, 2]: the entry in its high bits comes first."""
-    values = book(name).to(device)
-    high, low = values.repeat_interleave(16), values.repeat(16)
-    return torch.stack([high, low], dim=1)
 
 
 def _code_of_zero(name: str) -> int:

@@ -136,6 +136,23 @@ def test_changes_of_a_packed_weight_are_those_of_its_numbers(method, model_name)
     assert torch.equal(logits_of(model), found)
 
 
+def test_what_is_kept_of_a_packed_weight_follows_what_acts_there():
+    """DoRA keeps norms of the weight that it is over: with sparse values these change at every step."""
+    model = packed("llama", "nf4")
+    twin = merged_copy(model, [], dtype=torch.float32)
+    method = DoRA(rank=2, targets="all-linear") + Sparse(fraction=0.05)
+    adapter = attach(model, method)
+    perturb(adapter)
+    other = attach(twin, method, state=adapter.state())
+    for each in (1, 2):
+        for one, two in zip(adapter.parameters(), other.parameters(), strict=True):
+            with torch.no_grad():
+                one.add_(0.1 * each)
+                two.add_(0.1 * each)
+        found, wanted = logits_of(model), logits_of(twin)
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("score", ["magnitude", *FROM_DATA])
 @pytest.mark.parametrize("model_name", ["llama", "gpt2"])
 def test_the_entries_of_a_packed_weight_are_chosen_as_those_of_its_numbers(score, model_name):

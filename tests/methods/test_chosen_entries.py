@@ -50,6 +50,18 @@ def test_empirical_fisher_is_the_mean_of_squares_of_single_examples():
     assert all(torch.equal(one.long(), other) for one, other in zip(chosen, wanted, strict=True))
 
 
+def test_snip_is_the_mean_of_weight_times_gradient():
+    model = tiny("gpt2")
+    (batch, _) = batches(model)
+    place = model.transformer.h[0].mlp.c_fc
+    (found,) = scores_from_data(model, [place], "snip", Samples([batch]))
+    total = torch.zeros_like(place.weight)
+    for row in range(3):
+        loss = model(**{name: tensor[row : row + 1] for name, tensor in batch.items()}).loss
+        total += (torch.autograd.grad(loss, place.weight)[0] * place.weight).abs()
+    torch.testing.assert_close(found, total / 3)
+
+
 @pytest.mark.parametrize("score", FROM_DATA)
 @pytest.mark.parametrize("model_name", ["gpt2", "bert"])
 def test_scores_from_data_leave_the_model_as_it_was(score, model_name):

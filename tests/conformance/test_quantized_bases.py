@@ -136,6 +136,21 @@ def test_changes_of_a_packed_weight_are_those_of_its_numbers(method, model_name)
     assert torch.equal(logits_of(model), found)
 
 
+@pytest.mark.parametrize("model_name", ["llama", "gpt2"])
+def test_zeros_are_kept_where_changes_are_merged_over_a_pruned_packed_base(model_name):
+    model = packed(model_name, "nf4")
+    pruned = attach(model, Prune(0.5), name="pruned")
+    perturb(attach(model, CASES["lora-all"], name="lora"))
+    use(model, ("pruned", "lora"))
+    pruned.merge()
+    adapters(model)["lora"].merge(keep_zeros=True)
+    for part in pruned.parts:
+        weight = model.get_submodule(part.site.path).weight
+        kept = part.delta.mask.T if model_name == "gpt2" else part.delta.mask  # a Conv1D's is [in, out]
+        assert bool((weight[~kept] == 0).all())
+        assert float((weight[kept] == 0).float().mean()) < 0.5
+
+
 def test_what_is_kept_of_a_packed_weight_follows_what_acts_there():
     """DoRA keeps norms of the weight that it is over: with sparse values these change at every step."""
     model = packed("llama", "nf4")

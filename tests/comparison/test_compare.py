@@ -207,9 +207,9 @@ def test_a_folder_with_another_comparison_is_left_alone(small: Compare, tmp_path
     assert caught.value.findings[0].code == "U152"
     assert (tmp_path / "out" / "comparison.json").read_bytes() == before
     record = json.loads(before)
-    del record["settings"]["group"]  # as of a version that did not have the setting yet
+    del record["settings"]["format"]  # as of a version that did not have the setting yet
     (tmp_path / "out" / "comparison.json").write_text(json.dumps(record))
-    assert small().record["settings"]["group"] is None
+    assert small().record["settings"]["format"] == "auto"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(GraftError, match="no comparison and not empty"):

@@ -146,6 +146,18 @@ def test_what_a_classifier_forgets_is_seen_on_another_task(small: Compare, tmp_p
     assert "Another task" in found.report.read_text()
 
 
+def test_what_is_forgotten_is_told_of_tasks_whose_baselines_are_no_model(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "n.jsonl", [{"text": f"number {at}", "score": at % 5} for at in range(40)])
+    other = write_jsonl(tmp_path / "other.jsonl", labelled_rows(30))
+    found = compare(
+        rows, base=tiny_bert, methods=["lora(rank=2)", "head"], full=False, seeds=1, trials=1, steps=2, batch=4, quiet=True,
+        other=str(other), output=tmp_path / "out", threads=1, waive=("D129",),
+    )  # fmt: skip
+    tuned = next(row for row in found.contestants if row["name"].startswith("lora"))
+    assert tuned["other_change"]["low"] <= tuned["other_change"]["value"] <= tuned["other_change"]["high"]
+    assert "Another task" in found.report.read_text()
+
+
 def test_another_task_is_asked_with_the_adapter_on(
     small: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +235,7 @@ def test_a_folder_with_another_comparison_is_left_alone(small: Compare, tmp_path
         ("comparison.json", '{"settings": {}}', "no data, base, started"),
         ("runs/bitfit-1.json", "[]", "no object"),
         ("runs/bitfit-1.json", '{"values": [1]}', "no counts"),
+        ("runs/bitfit-1.json", '{"values": [1], "counts": [1], "general": 4.5}', "general is not told row by row"),
         ("trials/bitfit/1.json", '{"value": 1}', "no factor"),
     ],
 )

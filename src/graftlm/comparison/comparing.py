@@ -284,7 +284,7 @@ class _Work:
 
     def _trained(self, bench: Bench, contestant: Contestant, factor: float, seed: int) -> dict[str, Any]:
         place = self.folder / "runs" / f"{contestant.name}-{seed}.json"
-        found = _kept(place, ("values", "counts"))
+        found = _kept_run(place)
         if found is None:
             with bench.fitted(contestant.method, seed=seed, factor=factor, counted=True) as (_, cost):
                 scored = bench.scored(bench.test)
@@ -309,10 +309,10 @@ class _Work:
         runs = []
         for rival in rivals:
             place = self.folder / "runs" / f"{rival.name}.json"
-            found = _kept(place, ("values", "counts"))
+            found = _kept_run(place)
             if found is None:
                 found = _run(rival.name, 0, rival.scored())
-                if rival.name in ("base", "probe"):  # the body as it was
+                if rival is rivals[0]:  # the body as it was, which none of them changes
                     found |= {"general": bench.on_general(), "other": bench.on_other()}
                 keep(place, found)
             runs.append(found)
@@ -563,6 +563,15 @@ def _kept(path: Path, needs: Sequence[str]) -> dict[str, Any] | None:
         raise _damaged(path, f"it is no JSON ({error})") from None
     if not isinstance(found, dict) or (lacking := [name for name in needs if name not in found]):
         raise _damaged(path, f"it has no {', '.join(lacking)}" if isinstance(found, dict) else "it is no object")
+    return found
+
+
+def _kept_run(path: Path) -> dict[str, Any] | None:
+    """As `_kept`, of a run: what was asked beside is told row by row in it."""
+    found = _kept(path, ("values", "counts"))
+    for name in ("general", "other"):
+        if found is not None and not isinstance(found.get(name), (list, type(None))):
+            raise _damaged(path, f"its {name} is not told row by row")
     return found
 
 

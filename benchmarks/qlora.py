@@ -185,14 +185,14 @@ def one_run(options: argparse.Namespace, storage: str, seed: int) -> dict[str, A
             "--json",
         ]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-        right = [int(json.loads(one)["label"] == row["label_text"]) for one, row in zip(said, tested, strict=True)]
+        hits = [json.loads(one)["label"] == row["label_text"] for one, row in zip(said, tested, strict=True)]
     steps, at_s = zip(*((line["step"], line["seconds"]) for line in lines if "grad_norm" in line), strict=True)
     model, _ = load_base(base, task="classify", labels=["no", "yes"], quantize=quantize)
     return {
         "quantize": storage,
         "seed": seed,
         "accuracy": run.record["results"]["test"]["scores"][0]["accuracy"],
-        "right": right,
+        "hits": "".join(str(int(hit)) for hit in hits),
         "step_s": statistics.median(np.diff(at_s) / np.diff(steps)),
         "block_bytes": block_bytes(model),
         "held_bytes": held_bytes(model),
@@ -239,7 +239,7 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
     }
     seeds = sorted(by["float32"])
     apart = {
-        name: crossed_test(*([by[each][seed]["right"] for seed in seeds] for each in (name, "float32")))
+        name: crossed_test(*([list(map(int, by[each][seed]["hits"])) for seed in seeds] for each in (name, "float32")))
         for name in STORAGES[1:]
     }
     over = {name: {"accuracy": e.value, "low": e.low, "high": e.high, "p": e.p_value} for name, e in apart.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from graftlm.cli.inputs import read_data_settings, read_mapping
+from graftlm.cli.inputs import data_settings, read_data_settings, read_mapping
 from graftlm.cli.output import print_json
 from graftlm.cli.usage import UsageFault, Verb
 from graftlm.errors import Finding
@@ -48,10 +48,7 @@ _TIMES = {"s": 1, "min": 60, "h": 3600}
 @click.option("--max-length", type=click.IntRange(2), metavar="COUNT", help="Most tokens of a row.")
 @click.option("--map", "mapping", metavar="ROLE=COLUMN", help="Which column of DATA plays which role.")
 @click.option("--task", metavar="TASK", help="What is learnt, as for train; without one, what the rows look like.")
-@click.option(
-    "--set", "sets", multiple=True, metavar="NAME=VALUE",
-    help="How the rows are read: data.format, drop_bad_rows, merge_labels, group, template.",
-)  # fmt: skip
+@data_settings
 @click.option("--waive", metavar="CODES", help="Findings on the data that are not to stop it.")
 @click.option("--threads", type=click.IntRange(1), metavar="COUNT", help="Processor threads; without one, all.")
 @click.option("-o", "--out", "output", metavar="FOLDER", help="Keep every trial there, in choice.json.")

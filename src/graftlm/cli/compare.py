@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from graftlm.cli.inputs import read_data_settings, read_mapping
+from graftlm.cli.inputs import data_settings, read_data_settings, read_mapping
 from graftlm.cli.output import print_json, print_table
 from graftlm.cli.usage import UsageFault, Verb
 from graftlm.errors import Finding
@@ -60,10 +60,7 @@ __all__ = ["verb"]
     "--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="COUNT",
     help="Trainings beside one another, each on one thread; the base is in memory once.",
 )  # fmt: skip
-@click.option(
-    "--set", "sets", multiple=True, metavar="NAME=VALUE",
-    help="How the rows are read: data.format, drop_bad_rows, merge_labels, group, template.",
-)  # fmt: skip
+@data_settings
 @click.option("--waive", metavar="CODES", help="Findings on the data that are not to stop it.")
 @click.option("--threads", type=click.IntRange(1), metavar="COUNT", help="Processor threads; without one, all.")
 @click.option("-o", "--out", "output", metavar="FOLDER", help="Where it is kept; a stopped one is taken up from there.")

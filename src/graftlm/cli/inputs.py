@@ -12,13 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
+
 from graftlm.cli.usage import UsageFault
 from graftlm.data.checking import Notes, check
 from graftlm.data.reading import FORMATS, Table, read_rows
 from graftlm.data.recognise import ROLES, TEXT_PAIRS, Reading, recognise
 from graftlm.errors import DataError, Finding
 
-__all__ = ["prompts_of", "read_data_settings", "read_mapping", "texts_of"]
+__all__ = ["data_settings", "prompts_of", "read_data_settings", "read_mapping", "texts_of"]
+
+#: The flag whose values `read_data_settings` reads.
+data_settings = click.option(
+    "--set", "sets", multiple=True, metavar="NAME=VALUE",
+    help="How the rows are read: data.format, drop_bad_rows, merge_labels, group, template.",
+)  # fmt: skip
 
 
 def read_mapping(text: str | None) -> dict[str, str] | None:

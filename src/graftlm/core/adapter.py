@@ -42,7 +42,7 @@ from graftlm.core.kind import is_encoder_decoder
 from graftlm.core.method import Method, Part, Samples, device_at
 from graftlm.core.routing import Routing, Spec, read_spec
 from graftlm.core.sites import Site, Survey, linear_kind
-from graftlm.core.storage import dense, entries, is_across, is_offloaded, is_packed
+from graftlm.core.storage import dense, is_offloaded, is_packed, plain_weight, turned
 from graftlm.core.survey import survey
 from graftlm.errors import AdapterError, Finding, GraftError, MethodError, NotMergeable, RoutingError, nearest
 
@@ -748,14 +748,13 @@ def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:
                     original = originals.get((path, name))
                     stored = now if original is None else original
                     packed = name == "weight" and is_packed(module)
-                    start = entries(module, stored) if packed else stored
+                    start = plain_weight(module, stored) if packed else stored
                     value = delta.parameter(start)
+                    value = turned(module, value) if packed else value
                     # Where an adapter merged before stands already, the changes add up, as at a junction.
                     if now is not stored:
-                        here = entries(module, now) if packed else now
-                        value = here + (value - start)
-                    turned = value.T if packed and is_across(module) else value
-                    put(places, turned.clone(), now, _held_as(module, now))
+                        value = now + (value - (turned(module, start) if packed else start))
+                    put(places, value.clone(), now, _held_as(module, now))
             elif isinstance(delta, LinearDelta):
                 weight, bias = module._parameters["weight"], module._parameters.get("bias")
                 assert weight is not None
@@ -772,7 +771,7 @@ def _refold(model: nn.Module, merged: tuple[str, ...]) -> None:
             assert changed is not None
             module = modules[part.site.path]
             # A merge has put it there: the original is kept elsewhere.
-            changed.mul_(kept.T if is_packed(module) and is_across(module) else kept)
+            changed.mul_(turned(module, kept))
 
 
 def _held_as(module: nn.Module, weight: Tensor) -> torch.dtype:

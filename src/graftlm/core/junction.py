@@ -36,7 +36,7 @@ from graftlm.core.lane import Lane, plain_forward
 from graftlm.core.routing import Batch, Choice, Routing
 from graftlm.core.sequence import Layout, check_cache, positions_by_mask
 from graftlm.core.sites import Site, linear_kind
-from graftlm.core.storage import dense, entries, is_across, is_packed
+from graftlm.core.storage import dense, is_across, is_packed, plain_weight, turned
 from graftlm.errors import Finding, RoutingError
 
 __all__ = ["Junction", "MapChange", "Replay", "Switch", "columns_of", "junction_of"]
@@ -569,8 +569,7 @@ class Junction:
             whole = dense(module)
             for product in beside:
                 base = self.own_weight(module)
-                change = product.parameter(base) - base
-                whole = whole + (change.T if is_across(module) else change)
+                whole = whole + turned(module, product.parameter(base) - base)
             return whole.T if across else whole
 
         mask = self.switch.batch.mask_like(whole, index)
@@ -651,7 +650,7 @@ class Junction:
         """
         original = self.switch.originals.get((self.path, "weight"))
         if self.packed:
-            return entries(module, original)
+            return plain_weight(module, original)
         now = self._taken["weight"] if "weight" in self._taken else module._parameters["weight"]
         found = now if original is None else original
         assert found is not None

@@ -21,14 +21,15 @@ from graftlm.core.sites import linear_kind
 __all__ = [
     "Packed",
     "dense",
-    "entries",
     "fetched",
     "is_across",
     "is_offloaded",
     "is_packed",
     "parameter_count",
+    "plain_weight",
     "read_storage",
     "source_weight",
+    "turned",
 ]
 
 _ROWS_AT_ONCE = 1024
@@ -100,19 +101,25 @@ def dense(module: nn.Module, stored: Tensor | None = None) -> Tensor:
 
 def is_across(module: nn.Module) -> bool:
     """Whether the weight of a linear map is [in, out] where it is held as numbers (`Conv1D`), packed or not."""
-    packed_from = getattr(
-        getattr(module, "source_cls", None), "__name__", ""
-    )  # transformers' note on bitsandbytes' maps
+    # What bitsandbytes' maps were made of, as transformers notes it.
+    packed_from = getattr(getattr(module, "source_cls", None), "__name__", "")
     return linear_kind(module) == "conv1d" or bool(getattr(module, "across", False)) or packed_from == "Conv1D"
 
 
-def entries(module: nn.Module, stored: Tensor | None = None) -> Tensor:
+def turned(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight of the map from the layout in which it is packed to that in which numbers are held, or back.
+
+    The same where nothing is packed, and where both layouts are [out, in].
+    """
+    return weight.T if is_packed(module) and is_across(module) else weight
+
+
+def plain_weight(module: nn.Module, stored: Tensor | None = None) -> Tensor:
     """The weight of a linear map as numbers, in the layout in which these are held where nothing is packed.
 
     So an entry has one place in it whatever the storage; `stored` is as for `dense`.
     """
-    weight = dense(module, stored)
-    return weight.T if is_packed(module) and is_across(module) else weight
+    return turned(module, dense(module, stored))
 
 
 def source_weight(module: nn.Module) -> Tensor | None:

@@ -237,7 +237,7 @@ def _map_at(module: nn.Module, x: Tensor) -> Map | None:
     for shift in change.shifts:
         bias = shift.to(x.dtype) if bias is None else bias + shift.to(bias.dtype)
     scaling = functools.reduce(torch.mul, change.scalings) if change.scalings else None
-    return Map(packed or weight, bias, _together(change.low) if change.low else None, scaling)
+    return Map(weight if packed is None else packed, bias, _together(change.low) if change.low else None, scaling)
 
 
 def _together(changes: Sequence[LowRank]) -> LowRank | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from graftlm.core import Method, Site, Survey, WholeParameterDelta
-from graftlm.core.storage import entries, is_across, is_packed
+from graftlm.core.storage import is_across, is_packed
 from graftlm.errors import Finding, MethodError
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "output_scale",
     "shape_of",
     "trained_copy",
-    "weight_of",
     "weights_at",
 ]
 
@@ -77,13 +76,8 @@ def weights_at(method: Method, sites: Sequence[Site]) -> list[Site]:
     return [replace(site, parameter="weight") for site in sites]
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear map as numbers, in the layout in which it is held where nothing is packed."""
-    return entries(module).detach()
-
-
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """The shape of `weight_of`, without unpacking anything."""
+    """The shape of `core.storage.plain_weight`, without unpacking anything."""
     across = is_across(module)
     if is_packed(module):
         size = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, in_eval_mode, one_of
-from graftlm.core.storage import is_across
-from graftlm.methods.parameters import shape_of, weight_of, weights_at
+from graftlm.core.storage import is_across, plain_weight
+from graftlm.methods.parameters import shape_of, weights_at
 
 __all__ = ["Prune", "PruneDelta", "lowest"]
 
@@ -211,7 +211,7 @@ _Given = tuple[PruneDelta, nn.Module, Tensor | None]
 def _score(given: _Given) -> Tensor:
     """|w|, or |w| times the norm of the input that it meets; float32, as the weight is held."""
     _, module, norms = given
-    score = weight_of(module).float().abs().contiguous()
+    score = plain_weight(module).detach().float().abs().contiguous()
     if norms is None:
         return score
     norms = norms.to(score.device)

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from graftlm.core import Samples, in_eval_mode
 from graftlm.core.kind import head_kind
-from graftlm.core.storage import is_across, is_packed
+from graftlm.core.storage import is_across, is_packed, plain_weight
 from graftlm.errors import Finding, MethodError
-from graftlm.methods.parameters import shape_of, weight_of
+from graftlm.methods.parameters import shape_of
 
 __all__ = ["FROM_DATA", "SCORES", "best", "scores_from_data"]
 
@@ -39,8 +39,8 @@ def scores_from_data(
     """The score of every entry of what is `scored`, float32; the model is left as it was.
 
     That is parameters, or linear maps of the model, whose weights are meant, packed or not; the scores have the shape
-    of the parameter, or of `core.storage.entries`. Every batch is taken row by row. Gradients and modes are put back
-    afterwards.
+    of the parameter, or of `core.storage.plain_weight`. Every batch is taken row by row. Gradients and modes are put
+    back afterwards.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with _gradients_of(scored) as leaves:
@@ -105,8 +105,8 @@ def _score(kind: str, scored: nn.Parameter | nn.Module, gradient: Tensor) -> Ten
     if kind == "gradient":
         return gradient.abs()
     if kind == "snip":
-        weight = scored.detach() if isinstance(scored, nn.Parameter) else weight_of(scored)
-        return (weight.float() * gradient).abs()
+        weight = scored if isinstance(scored, nn.Parameter) else plain_weight(scored)
+        return (weight.detach().float() * gradient).abs()
     return gradient.square()
 
 

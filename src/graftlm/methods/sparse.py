@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.core import Delta, Method, ParameterDelta, Part, Samples, Site, Survey, Targets, device_at, one_of
-from graftlm.core.storage import is_across
+from graftlm.core.storage import is_across, plain_weight
 from graftlm.errors import Finding, MethodError
-from graftlm.methods.parameters import shape_of, weight_of, weights_at
+from graftlm.methods.parameters import shape_of, weights_at
 from graftlm.methods.scoring import FROM_DATA, SCORES, best, scores_from_data
 
 __all__ = ["Sparse", "SparseDelta"]
@@ -127,7 +127,7 @@ class Sparse(Method):
 
     def _score(self, module: nn.Module) -> Tensor:
         """The score without data of every entry of a map's weight."""
-        return torch.rand(shape_of(module)) if self.score == "random" else weight_of(module).float().abs()
+        return torch.rand(shape_of(module)) if self.score == "random" else plain_weight(module).detach().float().abs()
 
     def _chosen(self, scores: Iterable[Tensor], sites: Sequence[Site], maps: Sequence[nn.Module]) -> list[Tensor]:
         """The flat indices of what is trained in each weight, for its score, one after the other.

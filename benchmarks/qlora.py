@@ -2,6 +2,7 @@
 
     python benchmarks/qlora.py perplexity     # of the bundled base and of two others, by format
     python benchmarks/qlora.py score          # MiniLM on SST-2, seed by seed LoRA and QLoRA, each in its own process
+    python benchmarks/qlora.py speed          # reading, writing and a step on a random Llama, by format and type
     python benchmarks/qlora.py billion        # a Llama of 1.0 billion random weights: loaded in NF4, steps with LoRA
     python benchmarks/qlora.py seven          # the shape of Llama 7B: ten steps in NF4; 24 GB, 14 GB of disk, an hour
 
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import graftlm
 from graftlm import LoRA, attach, load_base
@@ -148,6 +150,63 @@ def perplexity(options: argparse.Namespace) -> dict[str, Any]:
             print(json.dumps({"base": name, "format": format, **rows[format]}), flush=True)
         found[name] = rows
     return found
+
+
+# --- speed ----------------------------------------------------------------------------------------------------------
+
+#: A random Llama of 75 million weights in the blocks, and the rows and tokens that are read at once.
+WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16}
+READ = (2, 256)
+WRITTEN = 20
+
+
+def speed(options: argparse.Namespace) -> dict[str, Any]:
+    """Processor seconds of reading 512 tokens, of writing one, and of a step with LoRA, the formats by turns."""
+    found: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        models: dict[str, Any] = {}
+        for storage in ("plain", "nf4", "int8", "int8-dynamic"):
+            torch.manual_seed(0)
+            config = LlamaConfig(vocab_size=4096, **WIDE)
+            model = LlamaForCausalLM(config).to(dtype).eval()
+            if storage != "plain":
+                quantize(model, storage)
+            attach(model, LoRA(rank=16, targets="all-linear"))
+            fuse(model)
+            models[storage] = model
+        ids = torch.randint(5, 4096, READ)
+        took: dict[str, dict[str, list[float]]] = {storage: {"read": [], "write": [], "step": []} for storage in models}
+        for turn in range(options.repeats + 1):
+            for storage, model in models.items():
+                parts = {"read": read, "write": write, "step": step}
+                for part, work in parts.items():
+                    began_s = time.process_time()
+                    work(model, ids)
+                    if turn:  # the first warms up
+                        took[storage][part].append(time.process_time() - began_s)
+        rows = {
+            storage: {part: round(statistics.median(times), 4) for part, times in own.items()}
+            for storage, own in took.items()
+        }
+        name = str(dtype).removeprefix("torch.")
+        print(json.dumps({name: rows}), flush=True)
+        found[name] = rows
+    return {"shape": WIDE, "rows_and_tokens": READ, "written_tokens": WRITTEN, "cpu_s": found}
+
+
+@torch.no_grad()
+def read(model: Any, ids: torch.Tensor) -> None:
+    model.eval()(input_ids=ids)
+
+
+@torch.no_grad()
+def write(model: Any, ids: torch.Tensor) -> None:
+    """Twenty tokens of one row behind sixteen."""
+    model.eval().generate(input_ids=ids[:1, :16], max_new_tokens=WRITTEN, min_new_tokens=WRITTEN, do_sample=False)
+
+
+def step(model: Any, ids: torch.Tensor) -> None:
+    model.train()(input_ids=ids, labels=ids).loss.backward()
 
 
 # --- score ----------------------------------------------------------------------------------------------------------
@@ -353,6 +412,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=None)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--orders", type=int, default=8, help="of the hidden units, for perplexities")
+    parser.add_argument("--repeats", type=int, default=7, help="of the part `speed`")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=256)
@@ -367,6 +427,7 @@ def main() -> None:
         "one": lambda: one_run(options, options.quantize, options.seed),
         "perplexity": lambda: perplexity(options),
         "score": lambda: score(options),
+        "speed": lambda: speed(options),
         "billion": lambda: large(options, "billion", 3 if options.steps is None else options.steps),
         "seven": lambda: large(options, "seven", 10 if options.steps is None else options.steps),
     }

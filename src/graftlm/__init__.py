@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # bitsandbytes tells everyone who imports it on a processor that it found no further kernels, and at each call of a map
-# in eight bits that it computes in 16. transformers' Trainer imports it through peft, hence here, before all of them.
-for _speaker in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+# in eight bits that it computes in 16; torchao that it has no kernels for a GPU, and torch that torchao calls it in an
+# old way. transformers' Trainer imports both through peft, hence here, before all of them.
+for _speaker in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torchao", "torch.utils._pytree"):
     logging.getLogger(_speaker).setLevel(logging.ERROR)
 
 _HOMES = {

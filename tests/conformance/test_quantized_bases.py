@@ -32,10 +32,15 @@ _FEW = (
     "pissa-parts",
     "lora+bitfit",
 )
-#: Every method on one decoder in NF4; a few more cases there, on an encoder in int8, and on maps stored across.
+#: Every method on one decoder in NF4 and int8; a few more cases there, on an encoder, and on maps stored across.
 _PAIRS = [
     *((case, "qwen2", "nf4") for case in (*EXAMPLES, *_FEW) if (case, "qwen2") not in REFUSALS),
+    *((case, "qwen2", "int8") for case in EXAMPLES if (case, "qwen2") not in REFUSALS),
     *((case, "roberta", "int8") for case in ("lora", "dora", "ia3", "series", "bitfit", "prefix", "prune", "unipelt")),
+    *(
+        (case, "qwen2", "int8-dynamic")
+        for case in ("lora", "dora", "ia3", "series", "bitfit", "prefix", "prune", "unipelt", "sparse")
+    ),
     *((case, "gpt2", "nf4") for case in ("lora-all", "lora-parts", "dora", "pissa", "sparse", "prune", "prune+sparse")),
 ]
 
@@ -82,11 +87,13 @@ def test_a_method_on_a_packed_base(case, model_name, format, tmp_path):
     assert (logits_of(twin) - acted).abs().max() < 1e-4 * size
     # Merged in place, undone, and as a plain copy.
     if merges(adapter):
-        assert (logits_of(model) - acted).abs().max() < 1e-4 * size
+        # Merged weights are numbers, and read their inputs as they are.
+        near = (0.05 if format == "int8-dynamic" else 1e-4) * size
+        assert (logits_of(model) - acted).abs().max() < near
         adapter.unmerge()
         out = merged_copy(model, dtype=torch.float32)
         assert not any(parameter.dtype == torch.int8 for parameter in out.parameters())
-        assert (logits_of(out) - acted).abs().max() < 1e-4 * size
+        assert (logits_of(out) - acted).abs().max() < near
         assert torch.equal(logits_of(model), acted)
     adapter.detach()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

@@ -25,6 +25,7 @@ from graftlm.data.wording import number
 from graftlm.errors import Finding, GraftError, ModelError, nearest
 from graftlm.methods import read_method
 from graftlm.models import HEADS, bundled_base, head_of
+from graftlm.quantisation.dynamic import multiplied_in_integers
 from graftlm.quantisation.unpacking import unpacked_by
 
 __all__ = ["describe_model", "show_model"]
@@ -106,6 +107,7 @@ def describe_model(what: str, task: str = "auto", method: str | None = None) -> 
     }  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     described["four_bits"] = {"device": device, "unpacked_by": unpacked_by("nf4", device=device)}
+    described["eight_bits"] = {"device": device, "in_integers": multiplied_in_integers(device)}
     if chosen is not None:
         described["method"] = _would_train(model, chosen, described["parameters"])
     return described
@@ -124,6 +126,9 @@ def show_model(found: Mapping[str, Any]) -> None:
         click.echo(harmless(f"{name:{wide}}  {role:{roles}}  {shape}{tied}".rstrip()))
     held = found["four_bits"]
     click.echo(f"\nwith --quantize nf4 its maps are unpacked by {held['unpacked_by']} here ({held['device']})")
+    held = found["eight_bits"]
+    manner = "whole numbers" if held["in_integers"] else "numbers, which is no faster,"
+    click.echo(f"with --quantize int8-dynamic they are multiplied in {manner} here ({held['device']})")
     if method := found.get("method"):
         click.echo(
             f"\n{method['text']}  trains {number(method['parameters'])} numbers ({method['percent']:.3g} % of the "

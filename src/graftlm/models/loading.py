@@ -46,11 +46,11 @@ def load_base(
 
     `name` is a folder, a hub id or "bundled". For `classify` and `tag`, `labels` names the classes (`several` of which
     a row may have); a new head is drawn from torch's global generator, so set the seed before. `dtype` "auto" is
-    float32 on a CPU and the checkpoint's own type elsewhere. `quantize` (`nf4`, `fp4`, `int4`, `int8`, or a `Format`)
-    packs the linear maps of the blocks one by one while they are read, so that the peak is the packed model and one
-    weight; embeddings, norms and heads stay as they are. `device_map`, `max_memory` and `offload_folder` lay it out
-    over devices and disk (see `Placing`), packed or not. Raises ModelError with what is wrong and the nearest right
-    thing.
+    float32 on a CPU and the checkpoint's own type elsewhere. `quantize` (`nf4`, `fp4`, `int4`, `int8`, `int8-dynamic`,
+    or a `Format`) packs the linear maps of the blocks one by one while they are read, so that the peak is the packed
+    model and one weight; embeddings, norms and heads stay as they are. `device_map`, `max_memory` and `offload_folder`
+    lay it out over devices and disk (see `Placing`), packed or not. Raises ModelError with what is wrong and the
+    nearest right thing.
 
     Example:
         >>> model, tokenizer = load_base("bundled")                                # doctest: +SKIP

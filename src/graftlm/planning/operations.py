@@ -332,6 +332,11 @@ def _grouped_flops(a: Tensor, b: Tensor, *_: Any) -> int:
     return int(2 * experts * a.shape[-2] * a.shape[-1] * b.shape[-1])
 
 
+def _whole_flops(a: Tensor, b: Tensor, *_: Any) -> int:
+    """A product of whole numbers."""
+    return int(2 * a.shape[0] * a.shape[1] * b.shape[1])
+
+
 def _product_flops(_: Tensor, a: Tensor, b: Tensor) -> int:
     """A product added in place, which torch does not count."""
     return int(2 * a.shape[0] * a.shape[1] * b.shape[1])
@@ -339,6 +344,7 @@ def _product_flops(_: Tensor, a: Tensor, b: Tensor) -> int:
 
 _OTHER_FLOPS: dict[Any, Callable[..., int]] = {
     _aten.addmm_: _product_flops,
+    _aten._int_mm: _whole_flops,
     _aten._grouped_mm: _grouped_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,

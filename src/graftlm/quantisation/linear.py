@@ -3,7 +3,8 @@
     y = W' x + b,   W' = dequantised W;   dL/dx = W'^T dL/dy;   W itself gets no gradient
 
 The weight is dequantised some rows at a time in the type of `x`, and again in the backward pass: neither pass ever
-holds a whole dense weight, and nothing but the packed one is kept between them.
+holds a whole dense weight, and nothing but the packed one is kept between them. A format that rounds its inputs is
+multiplied in whole numbers where the processor has the means (`dynamic`), and forward then dequantises nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftlm.quantisation import dynamic
 from graftlm.quantisation.sources import Source
 from graftlm.quantisation.storage import Format
 
@@ -22,16 +24,19 @@ __all__ = ["PACKED", "QuantizedLinear"]
 
 #: Entries dequantised together: on a processor 2 MiB in float32, which its cache holds, elsewhere 16.
 _ENTRIES_AT_ONCE, _ENTRIES_ELSEWHERE = 2**19, 2**22
+#: Rows of bfloat16 that torch multiplies with bytes as they are, many times faster than with numbers made of them.
+_FEW_ROWS = 4
 
 #: The buffers that stand beside the codes, where a format has them.
-PACKED = ("sizes", "outer", "offset")
+PACKED = ("sizes", "outer", "offset", "sums")
 
 
 class QuantizedLinear(nn.Module):
     """y = W x + b with W [out, in] packed as `format` says; made by `quantize`, or empty for loading.
 
-    `weight` holds the codes; `sizes` (and `outer`, `offset`) are buffers. Where a merge puts a weight of numbers in
-    place of the codes, the module computes with that. `model.to(dtype)` changes the bias alone: sizes stay as they are.
+    `weight` holds the codes; `sizes` (and `outer`, `offset`, `sums`) are buffers. Where a merge puts a weight of
+    numbers in place of the codes, the module computes with that. `model.to(dtype)` changes the bias alone: sizes stay
+    as they are.
 
     Example:
         >>> dense = nn.Linear(64, 32)
@@ -42,6 +47,7 @@ class QuantizedLinear(nn.Module):
 
     outer: Tensor | None
     offset: Tensor | None
+    sums: Tensor | None
     sizes: Tensor
     bias: nn.Parameter | None
 
@@ -191,16 +197,38 @@ class _Product(torch.autograd.Function):
 
 
 def _multiplied(x: Tensor, format: Format, shape: tuple[int, int], stored: tuple[Tensor | None, ...]) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], shape[0])
+    flat = x.reshape(-1, x.shape[-1])
+    codes, sizes, *_, sums = stored
+    assert codes is not None
+    assert sizes is not None
+    if format.name == "int8" and len(flat) <= _FEW_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        # Reads the codes once and keeps no weight; sizes come after, as its own would be rounded to 16 bits.
+        found = torch._weight_int8pack_mm(flat, codes, x.new_ones(shape[0])) * (sizes / 127)
+        return found.to(x.dtype).view(*x.shape[:-1], shape[0])
+    if format.rounds_inputs:
+        assert sums is not None
+        if dynamic.multiplied_in_integers(x.device.type) and shape[1] <= dynamic.LONGEST:
+            return dynamic.multiply(flat, codes, sizes, sums).view(*x.shape[:-1], shape[0])
+        x = dynamic.rounded_as_numbers(flat).view(x.shape)
+    y: Tensor | None = None
     for rows, weight in _slabs(format, shape, stored, x.dtype):
-        y[..., rows] = F.linear(x, weight)
-    return y
+        part = F.linear(x, weight)
+        if len(weight) == shape[0]:
+            y = part
+        else:
+            y = x.new_empty(*x.shape[:-1], shape[0]) if y is None else y
+            y[..., rows] = part
+    assert y is not None
+    return y.mul_(sizes / 127) if _sizes_apart(format, x.dtype) else y
 
 
 def _multiplied_back(
     above: Tensor, format: Format, shape: tuple[int, int], stored: tuple[Tensor | None, ...]
 ) -> Tensor:
     total: Tensor | None = None
+    if _sizes_apart(format, above.dtype):
+        assert stored[1] is not None
+        above = (above * (stored[1] / 127)).to(above.dtype)
     for rows, weight in _slabs(format, shape, stored, above.dtype):
         part = above[..., rows] @ weight
         total = part if total is None else total.add_(part)
@@ -208,17 +236,29 @@ def _multiplied_back(
     return total
 
 
+def _sizes_apart(format: Format, dtype: torch.dtype) -> bool:
+    """Whether slabs are the whole numbers as they are, exact in `dtype`, and what is narrower takes their sizes.
+
+    In float16 what is not yet multiplied by them might be too large.
+    """
+    return format.by_rows and dtype in (torch.bfloat16, torch.float32)
+
+
 def _slabs(
     format: Format, shape: tuple[int, int], stored: tuple[Tensor | None, ...], dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The weight some rows at a time, each with the rows that it is."""
+    """The weight some rows at a time, each with the rows that it is; without sizes where these are taken apart."""
     names = ("weight", *PACKED)
     packed = {name: tensor for name, tensor in zip(names, stored, strict=True) if tensor is not None}
     rows, columns = shape
     together = format.rows_together(columns)
     most = _ENTRIES_AT_ONCE if packed["weight"].device.type in ("cpu", "meta") else _ENTRIES_ELSEWHERE
-    step = max(most // columns // together, 1) * together
-    sizes = format.sizes(packed)
+    pieces = max(round(rows * columns / most), 1)  # of one size: a short one costs as much as a long one
+    step = -(-rows // (pieces * together)) * together
+    apart, sizes = _sizes_apart(format, dtype), format.sizes(packed)
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        yield slice(first, last), format.unpack_rows(packed, shape, dtype, first, last, sizes)
+        if apart:
+            yield slice(first, last), packed["weight"][first:last].to(dtype)
+        else:
+            yield slice(first, last), format.unpack_rows(packed, shape, dtype, first, last, sizes)

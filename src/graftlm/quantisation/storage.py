@@ -3,7 +3,9 @@
 Formats of four bits (`nf4`, `fp4`, `int4`) keep for each block of 64 entries the largest size and for each entry the
 nearest of 16 values of a code book times that size (Dettmers et al. 2023, "QLoRA", section 2 and 3). With double
 quantisation the sizes, less their mean, are held in 8 bits by blocks of 256: 4 + 8/64 + 32/(64 * 256) = 4.127 bits an
-entry. `int8` keeps one size for each row and whole numbers up to 127 (Dettmers et al. 2022, "LLM.int8()", section 2).
+entry. `int8` keeps one size for each row and whole numbers up to 127 (Dettmers et al. 2022, "LLM.int8()", section 2);
+`int8-dynamic` keeps the same codes and the sum of each row of them, which products with inputs in 8 bits need
+(`dynamic`).
 
 Codes and sizes are those of bitsandbytes, to the bit; see `tests/quantisation/test_storage.py`.
 """
@@ -25,7 +27,7 @@ from graftlm.quantisation.unpacking import by_torch, faster
 __all__ = ["FORMATS", "Format", "as_format"]
 
 #: The formats by name.
-FORMATS = (*BOOKS, "int8")
+FORMATS = (*BOOKS, "int8", "int8-dynamic")
 
 _SIZES_BLOCK = 256  # sizes that share a size of their own
 _AT_ONCE = 4096  # blocks quantised together: what they need stays in a processor's cache
@@ -36,7 +38,7 @@ _SMALLEST = 1e-38  # in place of a size of zero, which nothing can be divided by
 class Format:
     """How the weights of a base are held: the name of a format, the entries of a block, whether twice quantised.
 
-    `block` and `double` mean nothing for `int8`, which goes by rows.
+    `block` and `double` mean nothing for `int8` and `int8-dynamic`, which go by rows.
 
     Example:
         >>> packed = Format("nf4").pack(torch.randn(128, 64))
@@ -65,18 +67,30 @@ class Format:
             raise ModelError(Finding("Q102", f"blocks of {self.block} entries: want an even number", fix="block=64"))
 
     def __str__(self) -> str:
-        other = "" if self.name == "int8" or self.block == 64 else f", block {self.block}"
-        return f"{self.name}{'' if self.name == 'int8' or self.double else ', sizes in float32'}{other}"
+        other = "" if self.by_rows or self.block == 64 else f", block {self.block}"
+        return f"{self.name}{'' if self.by_rows or self.double else ', sizes in float32'}{other}"
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether entries are whole numbers of 8 bits, and sizes are those of rows."""
+        return self.name not in BOOKS
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs are rounded to 8 bits, too, at each call."""
+        return self.name == "int8-dynamic"
 
     # --- what is stored ---
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of each tensor that stands for a weight of [rows, columns]."""
-        if self.name == "int8":
-            return {"weight": ((rows, columns), torch.int8), "sizes": ((rows,), torch.float32)}
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        if self.by_rows:
+            found = {"weight": ((rows, columns), torch.int8), "sizes": ((rows,), torch.float32)}
+            return found | {"sums": ((rows,), torch.int32)} if self.rounds_inputs else found
         blocks = -(-rows * columns // self.block)
         # Codes are int8, two an entry: models that cast inputs to their weight's type know it as a type of codes (T5).
-        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        found = {
             "weight": ((-(-rows * columns // 2),), torch.int8),
             "sizes": ((blocks,), torch.uint8 if self.double else torch.float32),
         }
@@ -91,8 +105,9 @@ class Format:
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """The tensors that stand for `weight` [rows, columns], on its device; by the names of `shapes`."""
-        if self.name == "int8":
-            return _by_rows(weight.detach())
+        if self.by_rows:
+            packed = _by_rows(weight.detach())
+            return packed | {"sums": packed["weight"].sum(1, dtype=torch.int32)} if self.rounds_inputs else packed
         codes, sizes = _in_blocks(weight.detach().reshape(-1), _sorted(self.name, weight.device), self.block)
         if codes.numel() % 2:
             codes = torch.cat([codes, codes.new_full((1,), _code_of_zero(self.name))])
@@ -134,7 +149,7 @@ class Format:
     ) -> Tensor:
         """As `unpack`, rows `first` to `last` (exclusive) alone; `first` must be a multiple of `rows_together`."""
         sizes = self.sizes(packed) if sizes is None else sizes
-        if self.name == "int8":
+        if self.by_rows:
             return (packed["weight"][first:last].float() * (sizes[first:last, None] / 127)).to(dtype)
         columns = shape[1]
         start, stop = first * columns, last * columns
@@ -149,7 +164,7 @@ class Format:
 
     def rows_together(self, columns: int) -> int:
         """How many rows end where a block does."""
-        if self.name == "int8":
+        if self.by_rows:
             return 1
         return self.block // math.gcd(self.block, columns)
 

@@ -162,7 +162,7 @@ class ModelSettings(_Section):
         _about("Number type of the base's weights; auto goes by the device", "auto"),
     ] = "auto"
     quantize: Annotated[
-        Literal["nf4", "fp4", "int4", "int8"] | None,
+        Literal["nf4", "fp4", "int4", "int8", "int8-dynamic"] | None,
         _about("Hold the base's weights in fewer bits, packed as they are read", "nf4", "--quantize"),
     ] = None
     device_map: Annotated[

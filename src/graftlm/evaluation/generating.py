@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from graftlm.data import Collator, Template
 from graftlm.evaluation.losses import batches, evaluating
 
-__all__ = ["Conversation", "generate_texts", "sample_answers", "stream_text"]
+__all__ = ["Conversation", "draw_of", "generate_texts", "sample_answers", "stream_text"]
 
 #: Messages to be answered, or a text to be continued.
 Conversation = str | Sequence[Mapping[str, Any]]
@@ -51,26 +52,56 @@ def sample_answers(
     template: Template | None,
     prompts: Sequence[Sequence[int]],
     *,
+    draws: Sequence[int],
     max_new_tokens: int,
     batch: int = 64,
 ) -> list[list[int]]:
     """Token ids of an answer to each prompt (token ids), with its end where one was written.
 
-    Sampled from the model's own distribution (temperature 1, no cuts) under the routing in force, with draws of torch's
-    generator.
+    Sampled from the model's own distribution (temperature 1, no cuts) under the routing in force. `draws` has the seed
+    of each answer (`draw_of`): what is drawn for one depends on no other, nor on how many are written together.
     """
-    options = _options(model, tokenizer, template, max_new_tokens, 1.0, 1.0)
+    from transformers import LogitsProcessorList
+
+    options = _options(model, tokenizer, template, max_new_tokens, 0.0, 1.0)
     stops = set(options["generation_config"].eos_token_id)
     collate = Collator(tokenizer.pad_token_id, side="left", pad_to_multiple_of=1)
     written: list[list[int]] = []
     with evaluating(model):
         for part in batches([{"input_ids": list(ids)} for ids in prompts], batch):
             together = {name: tensor.to(model.device) for name, tensor in collate(part).items()}
-            found = model.generate(**together, **options)[:, together["input_ids"].shape[1] :]
+            noise = _Noise(draws[len(written) : len(written) + len(part)], model.device)
+            answers = model.generate(**together, **options, logits_processor=LogitsProcessorList([noise]))
+            found = answers[:, together["input_ids"].shape[1] :]
             for ids in found.tolist():
                 end = next((at for at, token in enumerate(ids) if token in stops), len(ids) - 1)
                 written.append(ids[: end + 1])
     return written
+
+
+class _Noise:
+    """Adds Gumbel noise of its own to each row's scores: the largest is then a draw from their softmax."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        del input_ids
+        waits = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)  # in 32 bits some would be zero
+        for row, generator in zip(waits, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.double() - waits.log_()
+
+
+def draw_of(*numbers: int) -> int:
+    """A seed made of `numbers`: of a run, a step, a place.
+
+    Example:
+        >>> draw_of(0, 1) == draw_of(0, 1) != draw_of(1, 0)
+        True
+    """
+    told = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=7).digest()
+    return int.from_bytes(told, "big")
 
 
 def stream_text(

@@ -66,7 +66,7 @@ class KTO(Answers):
 
     def before_step(self, batches: Sequence[dict[str, Any]], total: Callable[[Tensor], Tensor]) -> None:
         """Write z, over all micro-batches and processes, into each batch."""
-        gaps = [(batch["policy"] - batch["reference"])[1::2] for batch in batches]
+        gaps = [(batch["policy"] - batch["reference"])[1::2][: 0 if "void" in batch else None] for batch in batches]
         sums = torch.stack([torch.cat(gaps).sum(), torch.tensor(float(sum(map(len, gaps))), device=gaps[0].device)])
         whole, rows = total(sums)
         for batch in batches:

@@ -49,4 +49,7 @@ class Objective(ABC):
         raise NotImplementedError
 
     def before_step(self, batches: Sequence[dict[str, Any]], total: Callable[[Tensor], Tensor]) -> None:  # noqa: B027
-        """Settle what all micro-batches of a step share; `total` sums a tensor over all processes."""
+        """Settle what all micro-batches of a step share; `total` sums a tensor over all processes.
+
+        A batch with `void` has rows that another process has too: they count for nothing.
+        """

@@ -95,7 +95,7 @@ class PPO(Online):
             rewards[torch.arange(len(mask), device=mask.device), last] += batch["rewards"].to(rewards)
             found = generalized_advantages(torch.where(mask, rewards, 0.0), values, self.discount, self.gae_lambda)
             batch["returns"] = found + values
-            plain.append((found, mask))
+            plain.append((found, torch.zeros_like(mask) if "void" in batch else mask))
         chosen = torch.cat([found[mask] for found, mask in plain])
         count, whole = total(torch.stack([chosen.new_tensor(len(chosen)), chosen.sum()]))
         mean = whole / count

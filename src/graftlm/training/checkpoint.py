@@ -41,20 +41,20 @@ def write(
     scheduler: Any,
     trainer_state: dict[str, Any],
     *,
-    answers: Sequence[Mapping[str, Tensor]] = (),
+    answers: Sequence[Sequence[Mapping[str, Tensor]]] = (),
     randoms: Sequence[tuple[dict[str, Tensor], dict[str, Any]]] = (),
 ) -> None:
     """Write everything that resuming needs into `folder`, at once or not at all.
 
-    `answers` are batches of answers that the next step learns from too, `randoms` the random states of all processes.
+    Of each process, `answers` are batches of answers that the next step learns from too, `randoms` the random states.
     """
     moments, settings = _split(optimizer.state_dict())
     with atomic_folder(folder) as inside:
         _save({name: tensor.contiguous() for name, tensor in adapter.state().items()}, inside / "adapter.safetensors")
         _save(moments, inside / "optimizer.safetensors")
-        if answers:
-            batches = {f"{at}.{name}": tensor for at, batch in enumerate(answers) for name, tensor in batch.items()}
-            _save({name: tensor.contiguous() for name, tensor in batches.items()}, inside / "answers.safetensors")
+        for rank, own in enumerate(answers):
+            batches = {f"{at}.{name}": tensor for at, batch in enumerate(own) for name, tensor in batch.items()}
+            _save({name: tensor.contiguous() for name, tensor in batches.items()}, inside / _answers_of(rank))
         (tensors, numbers), *others = randoms or [random_state()]
         _save(tensors, inside / "random.safetensors")
         for rank, (tensors, _) in enumerate(others, 1):
@@ -106,14 +106,32 @@ def adapter_state(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "adapter.safetensors")
 
 
-def load_answers(folder: Path) -> list[dict[str, Tensor]]:
-    """The batches of answers that the checkpoint has; none where the next step writes its own."""
-    path = folder / "answers.safetensors"
+def load_answers(folder: Path, rank: int = 0, processes: int = 1) -> list[dict[str, Tensor]]:
+    """The batches of answers that the checkpoint has for a process; none where the next step writes its own.
+
+    Raises RunError where it has them for another number of processes.
+    """
+    written = len(list(folder.glob("answers*.safetensors")))
+    if written not in (0, processes):
+        raise RunError(
+            Finding(
+                "U170",
+                f"{folder.name} lies between steps that share answers, of {written} processes, not {processes}",
+                fix=f"torchrun --nproc_per_node {written} -m graftlm train ... --resume"
+                if written > 1
+                else "graftlm train ... --resume, without torchrun",
+            )
+        )
+    path = folder / _answers_of(rank)
     found: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_file(path).items() if path.is_file() else ():
         at, _, name = key.partition(".")
         found.setdefault(int(at), {})[name] = tensor
     return [found[at] for at in sorted(found)]
+
+
+def _answers_of(rank: int) -> str:
+    return f"answers.{rank}.safetensors" if rank else "answers.safetensors"
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:

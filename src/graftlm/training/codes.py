@@ -50,5 +50,6 @@ CODES: dict[str, str] = {
     "U147": "the tracker that a run is to be told to is not installed",
     "U148": "a setting contradicts the adapter that the run starts from",
     "U149": "the adapter to start from and the method on top of it have tensors of the same names",
+    "U170": "a checkpoint has the answers of another number of processes",
 }
 """Code to meaning."""

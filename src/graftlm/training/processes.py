@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset, Sampler
 
-__all__ = ["Part", "Parts", "agreed", "any_of", "begin", "count", "gathered", "is_main", "void_apart", "wait"]
+__all__ = ["Part", "Parts", "agreed", "any_of", "begin", "count", "gathered", "is_main", "rank", "void_apart", "wait"]
 
 _T = TypeVar("_T")
 _PATIENCE = timedelta(hours=12)  # the others wait while the main process evaluates

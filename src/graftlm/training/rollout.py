@@ -1,8 +1,8 @@
 """Rollouts: prompts become answers of the model as it is, with their rewards.
 
-All prompts of an optimizer step are answered together, in parts of a fixed size: what is drawn depends on neither
-`train.accumulate` nor the width of a batch. Draws go by the seed and the number of the step alone, so a resumed run
-samples what the unbroken one would have.
+What is drawn for an answer goes by the seed, the number of the step and the answer's place in it alone: it depends on
+neither `train.accumulate` nor the width of a batch nor the number of processes, each of which answers its own prompts,
+and a resumed run samples what the unbroken one would have.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch.utils.data import Sampler
 
 from graftlm.data import Collator, Template
-from graftlm.evaluation.generating import sample_answers
+from graftlm.evaluation.generating import draw_of, sample_answers
 from graftlm.evaluation.losses import evaluating
 from graftlm.objectives.sequences import IGNORED
+from graftlm.training.processes import gathered, rank
 from graftlm.training.rewards import Reward, worth
 
 __all__ = ["RepeatedPrompts", "Rollout", "Written"]
@@ -77,15 +78,17 @@ class Rollout:
             return False
         rows = [int(row) for batch in batches for row in batch["row"]]
         prompts = [ids for batch in batches for ids in _unpadded(batch)]
+        places = _places(batches)
         several = [at for at in range(len(rows)) for _ in range(self.answers)]
         prompts = [prompts[at] for at in several]
-        with evaluating(self.model), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + step)
-            written = self.write(prompts, [self.examples[rows[at]] for at in several])
-        self.told = {
-            "reward": sum(written.rewards) / len(several),
-            "answer_tokens": sum(map(len, written.tokens)) / len(several),
-        }
+        draws = [draw_of(self.seed, step, place, answer) for place in places for answer in range(self.answers)]
+        with evaluating(self.model):
+            written = self.write(prompts, [self.examples[rows[at]] for at in several], draws)
+        counts = [int("void" not in batch) for batch in batches for _ in range(len(batch["row"]) * self.answers)]
+        told = (counts, written.rewards, map(len, written.tokens))
+        sums = [sum(count * each for count, each in zip(counts, of_each, strict=True)) for of_each in told]
+        answers, rewards, tokens = (sum(each) for each in zip(*gathered(sums), strict=True))
+        self.told = {"reward": rewards / answers, "answer_tokens": tokens / answers}
         collate = Collator(self.tokenizer.pad_token_id)
         items = [
             {"input_ids": [*ids, *answer], "labels": [*[IGNORED] * len(ids), *answer], "row": rows[at]}
@@ -96,21 +99,24 @@ class Rollout:
             here = slice(start, start + len(batch["row"]) * self.answers)
             made = collate(items[here])
             made["rewards"] = torch.tensor(written.rewards[here])
-            device = batch["input_ids"].device
+            device, void = batch["input_ids"].device, batch.get("void")
             batch.clear()
             batch.update({name: tensor.to(device) for name, tensor in made.items()})
+            if void is not None:
+                batch["void"] = void
             start = here.stop
         self.kept = list(batches)
         return True
 
-    def write(self, prompts: Sequence[Sequence[int]], examples: Sequence[Any]) -> Written:
-        """One answer to each prompt (token ids), under the routing in force."""
+    def write(self, prompts: Sequence[Sequence[int]], examples: Sequence[Any], draws: Sequence[int]) -> Written:
+        """One answer to each prompt (token ids), under the routing in force; `draws` are their seeds."""
         room = max(self.longest - self.max_new_tokens, 1)
         tokens = sample_answers(
             self.model,
             self.tokenizer,
             self.template,
             [list(ids)[-room:] for ids in prompts],
+            draws=draws,
             max_new_tokens=self.max_new_tokens,
         )
         texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
@@ -145,6 +151,18 @@ class RepeatedPrompts(Sampler[int]):
             together = [order[at % self.count] for at in range(start, start + self.per_step)]
             for _ in range(self.updates):
                 yield from together
+
+
+def _places(batches: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The place of each row of this process's batches in the step of all processes; of one that does not count, any."""
+    sizes = gathered([0 if "void" in batch else len(batch["row"]) for batch in batches])
+    found: list[int] = []
+    before = 0
+    for at, batch in enumerate(batches):
+        start = before + sum(each[at] for each in sizes[: rank()])
+        found += range(start, start + len(batch["row"]))
+        before += sum(each[at] for each in sizes)
+    return found
 
 
 def _unpadded(batch: Mapping[str, Any]) -> list[list[int]]:

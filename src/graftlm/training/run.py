@@ -228,8 +228,6 @@ def _check_processes(settings: RunSettings) -> None:
         batch = -(-micro // several) * several * train.accumulate
         message = f"{micro} rows at once cannot be divided among {several} processes"
         faults.append(Finding("U110", message, fix=f"--batch {batch}"))
-    if several > 1 and settings.task in ONLINE:
-        faults.append(Finding("U110", f"{settings.task} learns in one process", fix="graftlm train, without torchrun"))
     if faults:
         raise SettingsError(faults)
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, cast
 
 import numpy as np
-import torch
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 from graftlm.core import Method, Samples, use
@@ -35,7 +34,7 @@ from graftlm.evaluation.answers import (
 )
 from graftlm.evaluation.baselines import majority_baseline, tfidf_numbers
 from graftlm.evaluation.classes import class_probabilities, label_probabilities
-from graftlm.evaluation.generating import generate_texts
+from graftlm.evaluation.generating import draw_of, generate_texts
 from graftlm.evaluation.losses import Collate
 from graftlm.evaluation.losses import batches as each_of
 from graftlm.evaluation.numbers import number_scores, predicted_numbers
@@ -525,10 +524,8 @@ def _score_rewards(
 
 def written_to(learnt: Learnt, items: Sequence[Any]) -> Written:
     """A sampled answer to each row with its reward, under the routing in force; the same draws each time."""
-    rollout = learnt.rollout({})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(learnt.seed)
-        return rollout.write([item["input_ids"] for item in items], [item["example"] for item in items])
+    draws = [draw_of(learnt.seed, at) for at in range(len(items))]
+    return learnt.rollout({}).write([item["input_ids"] for item in items], [item["example"] for item in items], draws)
 
 
 def _score_text(

@@ -33,7 +33,7 @@ from graftlm.kernels import Recompute, fuse
 from graftlm.objectives import Objective, Reference, settle
 from graftlm.training import checkpoint
 from graftlm.training.order import ByLength
-from graftlm.training.processes import Part, Parts, gathered, void_apart, wait
+from graftlm.training.processes import Part, Parts, gathered, rank, void_apart, wait
 from graftlm.training.rollout import RepeatedPrompts, Rollout
 
 __all__ = ["GraftTrainer"]
@@ -133,8 +133,9 @@ class GraftTrainer(Trainer):
         if self.rollout is None or self.rollout.updates == 1:
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return RepeatedPrompts(len(rows), per_step, self.rollout.updates, self.args.seed)
+        return RepeatedPrompts(
+            len(rows), self.get_total_train_batch_size(self.args), self.rollout.updates, self.args.seed
+        )
 
     # --- loss ---
 
@@ -329,13 +330,14 @@ class GraftTrainer(Trainer):
         kept: Any = self.state.stateful_callbacks
         for keeper in (c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)):
             kept[type(keeper).__name__] = keeper.state()
+        shared = self.rollout is not None and self.state.global_step % self.rollout.updates
+        answers = gathered(self.rollout.kept) if self.rollout is not None and shared else ()
         if not self.args.should_save:  # one process writes
             return
         assert self.optimizer is not None
-        shared = self.rollout is not None and self.state.global_step % self.rollout.updates
         checkpoint.write(
             folder, self.adapter, self.optimizer, self.lr_scheduler, dataclasses.asdict(self.state),
-            answers=self.rollout.kept if self.rollout is not None and shared else (), randoms=randoms,
+            answers=answers, randoms=randoms,
         )  # fmt: skip
         rotate_checkpoints(
             output_dir=str(self.args.output_dir),
@@ -359,7 +361,7 @@ class GraftTrainer(Trainer):
         del model
         checkpoint.load_adapter_state(Path(resume_from_checkpoint), self.adapter)
         if self.rollout is not None:
-            self.rollout.kept = checkpoint.load_answers(Path(resume_from_checkpoint))
+            self.rollout.kept = checkpoint.load_answers(Path(resume_from_checkpoint), rank(), self.args.world_size)
 
     def _load_optimizer_and_scheduler(self, resume_checkpoint: str | None) -> None:
         if resume_checkpoint is not None:

@@ -10,6 +10,9 @@ share of the step that its large matrix products alone take (`products`). The lo
 a contender whose losses are others' has not done the same work. `--quick` is a tiny size that only shows that it runs.
 Results go to benchmarks/results/training_speed.json, one entry a case and type, written when it is measured; `--resume`
 goes on where a run was cut off. `GRAFTLM_NATIVE=0` in the environment measures without the loops of native.c.
+The case `nf4` has the base packed, ours by graftlm and peft's by bitsandbytes. With `--device cuda` all run on a GPU:
+times are wall times of steps that are waited for, peaks those of its allocator, and the shape may be given (`--hidden`,
+`--layers`, ...), as weights are random.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class Size:
     tokens: int = 512
 
 
+SHAPE = ("hidden", "layers", "feed_forward", "heads", "vocabulary")
 QUICK = Size(hidden=64, layers=2, feed_forward=96, heads=4, vocabulary=512, rows=2, tokens=32)
 
 
@@ -55,6 +59,8 @@ class Case:
 
     method: str
     peft: dict[str, Any]
+    #: The base's weights in this format; peft's by bitsandbytes.
+    quantize: str | None = None
     #: Share of each row that is padding (by row, cycled), and of the rest that has no label.
     padded: tuple[float, ...] = (0.0,)
     unlabelled: float = 0.0
@@ -77,6 +83,7 @@ CASES = {
         "lora(rank=16,alpha=32,targets=all-linear,layers='-3:')",
         LORA | {"layers_to_transform": [9, 10, 11], "layers_pattern": "layers"},
     ),
+    "nf4": Case("lora(rank=16,alpha=32,targets=all-linear)", LORA, quantize="nf4"),
     # Rows of 512, 384, 256 and 128 tokens; as in instruction data a quarter of them is the answer. Ours packs them.
     "answers": Case(
         "lora(rank=16,alpha=32,targets=all-linear)", LORA, padded=(0.0, 0.25, 0.5, 0.75), unlabelled=0.75
@@ -100,6 +107,24 @@ def build(size: Size, dtype: str) -> Any:
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     return model.to({"bf16": torch.bfloat16, "f32": torch.float32}[dtype]).train()
+
+
+def packed_by_bitsandbytes(model: Any) -> Any:
+    """The maps of the blocks in NF4, twice quantised, computing in the type that the model has."""
+    from bitsandbytes import nn
+    from torch.nn import Linear
+
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, Linear):
+            made = nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=module.weight.dtype,
+                compress_statistics=True, quant_type="nf4",
+            )  # fmt: skip
+            made.weight = nn.Params4bit(
+                module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+            )
+            model.model.set_submodule(name, made)
+    return model
 
 
 def batch_of(size: Size, case: Case) -> dict[str, Any]:
@@ -130,14 +155,17 @@ def packed(batch: dict[str, Any], size: Size) -> dict[str, Any]:
     return found
 
 
-def ours(size: Size, case: Case, dtype: str, recompute: str) -> tuple[Callable[[], Any], list[Any]]:
+def ours(size: Size, case: Case, dtype: str, recompute: str, device: str) -> tuple[Callable[[], Any], list[Any]]:
     import graftlm
     from graftlm.kernels import fuse
     from graftlm.objectives import CausalLM
 
     model, batch = build(size, dtype), batch_of(size, case)
+    if case.quantize:
+        graftlm.quantize(model, case.quantize)
     if any(case.padded):
         batch = packed(batch, size)
+    model, batch = model.to(device), {name: tensor.to(device) for name, tensor in batch.items()}
     adapter = graftlm.attach(model, graftlm.method(case.method))
     objective = CausalLM.of(model)
     count = objective.count(batch)
@@ -149,13 +177,15 @@ def ours(size: Size, case: Case, dtype: str, recompute: str) -> tuple[Callable[[
     return loss, list(adapter.parameters())
 
 
-def peft(size: Size, case: Case, dtype: str, checkpointing: bool) -> tuple[Callable[[], Any], list[Any]]:
+def peft(size: Size, case: Case, dtype: str, checkpointing: bool, device: str) -> tuple[Callable[[], Any], list[Any]]:
     import peft as library
 
     settings = dict(case.peft)
     kind = getattr(library, settings.pop("kind"))
-    model: Any = library.get_peft_model(build(size, dtype), kind(task_type="CAUSAL_LM", **settings))
-    batch = batch_of(size, case)
+    base = build(size, dtype)
+    base = (packed_by_bitsandbytes(base) if case.quantize else base).to(device)  # moving packs
+    model: Any = library.get_peft_model(base, kind(task_type="CAUSAL_LM", **settings))
+    batch = {name: tensor.to(device) for name, tensor in batch_of(size, case).items()}
     model.enable_input_require_grads()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -163,14 +193,15 @@ def peft(size: Size, case: Case, dtype: str, checkpointing: bool) -> tuple[Calla
     return lambda: model(**batch, use_cache=False).loss, [p for p in model.parameters() if p.requires_grad]
 
 
-def frozen(size: Size, case: Case, dtype: str) -> tuple[Callable[[], Any], list[Any]]:
-    model, batch = build(size, dtype), batch_of(size, case)
+def frozen(size: Size, case: Case, dtype: str, device: str) -> tuple[Callable[[], Any], list[Any]]:
+    model = build(size, dtype).to(device)
+    batch = {name: tensor.to(device) for name, tensor in batch_of(size, case).items()}
     model.requires_grad_(False)
     model.enable_input_require_grads()
     return lambda: model(**batch, use_cache=False).loss, []
 
 
-def products(size: Size, dtype: str) -> Callable[[], None]:
+def products(size: Size, dtype: str, device: str) -> Callable[[], None]:
     """The large products of one step, forward and backward, and nothing else."""
     import torch
 
@@ -178,12 +209,12 @@ def products(size: Size, dtype: str) -> Callable[[], None]:
     count = size.rows * size.tokens
     h, f, v = size.hidden, size.feed_forward, size.vocabulary
     shapes = [(h, h)] * 4 * size.layers + [(h, f), (h, f), (f, h)] * size.layers + [(h, v)]
-    weights = {shape: torch.randn(shape[1], shape[0]).to(kind) for shape in set(shapes)}
+    weights = {shape: torch.randn(shape[1], shape[0]).to(device, kind) for shape in set(shapes)}
     chunk = 256  # the head's, whose output would not fit
 
     def step() -> None:
         for width_in, width_out in shapes:
-            x, w = torch.zeros(count, width_in, dtype=kind), weights[width_in, width_out]
+            x, w = torch.zeros(count, width_in, dtype=kind, device=device), weights[width_in, width_out]
             for start in range(0, count, chunk if width_out == v else count):
                 part = x[start : start + (chunk if width_out == v else count)]
                 (part @ w.T) @ w
@@ -191,7 +222,7 @@ def products(size: Size, dtype: str) -> Callable[[], None]:
     return step
 
 
-def serve(name: str, size: Size, case: Case, dtype: str) -> None:
+def serve(name: str, size: Size, case: Case, dtype: str, device: str) -> None:
     """Answer each line of the input with one step's figures."""
     import torch
 
@@ -200,18 +231,21 @@ def serve(name: str, size: Size, case: Case, dtype: str) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     parameters: list[Any] = []
     if name == "products":
-        bare = products(size, dtype)
+        bare = products(size, dtype, device)
     else:
         if name.startswith("ours"):
-            loss_of, parameters = ours(size, case, dtype, name.partition("-")[2] or "none")
+            loss_of, parameters = ours(size, case, dtype, name.partition("-")[2] or "none", device)
         elif name.startswith("peft"):
-            loss_of, parameters = peft(size, case, dtype, name.endswith("checkpointing"))
+            loss_of, parameters = peft(size, case, dtype, name.endswith("checkpointing"), device)
         else:
-            loss_of, parameters = frozen(size, case, dtype)
+            loss_of, parameters = frozen(size, case, dtype, device)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3) if parameters else None
     gc.collect()
-    rest = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    rest = held_bytes(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     print("ready", flush=True)
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -226,8 +260,22 @@ def serve(name: str, size: Size, case: Case, dtype: str) -> None:
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
         found = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall, "loss": loss}
-        print(json.dumps(found | {"peak_bytes": resident_bytes("VmHWM") - rest}), flush=True)
+        print(json.dumps(found | {"peak_bytes": peak_bytes(device) - rest}), flush=True)
+
+
+def held_bytes(device: str) -> int:
+    import torch
+
+    return torch.cuda.memory_allocated() if device == "cuda" else resident_bytes("VmRSS")
+
+
+def peak_bytes(device: str) -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
 
 
 def resident_bytes(field: str) -> int:
@@ -240,7 +288,9 @@ def resident_bytes(field: str) -> int:
 
 def start(name: str, arguments: argparse.Namespace, case: str, dtype: str) -> subprocess.Popen[str]:
     words = ["--worker", name, "--case", case, "--dtype", dtype, "--tokens", str(arguments.tokens or 0)]
-    words += ["--rows", str(arguments.rows or 0)] + (["--quick"] if arguments.quick else [])
+    words += ["--rows", str(arguments.rows or 0), "--device", arguments.device]
+    words += [word for name in SHAPE for word in (f"--{name.replace('_', '-')}", str(getattr(arguments, name) or 0))]
+    words += ["--quick"] if arguments.quick else []
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), *words],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -271,10 +321,12 @@ def measure(arguments: argparse.Namespace, case: str, dtype: str) -> dict[str, A
             process.wait()
     yardstick = "peft" if "peft" in names else names[0]
     size = size_of(arguments)
+    # A GPU works while the processor waits.
+    clock = "wall_s" if arguments.device == "cuda" else "cpu_s"
     found: dict[str, Any] = {}
     for name, steps in turns.items():
         timed = steps[1:]
-        against = [a["cpu_s"] / b["cpu_s"] for a, b in zip(timed, turns[yardstick][1:], strict=True)]
+        against = [a[clock] / b[clock] for a, b in zip(timed, turns[yardstick][1:], strict=True)]
         found[name] = {
             "cpu_s": statistics.median(step["cpu_s"] for step in timed),
             "wall_s": statistics.median(step["wall_s"] for step in timed),
@@ -284,10 +336,17 @@ def measure(arguments: argparse.Namespace, case: str, dtype: str) -> dict[str, A
         }
     for entry in found.values():
         entry["memory_against"] = entry["peak_over_rest_mib"] / max(found[yardstick]["peak_over_rest_mib"], 1e-9)
-        entry["tokens_per_cpu_s"] = round(size.rows * size.tokens / entry["cpu_s"])
+        entry["tokens_per_s"] = round(size.rows * size.tokens / entry[clock])
         if "products" in found:
-            entry["products_share"] = found["products"]["cpu_s"] / entry["cpu_s"]
-    return {"case": case, "dtype": dtype, "size": dataclasses.asdict(size), "contenders": found}
+            entry["products_share"] = found["products"][clock] / entry[clock]
+    return {
+        "case": case,
+        "dtype": dtype,
+        "device": arguments.device,
+        "clock": clock,
+        "size": dataclasses.asdict(size),
+        "contenders": found,
+    }
 
 
 def misfits(found: dict[str, Any]) -> list[str]:
@@ -308,22 +367,23 @@ def misfits(found: dict[str, Any]) -> list[str]:
 
 
 def table(found: dict[str, Any]) -> str:
-    size = found["size"]
+    size, clock = found["size"], found.get("clock", "cpu_s")
     lines = [
         f"{found['case']}, {found['dtype']}, {size['rows']} x {size['tokens']} tokens",
         "",
-        "| contender | CPU time | against peft | peak over rest | against peft | tokens/s | products' share | loss |",
+        f"| contender | {'wall' if clock == 'wall_s' else 'CPU'} time | against peft | peak over rest | against peft "
+        "| tokens/s | products' share | loss |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in found["contenders"].items():
         losses = f"{entry['losses'][0]:.4f} to {entry['losses'][-1]:.4f}" if entry["losses"][0] is not None else ""
         cells = [
             name,
-            f"{entry['cpu_s']:.3f} s",
+            f"{entry[clock]:.3f} s",
             f"{entry['time_against']:.2f}",
             f"{entry['peak_over_rest_mib']:.0f} MiB",
             f"{entry['memory_against']:.2f}",
-            f"{entry['tokens_per_cpu_s']}",
+            f"{entry.get('tokens_per_s', entry.get('tokens_per_cpu_s'))}",
             f"{entry['products_share']:.2f}" if "products_share" in entry else "",
             losses,
         ]
@@ -335,9 +395,16 @@ def kept_in(place: Path) -> dict[str, Any]:
     return dict(json.loads(place.read_text())) if place.exists() else {}
 
 
+def torch_device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
 def size_of(arguments: argparse.Namespace) -> Size:
     size = QUICK if arguments.quick else Size()
-    return dataclasses.replace(size, tokens=arguments.tokens or size.tokens, rows=arguments.rows or size.rows)
+    given = {name: getattr(arguments, name) for name in ("tokens", "rows", *SHAPE)}
+    return dataclasses.replace(size, **{name: value for name, value in given.items() if value})
 
 
 def main() -> int:
@@ -348,19 +415,24 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tokens", type=int, help="tokens a row")
     parser.add_argument("--rows", type=int, help="rows of the batch")
+    for name in SHAPE:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="of the model, in place of the usual")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--resume", action="store_true", help="leave out cases that --out has already")
     parser.add_argument("--quick", action="store_true", help="a tiny size: shows that it runs, measures nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "training_speed.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        serve(arguments.worker, size_of(arguments), CASES[arguments.case], arguments.dtype)
+        serve(arguments.worker, size_of(arguments), CASES[arguments.case], arguments.dtype, arguments.device)
         return 0
     failed = False
     for case in CASES if arguments.case == "all" else arguments.case.split(","):
         for dtype in arguments.dtype.split(","):
             size = dataclasses.asdict(size_of(arguments))
             key = f"{case} {dtype} {size['rows']}x{size['tokens']}"
+            if arguments.device != "cpu":
+                key += f" {size['hidden']}x{size['layers']} {torch_device_name()}"
             found = kept_in(arguments.out).get(key) if arguments.resume else None
             if found is None or found["size"] != size:
                 found = measure(arguments, case, dtype)

@@ -54,7 +54,7 @@ EXCUSED = {
 SHOWN = {
     "data.path", "data.eval_path", "data.format", "data.drop_bad_rows", "data.merge_labels", "data.waive", "model.name",
     "model.quantize", "model.device_map", "model.max_memory", "model.offload_folder", "train.accumulate", "train.eval_every", "train.save_every", "train.keep_checkpoints",
-    "train.early_stopping", "train.recompute", "train.threads", "train.optimizer",  # tests/training/test_optimizers
+    "train.early_stopping", "train.recompute", "train.cache_bottom", "train.threads", "train.optimizer",  # tests/training/test_optimizers
     "generate.max_new_tokens",
     "generate.temperature", "generate.top_p", "generate.samples", "output",
     "task", "train.packing", "preferences.beta", "preferences.loss", "preferences.smoothing", "preferences.wanted_weight",
@@ -252,6 +252,75 @@ def test_train_early_stopping_stops(tiny: Tiny, answered: Path) -> None:
     losses = {row["step"]: row["eval_loss"] for row in metrics_of(run.folder) if "eval_loss" in row}
     assert run.record["steps"] == max(losses) < 80
     assert run.record["results"]["scores"][0]["loss"] == pytest.approx(min(losses.values()), rel=1e-5)
+
+
+def test_train_cache_bottom_passes_blocks_over(tiny: Tiny, answered: Path, tmp_path: Path) -> None:
+    """Rows that were read are not computed again below the lowest change, and nothing else changes."""
+    from graftlm.training import GraftTrainer
+
+    base = save_llama(tmp_path / "base", layers=3)
+    asked = {"base": base, "method": "lora(rank=2,layers=-1)", "steps": 12, "batch": 4, "eval_share": 0.2}
+    calls: list[int] = []
+    real = GraftTrainer.training_step
+
+    def counted(self: Any, model: Any, *args: Any, **options: Any) -> Any:
+        calls.append(0)
+        handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(
+            lambda *_: calls.__setitem__(-1, calls[-1] + 1)
+        )
+        try:
+            return real(self, model, *args, **options)
+        finally:
+            handle.remove()
+
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GraftTrainer, "training_step", counted)
+        for kept in (False, True):
+            calls.clear()
+            run = tiny(answered, out=f"kept-{kept}", cache_bottom=kept, **asked)
+            found[kept] = run, list(calls), [row["loss"] for row in metrics_of(run.folder) if "loss" in row]
+    assert found[False][1] == [1] * 12
+    computed = found[True][1]
+    per_pass = 12 - computed.count(0) - 1  # and one batch more, to compare
+    assert computed == [1] * (per_pass + 1) + [0] * (11 - per_pass)
+    assert per_pass == 4
+    assert found[True][2] == pytest.approx(found[False][2], rel=1e-5)
+    one, other = (weights(found[kept][0]) for kept in (True, False))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-5, rtol=1e-4)
+    assert found[True][0].record["decided"]["cached_blocks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "given"),
+    [
+        ("U171", "the run is one pass", {"steps": 2}),
+        ("U171", "no row is read twice", {"task": "grpo", "reward": "regex:a", "max_new_tokens": 2, "answers": 2}),
+        ("U171", "acts in the first block", {"method": "lora(rank=2)"}),
+        ("U172", "GB are free", {}),
+    ],
+)
+def test_train_cache_bottom_is_refused_where_it_can_do_nothing(
+    code: str,
+    said: str,
+    given: dict[str, Any],
+    tiny: Tiny,
+    answered: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = save_llama(tmp_path / "base", layers=2)
+    if code == "U172":
+        monkeypatch.setattr("graftlm.training.run.length_of", lambda _: 10**12)
+    with pytest.raises(GraftError) as caught:
+        tiny(
+            answered,
+            base=base,
+            cache_bottom=True,
+            **{"method": "lora(rank=2,layers=-1)", "epochs": 2.0, "steps": None, **given},
+        )
+    assert [(code, said)] == [(f.code, said) for f in caught.value.findings if said in f.message]
 
 
 def test_train_recompute_blocks_computes_twice(tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:

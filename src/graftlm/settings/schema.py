@@ -235,6 +235,12 @@ class TrainSettings(_Section):
             "What is computed twice to hold fewer activations: nothing, feed-forward parts, or whole blocks", "none"
         ),
     ] = "none"
+    cache_bottom: Annotated[
+        bool,
+        _about(
+            "Keep what the blocks below the lowest change make of each row on disk, and read it in later passes", "true"
+        ),
+    ] = False
     threads: Annotated[int | None, _count("Processor threads; without one, all", (1, 64))] = None
     track: Annotated[
         Literal["tensorboard", "clearml", "comet_ml", "mlflow", "neptune", "swanlab", "trackio", "wandb"] | None,

@@ -51,5 +51,7 @@ CODES: dict[str, str] = {
     "U148": "a setting contradicts the adapter that the run starts from",
     "U149": "the adapter to start from and the method on top of it have tensors of the same names",
     "U170": "a checkpoint has the answers of another number of processes",
+    "U171": "what frozen blocks make of rows cannot be kept between passes",
+    "U172": "what frozen blocks make of rows does not fit on the disk",
 }
 """Code to meaning."""

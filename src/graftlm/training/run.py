@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import errno
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,7 @@ from graftlm.data.tokenising import Cut, histogram
 from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, RunError, SettingsError
 from graftlm.evaluation import losses
 from graftlm.formats import load_adapter
+from graftlm.kernels import FrozenBottom, bottom_of
 from graftlm.models import (
     BUNDLED,
     fingerprint,
@@ -556,6 +558,9 @@ class _Work:
         if online:
             rollout = self.learnt.rollout({item["row"]: item["example"] for item in prepared.train})
 
+        passes = epochs if train.steps is None else train.steps / epoch_steps
+        bottom = self._bottom(prepared, model, passes) if train.cache_bottom else None
+
         def evaluate() -> dict[str, float]:
             if online:
                 written = written_to(self.learnt, held[:_REWARDED_WHILE_TRAINING])
@@ -575,6 +580,7 @@ class _Work:
             ),
             recompute=train.recompute,
             rollout=rollout,
+            bottom=bottom,
             lengths=[length_of(item) for item in prepared.train] if train.group_by_length else None,
             train_dataset=prepared.train if prepared.stream is None else Streamed(prepared.stream),
             eval_dataset=held,
@@ -587,6 +593,31 @@ class _Work:
         trainer.remove_callback(ProgressCallback)
         progress.trainer = trainer
         return trainer, progress
+
+    def _bottom(self, prepared: Prepared, model: Any, passes: float) -> FrozenBottom:
+        """What keeps the results of the blocks below the lowest change; RunError (U171, U172) where that cannot be."""
+        others = prepared.task in ONLINE or prepared.stream is not None or isinstance(self.collate, MaskingCollator)
+        if others or passes <= 1:
+            why = "no row is read twice" if others else "the run is one pass"
+            message = f"nothing can be kept between passes: {why}"
+            raise RunError(Finding("U171", message, fix="without train.cache_bottom"))
+        paths = bottom_of(model)
+        several = len(prepared.train[0].get("sequences", [None]))
+        tokens = several * sum(map(length_of, prepared.train))
+        wanted = tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
+        room = shutil.disk_usage(self.folder.path).free
+        if wanted > 0.9 * room:
+            raise RunError(
+                Finding(
+                    "U172",
+                    f"the results of {len(paths)} blocks for {tokens:,} tokens take {wanted / 1e9:.3g} GB on disk, "
+                    f"{room / 1e9:.3g} GB are free",
+                    fix="another -o, or without train.cache_bottom",
+                )
+            )
+        self.voice.say("keeping", f"what {len(paths)} frozen blocks make of each row: {wanted / 1e6:.3g} MB on disk")
+        self.record["decided"]["cached_blocks"] = len(paths)
+        return FrozenBottom(model, paths, self.folder.path)
 
     def _remaining(self, prepared: Prepared, held: Any, online: bool) -> Remaining:
         """What tells the time left, by the lengths of the rows; those of a stream and answers yet to come have none."""

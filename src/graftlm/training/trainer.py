@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from graftlm.core import Adapter, Method
 from graftlm.errors import Finding, RunError
-from graftlm.kernels import Recompute, fuse
+from graftlm.kernels import FrozenBottom, Recompute, fuse
 from graftlm.objectives import Objective, Reference, settle
 from graftlm.training import checkpoint
 from graftlm.training.order import ByLength
@@ -49,8 +49,8 @@ class GraftTrainer(Trainer):
 
     `evaluate_with` gives the held-out scores when the Trainer asks for an evaluation. `learning_rate_of` gives each
     part of a sum of methods its own rate; without it all have that of the arguments. While it trains, the model is
-    fused (`graftlm.kernels.fuse`), and `recompute` says what is computed twice to hold less. With `lengths`, in tokens,
-    rows of like length share a batch.
+    fused (`graftlm.kernels.fuse`), and `recompute` says what is computed twice to hold less; `bottom` keeps what frozen
+    blocks make of rows. With `lengths`, in tokens, rows of like length share a batch.
     """
 
     #: `compute_loss` divides by the count of the whole step already.
@@ -67,13 +67,14 @@ class GraftTrainer(Trainer):
         learning_rate_of: Callable[[Method], float] | None = None,
         recompute: Recompute = "none",
         rollout: Rollout | None = None,
+        bottom: FrozenBottom | None = None,
         lengths: Sequence[int] | None = None,
         stops_explosions: bool = True,
         **options: Any,
     ) -> None:
         self.adapter: Adapter = adapter
         self.objective: Objective = objective
-        self.rollout = rollout
+        self.rollout, self.bottom = rollout, bottom
         self.lengths = lengths
         self.evaluate_with, self.learning_rate_of = evaluate_with, learning_rate_of
         self.recompute: Recompute = recompute
@@ -108,7 +109,7 @@ class GraftTrainer(Trainer):
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train as the Trainer does, on a fused model; it is as it was afterwards."""
-        with fuse(self.adapter.model, recompute=self.recompute):
+        with fuse(self.adapter.model, recompute=self.recompute), self.bottom or nullcontext():
             return super().train(*args, **options)
 
     def get_train_dataloader(self) -> Any:

@@ -153,7 +153,6 @@ class FrozenBottom:
             self._places[key] = (self._end, len(data))
             self._end += len(data)
             self.computed += 1
-        self._rows = None  # what computes a block again in the backward keeps nothing more
 
     def _kept(self, key: bytes) -> Tensor:
         assert self._like is not None

@@ -67,6 +67,6 @@ def multiply(x: Tensor, codes: Tensor, sizes: Tensor, sums: Tensor) -> Tensor:
         rows = slice(first, first + _ROWS_AT_ONCE)
         row_codes, size, zero = rounded(x[rows])
         found = torch._int_mm(row_codes, codes.T)
-        found.addcmul_(zero.nan_to_num_().int(), sums, value=-1)
+        found.addcmul_(zero.int(), sums, value=-1)
         y[rows] = (found * size).mul_(steps)
     return y

@@ -167,7 +167,7 @@ def test_slower_loops_and_other_bits_are_not_used(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_computes_as_with_its_dequantised_weight(name, dtype, bias, monkeypatch):
-    monkeypatch.setattr("graftlm.quantisation.linear._ENTRIES_AT_ONCE", 20 * 96)  # several slabs, the last one short
+    monkeypatch.setattr("graftlm.quantisation.linear._ENTRIES_AT_ONCE", 9 * 96)  # eight slabs, of 9 rows but for blocks of two
     dense = nn.Linear(96, 70, bias=bias).to(dtype)
     module = QuantizedLinear.of(dense, Format(name))
     assert module.dtype is dtype
@@ -188,6 +188,18 @@ def test_computes_as_with_its_dequantised_weight(name, dtype, bias, monkeypatch)
     assert torch.allclose(y, wanted, rtol=tolerance, atol=tolerance)
     assert torch.allclose(x.grad, other.grad, rtol=tolerance, atol=5 * tolerance)
     assert module.weight.grad is None
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_float16_does_not_overflow_on_the_way(name):
+    dense = nn.Linear(256, 64, bias=False)
+    dense.weight.data.fill_(0.01)
+    module = QuantizedLinear.of(dense.half(), Format(name))
+    x = torch.full((2, 256), 100.0, dtype=torch.float16, requires_grad=True)
+    y = module(x)
+    (100 * y).sum().backward()
+    assert torch.allclose(y, torch.full_like(y, 256.0), rtol=0.02)
+    assert torch.allclose(x.grad, torch.full_like(x, 64.0), rtol=0.02)
 
 
 def test_nothing_dense_is_kept_for_the_backward_pass():

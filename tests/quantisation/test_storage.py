@@ -167,7 +167,9 @@ def test_slower_loops_and_other_bits_are_not_used(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_computes_as_with_its_dequantised_weight(name, dtype, bias, monkeypatch):
-    monkeypatch.setattr("graftlm.quantisation.linear._ENTRIES_AT_ONCE", 9 * 96)  # eight slabs, of 9 rows but for blocks of two
+    monkeypatch.setattr(
+        "graftlm.quantisation.linear._ENTRIES_AT_ONCE", 9 * 96
+    )  # eight slabs, of 9 rows but for blocks of two
     dense = nn.Linear(96, 70, bias=bias).to(dtype)
     module = QuantizedLinear.of(dense, Format(name))
     assert module.dtype is dtype

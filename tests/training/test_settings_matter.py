@@ -312,7 +312,7 @@ def test_train_cache_bottom_is_refused_where_it_can_do_nothing(
 ) -> None:
     base = save_llama(tmp_path / "base", layers=2)
     if code == "U172":
-        monkeypatch.setattr("graftlm.training.run.length_of", lambda _: 10**12)
+        monkeypatch.setattr("graftlm.training.keeping.length_of", lambda _: 10**12)
     with pytest.raises(GraftError) as caught:
         tiny(
             answered,
@@ -321,6 +321,7 @@ def test_train_cache_bottom_is_refused_where_it_can_do_nothing(
             **{"method": "lora(rank=2,layers=-1)", "epochs": 2.0, "steps": None, **given},
         )
     assert [(code, said)] == [(f.code, said) for f in caught.value.findings if said in f.message]
+    assert not (tmp_path / "run").exists()
 
 
 def test_train_recompute_blocks_computes_twice(tiny: Tiny, answered: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from graftlm.planning.operations import Operation
 from graftlm.planning.tracing import Trace
 from graftlm.quantisation import PACKED, as_format, quantized, reserve
 
-__all__ = ["Shape", "Traced", "like", "meta_model", "objective_of", "trace"]
+__all__ = ["Shape", "Traced", "attached", "like", "meta_model", "objective_of", "trace"]
 
 #: The share of tokens that masked language modelling hides.
 _HIDDEN = next(float(each.default) for each in fields(MaskingCollator) if each.name == "share")  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
         by_module[_BLOCK.match(name)[0]] += _bytes(tensor)  # type: ignore[index]
     largest = max(by_module.values(), default=0)
     constants = {name for name in tensors if name.rpartition(".")[0] in packed and name.rpartition(".")[2] in PACKED}
-    adapter = _attached(model, method) if method else None
+    adapter = attached(model, method) if method else None
     counted = Trace(None if task in ("classify", "tag") else _vocabulary(model))
     counted.hold("weights", [tensor for name, tensor in tensors.items() if name not in constants])
     counted.hold("quantisation", [tensors[name] for name in sorted(constants)])
@@ -190,7 +190,7 @@ def trace(config: Any, method: Method | None, task: str, shape: Shape, *, classe
     )
 
 
-def _attached(model: nn.Module, method: Method) -> Adapter:
+def attached(model: nn.Module, method: Method) -> Adapter:
     """The method on a model without values; methods that choose by data get as many entries as they would."""
     survey(model)  # before anything watches: it runs the model by itself
     state = Adapter(model, "default", method, parts_of(model, method)).state()

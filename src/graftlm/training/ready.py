@@ -32,6 +32,7 @@ from graftlm.settings import Resolved, RunSettings
 from graftlm.training.decisions import decide_length, positions_taken, with_head, with_value
 from graftlm.training.early import context_of, folder_of, length_faults, prompt_of, sources_of, test_of, waived
 from graftlm.training.foresight import does_not_fit, foreseen
+from graftlm.training.keeping import check_bottom
 from graftlm.training.named_rewards import look_at_reward
 from graftlm.training.optimizers import check_optimizer
 from graftlm.training.starting import Start, on_its_base, start_of
@@ -184,6 +185,8 @@ def make_ready(settings: RunSettings, origin: Mapping[str, str]) -> Ready:
     elif any(isinstance(part, Value) for part in method.parts):
         message = f"a value head is trained by ppo alone, and the task is {prepared.task}"
         raise SettingsError(Finding("U146", message, fix="--task ppo, or leave +value out of --method"))
+    if train.cache_bottom:
+        check_bottom(settings, prepared, headed, config, folder_of(settings).path)
     return Ready(settings, prepared, headed, asked, config, tokenizer, start)
 
 

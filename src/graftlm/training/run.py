@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import errno
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -58,6 +57,7 @@ from graftlm.training.early import context_of, folder_of, sources_of
 from graftlm.training.environment import environment, peak_memory_bytes
 from graftlm.training.folder import RunFolder, free_folder, lines_of, resolved_of, standing
 from graftlm.training.foresight import does_not_fit
+from graftlm.training.keeping import kept_bytes
 from graftlm.training.opening import Opened
 from graftlm.training.optimizers import named_for_trainer
 from graftlm.training.order import Streamed
@@ -558,8 +558,7 @@ class _Work:
         if online:
             rollout = self.learnt.rollout({item["row"]: item["example"] for item in prepared.train})
 
-        passes = epochs if train.steps is None else train.steps / epoch_steps
-        bottom = self._bottom(prepared, model, passes) if train.cache_bottom else None
+        bottom = self._bottom(prepared, model) if train.cache_bottom else None
 
         def evaluate() -> dict[str, float]:
             if online:
@@ -594,28 +593,11 @@ class _Work:
         progress.trainer = trainer
         return trainer, progress
 
-    def _bottom(self, prepared: Prepared, model: Any, passes: float) -> FrozenBottom:
-        """What keeps the results of the blocks below the lowest change; RunError (U171, U172) where that cannot be."""
-        others = prepared.task in ONLINE or prepared.stream is not None or isinstance(self.collate, MaskingCollator)
-        if others or passes <= 1:
-            why = "no row is read twice" if others else "the run is one pass"
-            message = f"nothing can be kept between passes: {why}"
-            raise RunError(Finding("U171", message, fix="without train.cache_bottom"))
+    def _bottom(self, prepared: Prepared, model: Any) -> FrozenBottom:
+        """What keeps the results of the blocks below the lowest change; RunError (U171) where that cannot be."""
         paths = bottom_of(model)
-        several = len(prepared.train[0].get("sequences", [None]))
-        tokens = several * sum(map(length_of, prepared.train))
-        wanted = tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
-        room = shutil.disk_usage(self.folder.path).free
-        if wanted > 0.9 * room:
-            raise RunError(
-                Finding(
-                    "U172",
-                    f"the results of {len(paths)} blocks for {tokens:,} tokens take {wanted / 1e9:.3g} GB on disk, "
-                    f"{room / 1e9:.3g} GB are free",
-                    fix="another -o, or without train.cache_bottom",
-                )
-            )
-        self.voice.say("keeping", f"what {len(paths)} frozen blocks make of each row: {wanted / 1e6:.3g} MB on disk")
+        size = kept_bytes(prepared, model.config) * model.dtype.itemsize / 4
+        self.voice.say("keeping", f"what {len(paths)} frozen blocks make of each row: {size / 1e6:.3g} MB on disk")
         self.record["decided"]["cached_blocks"] = len(paths)
         return FrozenBottom(model, paths, self.folder.path)
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 from graftlm.core import attach, use
 from graftlm.data import Template
 from graftlm.evaluation import generate_texts, stream_text
+from graftlm.evaluation.generating import draw_of, sample_answers
 from graftlm.methods import LoRA
 from graftlm.models import load_base
+from models_for_tests import VOCABULARY, tiny
 
 ASKED = ["Hello", "Where is the lamp that I bought last week?", "I would like to return my kettle, please.", "No"]
 
@@ -176,3 +179,44 @@ def test_messages_need_a_template(speaker: Any) -> None:
     model, tokenizer, _ = speaker
     with pytest.raises(ValueError, match="template"):
         generate_texts(model, tokenizer, None, [turns("Hi")])
+
+
+# --- sampled answers ------------------------------------------------------------------------------------------------
+
+
+def test_sampled_tokens_have_the_model_s_own_distribution() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)  # far from even
+    prompt, many = [5, 9, 7], 4000
+    draws = [draw_of(0, at) for at in range(many)]
+    found = sample_answers(model, _Numbers(), None, [prompt] * many, draws=draws, max_new_tokens=1, batch=500)
+    counts = torch.bincount(torch.tensor([ids[0] for ids in found]), minlength=VOCABULARY).double()
+    with torch.no_grad():
+        wanted = model(torch.tensor([prompt])).logits[0, -1].double().softmax(0) * many
+    often = wanted >= 5
+    assert often.sum() > 3
+    groups = [torch.cat([each[often], each[~often].sum()[None]]) for each in (counts, wanted)]
+    excess = ((groups[0] - groups[1]).square() / groups[1].clamp(min=1)).sum()
+    assert excess < stats.chi2.ppf(0.9999, len(groups[0]) - 1)
+
+
+def test_a_sampled_answer_depends_on_its_draw_alone() -> None:
+    model = tiny("llama")
+    prompts = [[5, 9, 7], [8], [4, 4, 4, 11, 13], [6, 6]]
+    draws = [draw_of(3, at) for at in range(4)]
+    state = torch.random.get_rng_state()
+    together = sample_answers(model, _Numbers(), None, prompts, draws=draws, max_new_tokens=8)
+    pairs = sample_answers(model, _Numbers(), None, prompts, draws=draws, max_new_tokens=8, batch=2)
+    back = sample_answers(model, _Numbers(), None, prompts[::-1], draws=draws[::-1], max_new_tokens=8)
+    assert together == pairs == back[::-1]
+    assert len({tuple(answer) for answer in together}) == 4
+    others = [draw_of(4, at) for at in range(4)]
+    assert sample_answers(model, _Numbers(), None, prompts, draws=others, max_new_tokens=8) != together
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class _Numbers:
+    """A tokenizer for those who have token ids already."""
+
+    pad_token_id, eos_token_id, bos_token_id = 0, 2, 1

@@ -189,19 +189,19 @@ def test_so_it_is_for_other_tasks(task: str, tiny_base: Path, tmp_path: Path) ->
 
 def test_ctrl_c_stops_both_at_one_step_and_both_go_on(tiny_base: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", answered_rows(40))
-    given = {"train.steps": 150, "train.epochs": None, "method": "lora(rank=2,targets=attention,dropout=0.2)",
-             "train.save_every": 30, "train.eval_every": 150}  # fmt: skip
+    given = {"train.steps": 80, "train.epochs": None, "method": "lora(rank=2,targets=attention,dropout=0.2)",
+             "train.save_every": 20, "train.eval_every": 80}  # fmt: skip
     words = words_for(data, tiny_base, **given)
     ended(*words, "-o", str(tmp_path / "whole"))
     running = started(*words, "-o", str(tmp_path / "run"))
     until_s = time.monotonic() + 200
-    while not (tmp_path / "run" / "checkpoints" / "checkpoint-30").exists() and time.monotonic() < until_s:
+    while not (tmp_path / "run" / "checkpoints" / "checkpoint-20").exists() and time.monotonic() < until_s:
         time.sleep(0.02)
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     out, err = running.communicate(timeout=200)
     record = record_of(tmp_path / "run")
     assert record["status"] == "stopped", err[-2000:]
-    assert 30 <= record["steps"] < 150
+    assert 20 <= record["steps"] < 80
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert out.count("stopping") == 1
     ended("-o", str(tmp_path / "run"), "--resume")

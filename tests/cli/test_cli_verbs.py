@@ -184,6 +184,7 @@ def test_predict_reads_standard_input_and_writes_a_file(cli: Callable, labeller:
         (["a.csv", "--map", "text"], "--map"),
         (["a.csv", "-o", "a.csv"], "is the file to be read"),
         (["a.csv", "-o", "no/such/folder/x"], "there is no folder no/such/folder"),
+        (["one", "a \udcff b"], "text 2 not UTF-8: a \\udcff b"),
         ([], "no text was given"),
     ],
 )
@@ -298,7 +299,7 @@ def test_generate_with_the_bundled_base(cli: Callable) -> None:
 
 
 def test_chat_from_a_pipe(cli: Callable, rooms: Rooms, adapter_folder: str) -> None:
-    said = cli("chat", adapter_folder, stdin="one\n\n/base\ntwo\n/tuned\n/reset\nthree\n/exit\nfour\n")
+    said = cli("chat", adapter_folder, stdin="one\n\n\udcff\n/base\ntwo\n/tuned\n/reset\nthree\n/exit\nfour\n")
     assert (said.code, said.out) == (0, "tuned says so\nbase says so\ntuned says so\n")
     heard = [[m["content"] for m in args[1]] for args, _ in rooms.named("stream_text")]
     assert heard == [["one"], ["two"], ["three"]]

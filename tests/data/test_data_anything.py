@@ -17,7 +17,21 @@ from graftlm.errors import DataError
 _TEXT = st.one_of(
     st.text(max_size=40),
     st.sampled_from(
-        ["", " ", "\x00", "a\x00b", "\u2028", "\ufeff", "é" * 10, "👩‍👩‍👧", "\u202e", "x" * 100_000, "</s>"]
+        [
+            "",
+            " ",
+            "\x00",
+            "a\x00b",
+            "\u2028",
+            "\ufeff",
+            "é" * 10,
+            "👩‍👩‍👧",
+            "\u202e",
+            "x" * 100_000,
+            "</s>",
+            "\ud83d",
+            "a \udc00 b",
+        ]
     ),
 )
 _ANY = st.one_of(

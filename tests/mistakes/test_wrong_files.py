@@ -57,6 +57,7 @@ MISTAKES = {
     "a folder without rows": Mistake("D102", "is a folder without", words="data", files={"data/x.py": "x"}, mends=False),
     "an unknown ending": Mistake("D103", ".xyz", words="rows.xyz", files={"rows.xyz": GOOD}),
     "empty": Mistake("D104", "rows.jsonl the file is empty", "", mends=False),
+    "half a character": Mistake("D118", "rows.jsonl:13 a text has half a character", GOOD + '{"prompt": "a \\ud83d", "completion": "b"}\n'),
     "a line cut short": Mistake("D105", "rows.jsonl:13:12", GOOD + '{"prompt": "a\n'),
     "another encoding": Mistake("D106", "rows.csv:2", words="rows.csv", files={"rows.csv": "?"}, mends=False),
     "a comma too many": Mistake("D107", "rows.csv:14", words="rows.csv",

@@ -12,7 +12,7 @@ import click
 
 from graftlm.cli.output import harmless, say
 from graftlm.cli.speaking import Speaker, open_speaker, refusals_told, writing_flags
-from graftlm.cli.usage import Verb
+from graftlm.cli.usage import Verb, is_utf8
 from graftlm.errors import nearest
 
 __all__ = ["verb"]
@@ -77,6 +77,9 @@ class _Talk:
             word = line.strip()
             if word in ("/exit", "/quit"):
                 return
+            if not is_utf8(line):
+                say("that was not UTF-8")
+                continue
             if word.startswith("/"):
                 self.obey(word)
             elif word:

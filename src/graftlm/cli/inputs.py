@@ -14,10 +14,11 @@ from typing import Any
 
 import click
 
-from graftlm.cli.usage import UsageFault
+from graftlm.cli.usage import UsageFault, is_utf8
 from graftlm.data.checking import Notes, check
 from graftlm.data.reading import FORMATS, Table, read_rows
 from graftlm.data.recognise import ROLES, TEXT_PAIRS, Reading, recognise
+from graftlm.data.wording import clip
 from graftlm.errors import DataError, Finding
 
 __all__ = ["data_settings", "prompts_of", "read_data_settings", "read_mapping", "texts_of"]
@@ -68,7 +69,7 @@ def texts_of(words: Sequence[str], *, mapping: dict[str, str] | None, asked: str
     """
     path = _file_among(words)
     if path is None:
-        return [*(words if words and list(words) != ["-"] else _lines_of_stdin(asked))]
+        return [*_given(words, asked)]
     if FORMATS.get(path.suffix.lower()) == "text" and mapping is None:
         return [*_lines(path)]
     table = read_rows(path)
@@ -78,7 +79,7 @@ def texts_of(words: Sequence[str], *, mapping: dict[str, str] | None, asked: str
 def prompts_of(words: Sequence[str], file: str | None, *, asked: str) -> list[Any]:
     """The prompts to answer: texts, or lists of messages where the file has conversations."""
     if file is None:
-        return list(words) if words and list(words) != ["-"] else _lines_of_stdin(asked)
+        return _given(words, asked)
     if words:
         raise UsageFault(Finding("L103", "prompts and --file exclude each other", fix=f"--file {file}"))
     path = Path(file)
@@ -114,6 +115,15 @@ def _is_file(word: str) -> bool:
         return Path(word).is_file()
     except (OSError, ValueError):  # a text may hold what no path can
         return False
+
+
+def _given(words: Sequence[str], asked: str) -> list[str]:
+    """The texts on the command line or standard input. Raises DataError for one whose bytes are no UTF-8."""
+    texts = list(words) if words and list(words) != ["-"] else _lines_of_stdin(asked)
+    for at, text in enumerate(texts, start=1):
+        if not is_utf8(text):
+            raise DataError(Finding("D106", f"not UTF-8: {clip(ascii(text)[1:-1], 40)}", f"text {at}"))
+    return texts
 
 
 def _lines_of_stdin(asked: str) -> list[str]:

@@ -22,6 +22,7 @@ CODES: dict[str, str] = {
     "D115": "rows of a source are used as often as its weight says",
     "D116": "a data set cannot be fetched from a hub",
     "D117": "rows cannot be read while training: they are needed at once, or in a form that is read at once",
+    "D118": "a text has half a character, which UTF-8 cannot write",
     "D120": "a value is missing where text is wanted",
     "D121": "a value has the wrong type",
     "D122": "a text is empty",

@@ -190,6 +190,8 @@ def _delimiter(first: str, kind: str) -> str:
     return ","
 
 
+#: Half of a surrogate pair; whole pairs are one character here.
+_LONE = re.compile("[\ud800-\udfff]")
 _PARTS = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
 
@@ -387,7 +389,10 @@ class _Reader:
             yield
 
     def json_value(self, value: Any, place: str) -> None:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and (half := _half(value)) is not None:
+            message = f"a text has half a character, {half!a}: the other half of a pair is missing"
+            self.fault("D118", message, place, json.dumps(value))
+        elif isinstance(value, dict):
             self.add(value, place)
         else:
             found = "nothing (null)" if value is None else f"a {_kind(value)}"
@@ -582,6 +587,16 @@ def _header(names: list[str], place: str) -> list[str]:
     if findings:
         raise DataError(findings)
     return names
+
+
+def _half(value: Any) -> str | None:
+    """The first half of a surrogate pair that stands alone in a text of `value`; JSON can name it, UTF-8 cannot."""
+    if isinstance(value, str):
+        if not value.isascii() and (found := _LONE.search(value)):
+            return found[0]
+        return None
+    inside = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((half for each in inside if (half := _half(each)) is not None), None)
 
 
 def _skip(text: str, at: int) -> int:

@@ -197,8 +197,17 @@ class RunFolder:
 
 
 def lines_of(rows: Iterable[Mapping[str, Any]]) -> str:
-    """`rows` as JSON lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """`rows` as JSON lines; what UTF-8 cannot write (half of a surrogate pair) in JSON's own signs for it."""
+    told = ((row, json.dumps(row, ensure_ascii=False)) for row in rows)
+    return "".join((line if _can_be_written(line) else json.dumps(row)) + "\n" for row, line in told)
+
+
+def _can_be_written(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _next_free(path: Path) -> Path:

@@ -192,6 +192,16 @@ def test_computes_as_with_its_dequantised_weight(name, dtype, bias, monkeypatch)
     assert module.weight.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_inputs_may_lie_anyhow_and_be_none(name, dtype):
+    module = QuantizedLinear.of(nn.Linear(128, 96), Format(name)).to(dtype)
+    x = torch.randn(3, 5, 128, dtype=dtype)
+    for view in (x[:, -1], x.transpose(0, 1)[:1], x[:1, :2].flip(1), torch.randn(128, 4, dtype=dtype).T):
+        assert torch.equal(module(view), module(view.contiguous()))
+    assert module(x[:0]).shape == (0, 5, 96)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_float16_does_not_overflow_on_the_way(name):
     dense = nn.Linear(256, 64, bias=False)

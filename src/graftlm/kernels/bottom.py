@@ -142,14 +142,16 @@ class FrozenBottom:
 
     def _keep(self, states: Tensor) -> None:
         assert self._rows is not None
-        self._like = states[:0, :0]
+        self._like = states.new_empty(0, 0, states.shape[-1])  # a view would hold the states
         for row, (key, length) in enumerate(self._rows):
             own = states[row, :length]
             if key in self._places:
                 self._compare(own, self._kept(key).to(own.device))
                 continue
             data = own.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-            os.pwrite(self._file.fileno(), data, self._end)
+            done = 0
+            while done < len(data):  # a disk that is nearly full takes a part, and then raises OSError
+                done += os.pwrite(self._file.fileno(), data[done:], self._end + done)
             self._places[key] = (self._end, len(data))
             self._end += len(data)
             self.computed += 1

@@ -203,7 +203,7 @@ def _multiplied(x: Tensor, format: Format, shape: tuple[int, int], stored: tuple
     assert sizes is not None
     if format.name == "int8" and len(flat) <= _FEW_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu":
         # Reads the codes once and keeps no weight; sizes come after, as its own would be rounded to 16 bits.
-        found = torch._weight_int8pack_mm(flat, codes, x.new_ones(shape[0])) * (sizes / 127)
+        found = torch._weight_int8pack_mm(flat.contiguous(), codes, x.new_ones(shape[0])) * (sizes / 127)
         return found.to(x.dtype).view(*x.shape[:-1], shape[0])
     if format.rounds_inputs:
         assert sums is not None

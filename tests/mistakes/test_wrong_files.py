@@ -57,6 +57,15 @@ MISTAKES = {
     "a folder without rows": Mistake("D102", "is a folder without", words="data", files={"data/x.py": "x"}, mends=False),
     "an unknown ending": Mistake("D103", ".xyz", words="rows.xyz", files={"rows.xyz": GOOD}),
     "empty": Mistake("D104", "rows.jsonl the file is empty", "", mends=False),
+    "lists in lists": Mistake("D105", "rows.jsonl:13 lists and objects inside one another", GOOD + "[" * 100_000 + "\n"),
+    "lists in lists of a row": Mistake(
+        "D105", "rows.jsonl:13 lists and objects inside one another",
+        GOOD + '{"prompt": "a", "completion": ' + "[" * 480 + "]" * 480 + "}\n",
+    ),
+    "lists in an array": Mistake(
+        "D105", "rows.json:1 lists and objects inside one another", words="rows.json",
+        files={"rows.json": "[" * 100_000}, mends=False,
+    ),
     "half a character": Mistake("D118", "rows.jsonl:13 a text has half a character", GOOD + '{"prompt": "a \\ud83d", "completion": "b"}\n'),
     "a line cut short": Mistake("D105", "rows.jsonl:13:12", GOOD + '{"prompt": "a\n'),
     "another encoding": Mistake("D106", "rows.csv:2", words="rows.csv", files={"rows.csv": "?"}, mends=False),

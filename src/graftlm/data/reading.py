@@ -190,6 +190,7 @@ def _delimiter(first: str, kind: str) -> str:
     return ","
 
 
+_TOO_DEEP = "lists and objects inside one another, hundreds deep"
 #: Half of a surrogate pair; whole pairs are one character here.
 _LONE = re.compile("[\ud800-\udfff]")
 _PARTS = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
@@ -384,12 +385,19 @@ class _Reader:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 self.fault("D105", _json_message(error), f"{place}:{error.colno}", line, _caret(line, error.colno))
+            except RecursionError:
+                self.fault("D105", _TOO_DEEP, place, line)
             else:
                 self.json_value(value, place)
             yield
 
     def json_value(self, value: Any, place: str) -> None:
-        if isinstance(value, dict) and (half := _half(value)) is not None:
+        try:
+            half = _half(value)
+        except RecursionError:  # the scanner goes deeper than this does
+            self.fault("D105", _TOO_DEEP, place, json.dumps(list(value)[:8]))
+            return
+        if isinstance(value, dict) and half is not None:
             message = f"a text has half a character, {half!a}: the other half of a pair is missing"
             self.fault("D118", message, place, json.dumps(value))
         elif isinstance(value, dict):
@@ -406,6 +414,8 @@ class _Reader:
                 value = json.loads(text)
             except json.JSONDecodeError as error:
                 raise _broken_json(error, name) from None
+            except RecursionError:
+                raise DataError(Finding("D105", _TOO_DEEP, f"{name}:1")) from None
             what = f"one object with {listed(value)}" if isinstance(value, dict) else f"a {_kind(value)}"
             lists = [key for key, v in value.items() if isinstance(v, list)] if isinstance(value, dict) else []
             detail = (f"the rows may be under {listed(map(repr, lists))}: save that list as a file",) if lists else ()
@@ -432,6 +442,8 @@ class _Reader:
                 raise json.JSONDecodeError("Extra data", text, _skip(text, at + 1))
         except json.JSONDecodeError as error:
             raise _broken_json(error, name) from None
+        except RecursionError:
+            raise DataError(Finding("D105", _TOO_DEEP, f"{name}:{line}")) from None
 
     def delimited(self, lines: Iterable[str], delimiter: str) -> Iterator[None]:
         name = self.path.name

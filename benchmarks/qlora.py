@@ -178,12 +178,11 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         took: dict[str, dict[str, list[float]]] = {storage: {"read": [], "write": [], "step": []} for storage in models}
         for turn in range(options.repeats + 1):
             for storage, model in models.items():
-                parts = {"read": read, "write": write, "step": step}
-                for part, work in parts.items():
+                for work in (read, write, step):
                     began_s = time.process_time()
                     work(model, ids)
                     if turn:  # the first warms up
-                        took[storage][part].append(time.process_time() - began_s)
+                        took[storage][work.__name__].append(time.process_time() - began_s)
         rows = {
             storage: {part: round(statistics.median(times), 4) for part, times in own.items()}
             for storage, own in took.items()
@@ -316,7 +315,7 @@ SHAPES = {
 def write_random(folder: Path, shape: dict[str, int]) -> int:
     """A checkpoint of random weights in bf16, a file a layer, so that this process never holds the model."""
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     config = LlamaConfig(
         **shape, num_key_value_heads=shape["num_attention_heads"], vocab_size=32000, max_position_embeddings=2048,

@@ -16,6 +16,7 @@ Example:
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -33,8 +34,11 @@ __all__ = [
     "RunError",
     "SettingsError",
     "SiteError",
+    "half_character",
     "nearest",
 ]
+
+_HALF = re.compile("[\ud800-\udfff]")  # whole pairs are one character here
 
 _LINES_SHOWN = 12
 
@@ -125,6 +129,19 @@ class PlanError(GraftError, ValueError):
 
 class EnvironmentFault(GraftError, RuntimeError):
     """The machine lacks something: disk, memory, a package, a device. Codes E1xx."""
+
+
+def half_character(text: str) -> str | None:
+    """The first half of a surrogate pair that stands alone in `text`, which UTF-8 cannot write; None where none does.
+
+    Python holds bytes that are no UTF-8 so, and JSON can name it.
+
+    Example:
+        >>> half_character("\ud83d"), half_character("a")
+        ('\ud83d', None)
+    """
+    found = None if text.isascii() else _HALF.search(text)
+    return found[0] if found else None
 
 
 def nearest(word: str, choices: Iterable[str], *, most: int = 3) -> list[str]:

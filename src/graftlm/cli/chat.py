@@ -12,8 +12,8 @@ import click
 
 from graftlm.cli.output import harmless, say
 from graftlm.cli.speaking import Speaker, open_speaker, refusals_told, writing_flags
-from graftlm.cli.usage import Verb, is_utf8
-from graftlm.errors import nearest
+from graftlm.cli.usage import Verb
+from graftlm.errors import half_character, nearest
 
 __all__ = ["verb"]
 
@@ -77,7 +77,7 @@ class _Talk:
             word = line.strip()
             if word in ("/exit", "/quit"):
                 return
-            if not is_utf8(line):
+            if half_character(line):
                 say("that was not UTF-8")
                 continue
             if word.startswith("/"):

@@ -14,12 +14,12 @@ from typing import Any
 
 import click
 
-from graftlm.cli.usage import UsageFault, is_utf8
+from graftlm.cli.usage import UsageFault
 from graftlm.data.checking import Notes, check
 from graftlm.data.reading import FORMATS, Table, read_rows
 from graftlm.data.recognise import ROLES, TEXT_PAIRS, Reading, recognise
 from graftlm.data.wording import clip
-from graftlm.errors import DataError, Finding
+from graftlm.errors import DataError, Finding, half_character
 
 __all__ = ["data_settings", "prompts_of", "read_data_settings", "read_mapping", "texts_of"]
 
@@ -121,7 +121,7 @@ def _given(words: Sequence[str], asked: str) -> list[str]:
     """The texts on the command line or standard input. Raises DataError for one whose bytes are no UTF-8."""
     texts = list(words) if words and list(words) != ["-"] else _lines_of_stdin(asked)
     for at, text in enumerate(texts, start=1):
-        if not is_utf8(text):
+        if half_character(text):
             raise DataError(Finding("D106", f"not UTF-8: {clip(ascii(text)[1:-1], 40)}", f"text {at}"))
     return texts
 

@@ -14,7 +14,7 @@ import click
 
 from graftlm.errors import Finding, GraftError, nearest
 
-__all__ = ["CODES", "HELP", "UsageFault", "Verb", "as_usage_fault", "is_utf8"]
+__all__ = ["CODES", "HELP", "UsageFault", "Verb", "as_usage_fault"]
 
 CODES: dict[str, str] = {
     "L101": "a verb that does not exist",
@@ -30,11 +30,6 @@ CODES: dict[str, str] = {
 
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _SURE = 0.85  # how alike a flag must be to one of the verb's own to be taken for a slip of the hand
-
-
-def is_utf8(text: str) -> bool:
-    """Whether all of `text`, typed or piped, was UTF-8; other bytes are half characters to Python."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class UsageFault(GraftError, ValueError):

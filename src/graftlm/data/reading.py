@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from graftlm.data.wording import clip, counted, listed, number
-from graftlm.errors import DataError, Finding, nearest
+from graftlm.errors import DataError, Finding, half_character, nearest
 
 __all__ = [
     "FORMATS",
@@ -191,8 +191,6 @@ def _delimiter(first: str, kind: str) -> str:
 
 
 _TOO_DEEP = "lists and objects inside one another, hundreds deep"
-#: Half of a surrogate pair; whole pairs are one character here.
-_LONE = re.compile("[\ud800-\udfff]")
 _PARTS = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
 
@@ -351,7 +349,7 @@ class _Reader:
 
     def readable(self, text: str, place: str) -> bool:
         """Whether the text is UTF-8; else it is a fault."""
-        if not any("\udc80" <= character <= "\udcff" for character in text):
+        if not half_character(text):
             return True
         self.fault("D106", "not UTF-8", place, text.encode("utf-8", "replace").decode())
         return False
@@ -602,11 +600,9 @@ def _header(names: list[str], place: str) -> list[str]:
 
 
 def _half(value: Any) -> str | None:
-    """The first half of a surrogate pair that stands alone in a text of `value`; JSON can name it, UTF-8 cannot."""
+    """The first half character in a text of `value`."""
     if isinstance(value, str):
-        if not value.isascii() and (found := _LONE.search(value)):
-            return found[0]
-        return None
+        return half_character(value)
     inside = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
     return next((half for each in inside if (half := _half(each)) is not None), None)
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from graftlm.errors import EnvironmentFault, Finding, RunError
+from graftlm.errors import EnvironmentFault, Finding, RunError, half_character
 from graftlm.formats.atomic import write_json
 from graftlm.settings import Resolved, RunSettings, dump, recorded
 
@@ -199,15 +199,7 @@ class RunFolder:
 def lines_of(rows: Iterable[Mapping[str, Any]]) -> str:
     """`rows` as JSON lines; what UTF-8 cannot write (half of a surrogate pair) in JSON's own signs for it."""
     told = ((row, json.dumps(row, ensure_ascii=False)) for row in rows)
-    return "".join((line if _can_be_written(line) else json.dumps(row)) + "\n" for row, line in told)
-
-
-def _can_be_written(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return "".join((json.dumps(row) if half_character(line) else line) + "\n" for row, line in told)
 
 
 def _next_free(path: Path) -> Path:

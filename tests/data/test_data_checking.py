@@ -76,7 +76,7 @@ def test_missing_text_names_the_rows_and_the_way_to_drop_them():
         ({"prompt": None, "completion": "b"}, "D120", "null 'prompt'"),
         ({"prompt": "a"}, "D120", "no 'completion'"),
         ({"prompt": 7, "completion": "b"}, "D121", "a number in 'prompt' where text is wanted"),
-        ({"prompt": "a", "completion": ["b"]}, "D121", "a list in 'completion' where text is wanted"),
+        ({"prompt": "a", "completion": ["b"]}, "D121", "a list of texts in 'completion' where text is wanted"),
         ({"prompt": "a", "completion": " \n"}, "D122", "empty 'completion'"),
     ],
 )

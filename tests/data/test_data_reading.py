@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from graftlm.data.codes import CODES
-from graftlm.data.reading import FORMATS, read_rows
+from graftlm.data.reading import FORMATS, read_rows, tables_of
 from graftlm.errors import DataError
 
 ROWS = [{"question": f"q{i}", "answer": f"a{i}\nline"} for i in range(3)]
@@ -248,3 +248,68 @@ def test_torch_is_not_imported_before_batches_are_made():
     modules = "reading, recognise, checking, splitting, labels, templates, tokenising, prepare"
     code = f"import sys; from graftlm.data import {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_any_end_of_line_ends_a_line(write):
+    rows = [{"text": "a"}, {"text": "b"}]
+    for end in ("\n", "\r\n", "\r"):
+        lines = write("a.jsonl", end.join(json.dumps(row) for row in rows) + end)
+        cells = write("a.csv", end.join(["text;more", "a;1,2", "b;3"]) + end)
+        for whole in ([read_rows(lines)], tables_of(lines)):
+            assert [(row, place) for table in whole for row, place in zip(table.rows, table.places, strict=True)] == [
+                (rows[0], "a.jsonl:1"),
+                (rows[1], "a.jsonl:2"),
+            ]
+        for whole in ([read_rows(cells)], tables_of(cells)):
+            assert [row["more"] for table in whole for row in table.rows] == ["1,2", "3"]
+
+
+def test_one_name_twice_in_an_object_loses_no_value(write):
+    twice = '{"text": "a", "label": 1, "label": 2}'
+    inside = '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}'
+    path = write("a.jsonl", f'{twice}\n{{"text": "b", "label": 1}}\n{inside}\n')
+    found = fault(path).findings
+    assert [(f.code, f.place) for f in found] == [("D108", "a.jsonl:1"), ("D108", "a.jsonl:3")]
+    assert found[0].message == "one name twice in an object: 'label' (2 of 3 lines)"
+    table = read_rows(path, drop_bad_rows=True)
+    assert (table.rows, [r.raw for r in table.rejected]) == ([{"text": "b", "label": 1}], [twice, inside])
+    array = write("a.json", f'[{twice},\n {{"text": "b"}}]')
+    assert [(f.code, f.place) for f in fault(array).findings] == [("D108", "a.json:1")]
+    table = read_rows(array, drop_bad_rows=True)
+    assert (table.rows, [r.raw for r in table.rejected]) == ([{"text": "b"}], [twice])
+
+
+def test_rows_of_an_array_on_one_line_have_places_of_their_own(write):
+    assert read_rows(write("a.json", '[{"a": 1}, {"a": 2}]\n')).places == ["a.json:1:2", "a.json:1:12"]
+    assert read_rows(write("a.json", '[\n{"a": 1}, {"a": 2},\n{"a": 3}]')).places == [
+        "a.json:2",
+        "a.json:2:11",
+        "a.json:3",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_rows_under_a_name_are_not_a_row(write, name):
+    finding = fault(write(name, json.dumps({"version": 1, "data": ROWS}))).findings[0]
+    assert finding.code == "D109"
+    assert finding.message == "the only object has 3 objects under 'data', wanted the rows themselves"
+    assert finding.fix.startswith("jq -c '.[\"data\"][]' ")
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    assert read_rows(write(name, json.dumps(chat))).rows == [chat]
+
+
+def test_several_encodings_in_one_file_are_not_converted(write):
+    lines = [b'{"text": "caf\xc3\xa9"}', b'{"text": "caf\xe9"}', b'{"text": "tea"}']
+    path = write("a.jsonl", b"\n".join(lines))
+    finding = fault(path).findings[0]
+    assert (finding.code, finding.place) == ("D106", "a.jsonl:2")
+    assert "1 line of this kind, and 1 line with other letters in UTF-8" in finding.message
+    assert "iconv" not in finding.fix
+    for name, content in (("a.jsonl", lines), ("a.csv", [b"text", b"caf\xc3\xa9", b"caf\xe9", b"tea"])):
+        table = read_rows(write(name, b"\n".join(content)), drop_bad_rows=True)
+        assert [row["text"] for row in table.rows] == ["caf\xe9", "tea"]
+        assert [(r.place, r.reason) for r in table.rejected] == [
+            (f"{name}:{2 if name == 'a.jsonl' else 3}", "not UTF-8 [D106]")
+        ]
+    assert "drop_bad_rows" not in fault(write("a.txt", b"\n".join(lines)), drop_bad_rows=True).findings[0].fix
+    assert fault(write("b.jsonl", lines[1])).findings[0].fix.startswith("iconv -f WINDOWS-1252")

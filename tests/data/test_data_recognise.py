@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from graftlm.data.checking import Notes, check
 from graftlm.data.reading import Table
 from graftlm.data.recognise import recognise
 from graftlm.errors import DataError
@@ -140,6 +141,64 @@ def test_what_columns_hold_decides(row, task, roles):
     assert (found.task, " ".join(found.columns)) == (task, roles)
 
 
+_PAIR = {"prompt": "a", "completion": "b"}
+
+
+def of_rows(rows):
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    return Table(Path("faq.jsonl"), "jsonl", "", columns, rows, [f"faq.jsonl:{at}" for at in range(1, len(rows) + 1)])
+
+
+@pytest.mark.parametrize(
+    ("sound", "column", "odd", "task"),
+    [
+        ({**_PAIR, "label": True}, "label", "maybe", "kto"),
+        ({**_PAIR, "label": "false"}, "label", "maybe", "kto"),  # as a CSV file has it
+        ({**_PAIR, "label": True}, "label", 3, "kto"),
+        ({"text": "a", "score": 0.5}, "score", float("nan"), "regress"),
+        ({"text": "a", "score": 0.5}, "score", float("inf"), "regress"),
+        ({"text": "a", "score": "0.5"}, "score", "high", "regress"),
+        ({"question": "a", "choices": ["b", "c"], "answer": "b"}, "choices", "b or c", "choice"),
+        ({"tokens": ["a"], "tags": ["O"]}, "tokens", "a", "tag"),
+        ({"tokens": ["a"], "tags": ["O"]}, "tags", "O", "tag"),
+    ],
+)
+def test_an_odd_value_is_a_fault_of_its_row_and_changes_no_task(sound, column, odd, task):
+    rows = [sound, sound, {**sound, column: odd}]
+    found = recognise(of_rows(rows))
+    assert found.task == task
+    notes = Notes()
+    check(of_rows(rows), found, notes)
+    (finding,) = notes.errors
+    assert finding.message.endswith("(row 3)")
+    assert f"'{column}'" in finding.message
+    if task != "tag":  # where most values are others, the rows may be meant otherwise
+        finding = fault(of_rows([sound, *[{**sound, column: odd}] * 2]))
+        assert finding.code == "D111"
+        assert f"--task {task} " in "\n".join(finding.detail)
+
+
+def test_ones_and_zeros_beside_answers_may_mean_anything():
+    rows = of_rows([{**_PAIR, "label": 1}, {**_PAIR, "label": 0}])
+    finding = fault(rows)
+    assert finding.code == "D111"
+    assert [pasted(way) for way in finding.detail] == [
+        {"task": "kto", "mapping": {"prompt": "prompt", "completion": "completion", "desirable": "label"}},
+        {"task": "sft", "mapping": {"prompt": "prompt", "completion": "completion"}},
+    ]
+    assert [recognise(rows, **pasted(way)).task for way in finding.detail] == ["kto", "sft"]
+    assert recognise(rows, "kto").columns["desirable"] == "label"
+
+
+@pytest.mark.parametrize("task", ["auto", "tag"])
+def test_columns_that_hold_something_else_are_told_so(task):
+    finding = fault(of_rows([{"tokens": "a word", "tags": "O O"}] * 2), task)
+    assert finding.code == "D110"
+    assert (
+        finding.message == """'tokens' has 'a word' where a list of words, ["a", "word"], is wanted (2 of 2 values)"""
+    )
+
+
 def test_one_kind_of_rows_serves_several_tasks():
     pairs = table("prompt", "completion")
     assert recognise(pairs, "seq2seq").task == "seq2seq"
@@ -205,13 +264,8 @@ def test_a_task_restricts_and_must_fit():
     [
         (
             [{"text": "a", "score": "good"}] * 3,
-            "'score' has 'good' where numbers are wanted (3 of 3 values)",
+            "'score' has 'good' where a number is wanted (3 of 3 values)",
             "--task classify --map text=text,label=score",
-        ),
-        (
-            [{"text": "a", "score": "1.5"}, {"text": "b", "score": "n/a"}],
-            "'score' has 'n/a' where numbers are wanted (1 of 2 values)",
-            "--map text=text,score=score --set data.drop_bad_rows=true",
         ),
         ([{"sentence": "a", "grade": 3.5}], "Looks like text=sentence, score=grade", "--map text=sentence,score=grade"),
     ],

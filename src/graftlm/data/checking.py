@@ -7,17 +7,16 @@ become `Rejected` instead, each with its place and reason. Duplicates are counte
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graftlm.data.codes import WAIVABLE
-from graftlm.data.labels import label_name
+from graftlm.data.labels import is_number, label_name, truth
 from graftlm.data.reading import Rejected, Row, Table
 from graftlm.data.recognise import Reading
-from graftlm.data.wording import clip, counted, listed, number, percent, rows
+from graftlm.data.wording import counted, kind_of, listed, number, percent, quoted, rows
 from graftlm.errors import DataError, Finding, nearest
 
 __all__ = ["Checked", "Example", "Faults", "Message", "Notes", "check", "check_overlap"]
@@ -247,7 +246,7 @@ def _text(at: int, row: Row, sources: tuple[str, ...], faults: Faults, *, may_be
             faults.add(at, "D120", f"null '{name}'" if name in row else f"no '{name}'")
             return None
         if not isinstance(value, str):
-            faults.add(at, "D121", f"{_type(value)} in '{name}' where text is wanted")
+            faults.add(at, "D121", f"{kind_of(value)} in '{name}' where text is wanted")
             return None
         if value.strip():
             parts.append(value)
@@ -275,7 +274,7 @@ def _label(at: int, row: Row, name: str, faults: Faults) -> Any:
     elif isinstance(value, list) and all(isinstance(one, (str, int)) and one != "" for one in value):
         return tuple(dict.fromkeys(map(label_name, value)))  # several labels, or none of them
     else:
-        faults.add(at, "D121", f"{_type(value)} in '{name}' where a label is wanted")
+        faults.add(at, "D121", f"{kind_of(value)} in '{name}' where a label is wanted")
     return None
 
 
@@ -284,14 +283,9 @@ def _score(at: int, row: Row, name: str, faults: Faults) -> float | None:
     if value is None or value == "":
         faults.add(at, "D120", f"null '{name}'" if name in row and value is None else f"no '{name}'")
         return None
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number_ = float(value)
-        except ValueError:
-            number_ = math.nan
-        if math.isfinite(number_):
-            return number_
-    faults.add(at, "D162", f"{clip(repr(value), 30)} in '{name}' where a number is wanted")
+    if is_number(value):
+        return float(value)
+    faults.add(at, "D162", f"{quoted(value)} in '{name}' where a number is wanted")
     return None
 
 
@@ -305,7 +299,8 @@ def _tagged(at: int, row: Row, place: str, reading: Reading, faults: Faults) -> 
             return None
         kinds = str if role == "tokens" else (str, int)
         if not isinstance(value, list) or not all(isinstance(one, kinds) for one in value):
-            faults.add(at, "D121", f"{_type(value)} in '{name}' where a list of words is wanted")
+            wanted = "words" if role == "tokens" else "tags"
+            faults.add(at, "D121", f"{kind_of(value)} in '{name}' where a list of {wanted} is wanted")
             return None
         found.append(tuple(map(str, value)))
     words, tags = found
@@ -342,11 +337,9 @@ def _asked(at: int, row: Row, place: str, reading: Reading, faults: Faults) -> E
     label: Any = None
     if reading.kind == "judged":
         name = reading.columns["desirable"]
-        label = row.get(name)
-        if isinstance(label, str) and label.strip().lower() in ("true", "false"):
-            label = label.strip().lower() == "true"
-        if not isinstance(label, bool):
-            faults.add(at, "D121", f"{_type(label)} in '{name}' where true or false is wanted")
+        label = truth(row.get(name))
+        if label is None:
+            faults.add(at, "D121", f"{quoted(row.get(name))} in '{name}' where true or false is wanted")
             return None
     if None in answers:
         return None
@@ -396,10 +389,15 @@ def _choice(
         letters = [str(one) for one in value.get("label") or []]
         value = value.get("text")
     if not isinstance(value, list) or not all(isinstance(one, str) and one.strip() for one in value):
-        faults.add(at, "D121", f"{_type(value)} in '{name}' where a list of texts is wanted")
+        empty = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        found = "a list with an empty text" if empty else kind_of(value)
+        faults.add(at, "D121", f"{found} in '{name}' where a list of texts is wanted")
         return None
     if len(value) < 2:
         faults.add(at, "D160", f"fewer than two '{name}'")
+        return None
+    if len(set(value)) < len(value):
+        faults.add(at, "D160", f"one of its '{name}' twice")
         return None
     if answer is None or answer == "":
         faults.add(at, "D120", f"null '{said}'" if said in row else f"no '{said}'")
@@ -433,7 +431,7 @@ def _messages(at: int, row: Row, name: str, faults: Faults) -> tuple[Message, ..
         faults.add(at, "D120", f"null '{name}'" if name in row else f"no '{name}'")
         return ()
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        found = _type(value) if not isinstance(value, list) else "a list that is not of messages"
+        found = kind_of(value) if not isinstance(value, list) else "a list that is not of messages"
         faults.add(at, "D123", f'{found} in \'{name}\', wanted [{{"role": ..., "content": ...}}, ...]')
         return ()
     if not value:
@@ -469,7 +467,7 @@ def _message(at: int, message: Message, faults: Faults) -> Message | None:
         )
         return None
     if content is not None and not isinstance(content, str):
-        faults.add(at, "D121", f"{_type(content)} in '{content_key}' where text is wanted")
+        faults.add(at, "D121", f"{kind_of(content)} in '{content_key}' where text is wanted")
         return None
     if known == "assistant" and not (content or "").strip() and not message.get("tool_calls"):
         faults.add(at, "D122", f"an empty assistant '{content_key}'")
@@ -513,7 +511,7 @@ def _check_labels(
         for example in examples:
             if type(example.label) is not usual:
                 faults.add(
-                    example.row, "D121", f"{_type(example.label)} in '{column}' where other rows have another type"
+                    example.row, "D121", f"{kind_of(example.label)} in '{column}' where other rows have another type"
                 )
         return examples
     names = Counter(label_name(e.label) for e in examples if e.label is not None)
@@ -576,18 +574,6 @@ def _duplicates(examples: list[Example], notes: Notes, place: str) -> int:
     if torn:
         notes.note("D134", f"{counted(len(torn), 'text')} with different labels, such as {rows(torn[0])}", place)
     return count
-
-
-def _type(value: Any) -> str:
-    names: dict[type, str] = {
-        bool: "true/false",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-        str: "text",
-    }
-    return names.get(type(value), type(value).__name__)
 
 
 def _is_float(text: str) -> bool:

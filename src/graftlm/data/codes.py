@@ -12,7 +12,7 @@ CODES: dict[str, str] = {
     "D105": "a line is not valid JSON or CSV",
     "D106": "the file is not UTF-8",
     "D107": "a row has more or fewer fields than the header",
-    "D108": "the header has a column without a name, or one name twice",
+    "D108": "the header has a column without a name, or one name twice; an object of JSON has one name twice",
     "D109": "a JSON value is not an object with named columns",
     "D110": "the columns are not those that the task needs",
     "D111": "the columns can be understood in several ways",

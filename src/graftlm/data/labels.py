@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any
 
-__all__ = ["Label", "Labels", "Scale", "label_name"]
+__all__ = ["Label", "Labels", "Scale", "is_number", "label_name", "truth"]
 
 Label = str | int | bool
 
@@ -103,3 +104,30 @@ class Scale:
 def label_name(value: Label) -> str:
     """A label as text: truth values as JSON writes them."""
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def truth(value: Any) -> bool | None:
+    """What a row says of true and false: as JSON has it, as a CSV file writes it, or as 1 and 0; None for all else.
+
+    Example:
+        >>> truth("False"), truth(1), truth("maybe")
+        (False, True, None)
+    """
+    if isinstance(value, str):
+        return {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower())
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number, or text that reads as one, as the cells of a CSV file do.
+
+    Example:
+        >>> is_number("4.5"), is_number("nan"), is_number(True)
+        (True, False, False)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (ValueError, OverflowError):
+        return False

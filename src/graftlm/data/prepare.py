@@ -32,6 +32,7 @@ from graftlm.data.tokenising import (
     pack,
 )
 from graftlm.data.wording import counted, listed, number, percent
+from graftlm.data.wording import rows as numbered
 from graftlm.errors import DataError, Finding, nearest
 
 if TYPE_CHECKING:
@@ -403,6 +404,19 @@ class _Encoder:
     apart: bool
 
     def __call__(self, rows: list[Example], place: str) -> tuple[list[Item], Supervision, list[Rejected]]:
+        """Items of the rows, what is trained, and the rows left out; a row of no token is a fault (D142), too."""
+        items, supervision, rejected = self._encoded(rows, place)
+        items = [item for item in items if item.get("input_ids", True)]
+        seen = {item["row"] for item in items} | {one.row for one in rejected}
+        silent = [e for e in rows if e.row not in seen]
+        if self.drop_bad_rows:
+            rejected = [*rejected, *(Rejected(e.place, e.row, "no token to learn [D142]", e.raw) for e in silent)]
+        elif silent and not self.notes.errors:
+            message = f"{counted(len(silent), 'row')} with no token to learn ({numbered([e.row for e in silent])})"
+            self.notes.error("D142", message, place, "--set data.drop_bad_rows=true")
+        return items, supervision, rejected
+
+    def _encoded(self, rows: list[Example], place: str) -> tuple[list[Item], Supervision, list[Rejected]]:
         told: dict[str, Any] = {"max_length": self.max_length, "place": place}
         if self.task == "lm":
             return *encode_documents(rows, self.tokenizer, max_length=self.max_length), []

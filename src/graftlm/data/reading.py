@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from graftlm.data.wording import clip, counted, listed, number
+from graftlm.data.wording import clip, counted, kind_of, listed, number
 from graftlm.errors import DataError, Finding, half_character, nearest
 
 __all__ = [
@@ -116,19 +116,20 @@ def read_rows(
     else:
         content = path.read_bytes()
         reader.digest = hashlib.sha256(content).hexdigest()
-        text = _decoded(content, path)
+        text = _decoded(content, path, in_lines=kind in ("csv", "tsv", "jsonl"), drop_bad_rows=drop_bad_rows)
         if not text.strip():
             raise DataError(Finding("D104", "the file holds nothing but white space", place=str(path)))
         if kind in ("csv", "tsv"):
-            first = text.lstrip("\n").partition("\n")[0]
             lines = io.StringIO(text, newline="")
-            _exhaust(reader.delimited(lines, _delimiter(first, kind)))
+            _exhaust(reader.delimited(lines, _delimiter(text, kind)))
         elif kind == "text":
             reader.add({"text": text}, f"{path.name}:1")
         elif format == "jsonl" or (format == "auto" and _looks_like_lines(text, kind)):
             kind = "jsonl"
             # Not splitlines(): U+2028 and its like are ordinary characters inside a JSON string.
-            _exhaust(reader.json_lines(text.split("\n")))
+            _exhaust(reader.json_lines(io.StringIO(text, newline=None)))
+            if len(reader.rows) == 1:
+                _check_no_wrapper(reader.rows[0], path)
         else:
             kind = "json"
             reader.json_array(text)
@@ -159,30 +160,25 @@ def tables_of(path: Path, format: str = "auto", max_rows: int | None = None, *, 
     if kind == "json" and (format == "json" or begins == b"["):
         message = "a JSON array has no rows before its end, so it cannot be read while a run goes on"
         raise DataError(Finding("D117", message, path.name, "save it as JSONL, one object a line"))
-    if kind in ("json", "jsonl"):
-        with path.open("rb") as raw:
-            yield from reader.in_tables(reader.json_lines(_decoded_lines(raw)), "jsonl", chunk)
-        return
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    table = kind in ("csv", "tsv")
+    # Bytes that are no UTF-8 become lone surrogates, which the reader refuses line by line.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="" if table else None) as lines:
         if kind == "text":
             yield from reader.in_tables(reader.parts(lines), kind, chunk)
+        elif table:
+            delimiter = _delimiter(head.decode("utf-8-sig", "replace"), kind)
+            yield from reader.in_tables(reader.delimited(lines, delimiter), kind, chunk)
         else:
-            first = head.decode("utf-8-sig", "replace").lstrip("\n").partition("\n")[0]
-            yield from reader.in_tables(reader.delimited(lines, _delimiter(first, kind)), kind, chunk)
+            yield from reader.in_tables(reader.json_lines(lines), "jsonl", chunk)
 
 
 def _exhaust(steps: Iterator[None]) -> None:
     collections.deque(steps, maxlen=0)
 
 
-def _decoded_lines(raw: Iterable[bytes]) -> Iterator[str]:
-    """Lines as text; bytes that are no UTF-8 become lone surrogates, which `_Reader` refuses."""
-    for at, line in enumerate(raw):
-        yield (line if at else line.removeprefix(b"\xef\xbb\xbf")).rstrip(b"\n").decode("utf-8", "surrogateescape")
-
-
-def _delimiter(first: str, kind: str) -> str:
-    """What parts the fields of a table whose first line is `first`."""
+def _delimiter(text: str, kind: str) -> str:
+    """What parts the fields of the table that begins with `text`."""
+    first = re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
     if kind == "tsv":
         return "\t"
     if "," not in first:  # spreadsheets of half of Europe write semicolons
@@ -190,6 +186,7 @@ def _delimiter(first: str, kind: str) -> str:
     return ","
 
 
+_DROP = "--set data.drop_bad_rows=true"
 _TOO_DEEP = "lists and objects inside one another, hundreds deep"
 _PARTS = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
@@ -313,7 +310,7 @@ class _Reader:
     def table(self, kind: str) -> Table:
         if self.faults and not self.drop_bad_rows:
             of = f"({number(len(self.faults))} of {counted(self.lines, 'line')})"
-            fix = "mend the line, or leave such lines out with --set data.drop_bad_rows=true"
+            fix = f"mend the line, or leave such lines out with {_DROP}"
             raise DataError(
                 Finding(f.code, f"{f.message} {of}", f.place, f.fix or fix, f.detail) for f, _ in self.faults
             )
@@ -369,7 +366,8 @@ class _Reader:
             yield
 
     def json_lines(self, lines: Iterable[str]) -> Iterator[None]:
-        for at, line in enumerate(lines, start=1):
+        for at, ended in enumerate(lines, start=1):
+            line = ended.removesuffix("\n")
             if not line.strip():
                 continue
             if self.full:
@@ -380,7 +378,9 @@ class _Reader:
                 yield
                 continue
             try:
-                value = json.loads(line)
+                value = json.loads(line, object_pairs_hook=_once_each)
+            except _TwiceError as twice:
+                self.fault("D108", str(twice), place, line)
             except json.JSONDecodeError as error:
                 self.fault("D105", _json_message(error), f"{place}:{error.colno}", line, _caret(line, error.colno))
             except RecursionError:
@@ -401,11 +401,12 @@ class _Reader:
         elif isinstance(value, dict):
             self.add(value, place)
         else:
-            found = "nothing (null)" if value is None else f"a {_kind(value)}"
-            self.fault("D109", f'found {found}, wanted an object such as {{"text": ..., "label": ...}}', place, value)
+            self.fault(
+                "D109", f'found {kind_of(value)}, wanted an object such as {{"text": ..., "label": ...}}', place, value
+            )
 
     def json_array(self, text: str) -> None:
-        name, decoder = self.path.name, json.JSONDecoder()
+        name, decoder = self.path.name, json.JSONDecoder(object_pairs_hook=_once_each)
         start = len(text) - len(text.lstrip())
         if text[start] != "[":
             try:
@@ -414,11 +415,12 @@ class _Reader:
                 raise _broken_json(error, name) from None
             except RecursionError:
                 raise DataError(Finding("D105", _TOO_DEEP, f"{name}:1")) from None
-            what = f"one object with {listed(value)}" if isinstance(value, dict) else f"a {_kind(value)}"
+            what = f"one object with {listed(value)}" if isinstance(value, dict) else kind_of(value)
             lists = [key for key, v in value.items() if isinstance(v, list)] if isinstance(value, dict) else []
             detail = (f"the rows may be under {listed(map(repr, lists))}: save that list as a file",) if lists else ()
             raise DataError(Finding("D109", f"found {what}, wanted an array of objects", name, detail=detail))
         at, line, counted_to = start + 1, 1 + text.count("\n", 0, start), start
+        before = 0 if "\n" in text.strip() else line  # rows that share a line are told apart by their column
         try:
             while True:
                 at = _skip(text, at)
@@ -426,11 +428,19 @@ class _Reader:
                     break
                 line += text.count("\n", counted_to, at)
                 counted_to = at
-                value, at = decoder.raw_decode(text, at)
-                if self.full:
-                    self.capped = True
-                    return
-                self.json_value(value, f"{name}:{line}")
+                place = f"{name}:{line}" + (f":{at - text.rfind(chr(10), 0, at)}" if line == before else "")
+                before = line
+                try:
+                    value, at = decoder.raw_decode(text, at)
+                except _TwiceError as twice:
+                    _, end = json.JSONDecoder().raw_decode(text, at)
+                    self.fault("D108", str(twice), place, text[at:end])
+                    at = end
+                else:
+                    if self.full:
+                        self.capped = True
+                        return
+                    self.json_value(value, place)
                 at = _skip(text, at)
                 if text[at : at + 1] == ",":
                     at += 1
@@ -566,16 +576,60 @@ def _format_of(path: Path, format: str) -> str:
     return kind
 
 
-def _decoded(content: bytes, path: Path) -> str:
+def _decoded(content: bytes, path: Path, *, in_lines: bool, drop_bad_rows: bool) -> str:
+    """The file as text; bytes that are no UTF-8 become lone surrogates where the reader then leaves their line out."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        guess = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        message = f"not UTF-8: byte 0x{content[error.start]:02x} at offset {number(error.start)}; perhaps {guess}"
-        new = path.with_name(f"{path.stem}.utf8{path.suffix}")
-        fix = f"iconv -f {guess} -t UTF-8 '{path}' > '{new}'"
-        raise DataError(Finding("D106", message, f"{path.name}:{line}", fix)) from None
+        wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        if in_lines and drop_bad_rows and not wide:
+            return content.decode("utf-8-sig", "surrogateescape")
+        at, found = error.start, f"byte 0x{content[error.start]:02x}"
+    line = content.count(b"\n", 0, at) + 1
+    place = f"{path.name}:{line}"
+    message = f"not UTF-8: {found} at offset {number(at)}"
+    lines = [] if wide else [line for line in content.split(b"\n") if not line.isascii()]
+    odd = sum(not _is_utf8(line) for line in lines)
+    if odd < len(lines):  # converting the file would spoil the others
+        other = counted(len(lines) - odd, "line")
+        message += f"; {counted(odd, 'line')} of this kind, and {other} with other letters in UTF-8"
+        fix = f"mend them, or leave them out with {_DROP}" if in_lines else "mend them"
+        raise DataError(Finding("D106", message, place, fix))
+    guess = "UTF-16" if wide else "WINDOWS-1252"
+    new = path.with_name(f"{path.stem}.utf8{path.suffix}")
+    fix = f"iconv -f {guess} -t UTF-8 '{path}' > '{new}'"
+    raise DataError(Finding("D106", f"{message}; perhaps {guess}", place, fix))
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+class _TwiceError(ValueError):
+    """A JSON object has one name twice, so that one of two values would be lost."""
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = dict.fromkeys(repr(name) for name in names if names.count(name) > 1)
+        raise _TwiceError(f"one name twice in an object: {listed(twice)}")
+    return row
+
+
+def _check_no_wrapper(row: Row, path: Path) -> None:
+    """Raise D109 where the only object of a file is no row but has the rows in it, as `{"data": [...]}` does."""
+    for name, value in row.items():
+        objects = isinstance(value, list) and value and all(isinstance(one, dict) for one in value)
+        if objects and not any({"role", "from"} & one.keys() for one in value):
+            message = f"the only object has {counted(len(value), 'object')} under {name!r}, wanted the rows themselves"
+            fix = f"jq -c '.[\"{name}\"][]' '{path}' > '{path.with_name(path.stem + '.rows.jsonl')}'"
+            raise DataError(Finding("D109", message, path.name, fix, ("save that list as a file of its own",)))
 
 
 def _looks_like_lines(text: str, kind: str) -> bool:
@@ -610,11 +664,6 @@ def _half(value: Any) -> str | None:
 def _skip(text: str, at: int) -> int:
     match = re.compile(r"\s*").match(text, at)
     return match.end() if match else at
-
-
-def _kind(value: Any) -> str:
-    names: dict[type, str] = {list: "list", str: "text", bool: "truth value", int: "number", float: "number"}
-    return names.get(type(value), type(value).__name__)
 
 
 def _json_message(error: json.JSONDecodeError) -> str:

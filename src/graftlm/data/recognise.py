@@ -16,6 +16,10 @@
 
 Some rows serve several tasks: pairs also seq2seq, documents mlm, choices tfew, preferences reward.
 
+What a column holds is decided by most of its values: one `label` "maybe" among true and false is a fault of its row,
+and does not turn judged answers into answers to learn. Where fewer than half fit the user says what is meant, and so
+where 1 and 0 stand beside prompts and completions.
+
 Example:
     >>> recognise(read_rows("faq.jsonl")).line                                                  # doctest: +SKIP
     'faq.jsonl  12 000 rows  prompt=question completion=answer'
@@ -23,12 +27,13 @@ Example:
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from graftlm.data.labels import is_number, truth
 from graftlm.data.reading import Table
-from graftlm.data.wording import clip, counted, listed, number
+from graftlm.data.wording import counted, listed, number, quoted
 from graftlm.errors import DataError, Finding, nearest
 
 __all__ = ["ROLES", "TASKS", "TEXT_PAIRS", "Reading", "recognise"]
@@ -113,6 +118,14 @@ _KIND_TASKS: dict[str, tuple[str, ...]] = {
     "documents": ("lm", "mlm"),
     "prompts": ("grpo", "ppo", "rloo"),
 }
+#: Role to what it takes of a column's values, where not just any text will do.
+_TAKES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "choices": (lambda value: isinstance(value, (list, dict)), 'a list of texts, ["one", "two"],'),
+    "desirable": (lambda value: truth(value) is not None, "true or false"),
+    "score": (is_number, "a number"),
+    "tags": (lambda value: isinstance(value, list), 'a list of tags, ["O", "B-PER"],'),
+    "tokens": (lambda value: isinstance(value, list), 'a list of words, ["a", "word"],'),
+}
 _CERTAIN = ("preferences", "tagged", "choices", "judged")
 _ONLY_NAMED = ("prompts",)  # almost any row has a prompt
 _ONLY_ALONE = ("scored", "documents")  # one text, which many files have: looked for where nothing else fits
@@ -168,7 +181,8 @@ def recognise(
     columns = _Columns(table, given, task)
     found: dict[str, list[dict[str, str]]] = {}
     for kind, serves in _KIND_TASKS.items():
-        settled = found and (kind in _ONLY_ALONE or any(certain in found for certain in _CERTAIN))
+        sure = found.keys() - columns.doubtful
+        settled = sure and (kind in _ONLY_ALONE or any(certain in sure for certain in _CERTAIN))
         if task == "auto" and kind in _ONLY_NAMED:
             continue
         if (task == "auto" or task in serves) and columns.wanted(kind) and not settled:
@@ -200,6 +214,7 @@ class _Columns:
         self.taken = {part for column in given.values() for part in _parts(column, table.columns)}
         self.by_lower = {name.strip().lower(): name for name in table.columns}
         self.twins: set[str] = set()  # columns that say the same as the label in other words
+        self.doubtful: set[str] = set()  # kinds that most values of a column do not fit
 
     def wanted(self, kind: str) -> bool:
         """Whether the mapping's roles, if there is one, belong to rows of this kind."""
@@ -223,10 +238,28 @@ class _Columns:
     def role(self, role: str) -> list[str]:
         return [self.given[role]] if role in self.given else self.named(ROLES[role])
 
-    def holds(self, column: str, kinds: type | tuple[type, ...]) -> bool:
-        """Whether the column's values are of these kinds, as far as there are any."""
-        values = [value for row in self.table.rows if (value := row.get(column)) is not None]
-        return bool(values) and all(isinstance(value, kinds) for value in values)
+    def values(self, column: str) -> list[Any]:
+        """What there is in the column, without what is missing."""
+        return [value for row in self.table.rows if (value := row.get(column)) is not None and value != ""]
+
+    def odd(self, column: str, role: str) -> list[Any]:
+        """The values of the column that `role` does not take."""
+        takes, _ = _TAKES[role]
+        return [value for value in self.values(column) if not takes(value)]
+
+    def taking(self, kind: str, role: str, names: Iterable[str] = ()) -> list[str]:
+        """Columns with the role's names, or these, whose values it takes: most of them, or else some, with doubt."""
+        if role in self.given:
+            return [self.given[role]]
+        shares: dict[str, float] = {}
+        for name in self.named(names or ROLES[role]):
+            values = self.values(name)
+            shares[name] = 1 - len(self.odd(name, role)) / len(values) if values else 0.0
+        sure = [name for name, share in shares.items() if share >= 0.5]
+        perhaps = [name for name, share in shares.items() if share > 0]
+        if perhaps and not sure:
+            self.doubtful.add(kind)
+        return sure or perhaps
 
     def chat(self) -> list[dict[str, str]]:
         return [{"messages": column} for column in self.role("messages")]
@@ -239,36 +272,25 @@ class _Columns:
         return [{**prompt, **way} for prompt in prompts for way in ways]
 
     def choices(self) -> list[dict[str, str]]:
-        choices = [name for name in self.role("choices") if "choices" in self.given or self.holds(name, (list, dict))]
-        if not choices:
-            return []
+        choices = self.taking("choices", "choices")
         answers = self.role("answer")[:1]
         return [{**p, "choices": c, "answer": a} for p in self.prompts() for c in choices for a in answers]
 
     def judged(self) -> list[dict[str, str]]:
-        wanted = [name for name in self.role("desirable") if "desirable" in self.given or self.holds(name, bool)]
+        wanted = self.taking("judged", "desirable")
+        if "desirable" not in self.given and wanted and all(is_number(value) for value in self.values(wanted[0])):
+            self.doubtful.add("judged")  # 1 and 0 may say anything
         return [{**way, "desirable": name} for name in wanted[:1] for way in self.pairs()]
 
     def tagged(self) -> list[dict[str, str]]:
-        tokens = [name for name in self.role("tokens") if "tokens" in self.given or self.holds(name, list)]
-        tags = [name for name in self.role("tags") if "tags" in self.given or self.holds(name, list)]
+        tokens, tags = self.taking("tagged", "tokens"), self.taking("tagged", "tags")
         return [{"tokens": t, "tags": g} for t in tokens for g in tags[:1] if t != g]
 
     def scored(self) -> list[dict[str, str]]:
-        scores = [name for name in self.role("score") if "score" in self.given or self.is_numeric(name)]
+        scores = self.taking("scored", "score")
         if not scores and self.task == "regress":
-            scores = [name for name in self.named(("label", "labels", *_PERHAPS_LABELS)) if self.is_numeric(name)]
+            scores = self.taking("scored", "score", ("label", "labels", *_PERHAPS_LABELS))
         return [{**text, "score": score} for text in self.texts() for score in scores]
-
-    def is_numeric(self, column: str) -> bool:
-        """Whether the column's values can be read as numbers, as those of a CSV file can."""
-        values, odd = self.numbers(column)
-        return bool(values) and not odd
-
-    def numbers(self, column: str) -> tuple[list[str], list[str]]:
-        """The column's values as text, and those of them that are no numbers."""
-        values = [str(value) for row in self.table.rows if (value := row.get(column)) not in (None, "")]
-        return values, [v for v in values if not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", v)]
 
     def prompts(self) -> list[dict[str, str]]:
         """Ways to find what is asked, with a passage before it where there is one, and a system prompt."""
@@ -389,21 +411,24 @@ def _wrong_columns(table: Table, task: str, given: Mapping[str, str]) -> Finding
         need = "prompt and completion"
     message = f"need {need}, found {listed(table.columns)}"
     looks = _looks_like(table, task, given)
+    columns = _Columns(table, given, task)
     if task == "regress" and "score" not in given:
-        columns = _Columns(table, given, task)
         texts = given.get("text") or looks.get("text") or _by_name("text", list(table.columns)) or "..."
-        named = columns.named((*ROLES["score"], *ROLES["label"], *_PERHAPS_LABELS))
-        for name in named:
-            values, odd = columns.numbers(name)
-            if odd:
-                message = f"'{name}' has {clip(repr(odd[0]), 30)} where numbers are wanted"
-                message += f" ({number(len(odd))} of {counted(len(values), 'value')})"
-                fix = f"--task classify --map text={texts},label={name}"
-                if len(odd) < len(values):
-                    fix = f"--map text={texts},score={name} --set data.drop_bad_rows=true"
-                return Finding("D110", message, table.path.name, fix)
-        numeric = [name for name in table.columns if columns.is_numeric(name) and not name.lower().endswith("id")]
+        for name in columns.named((*ROLES["score"], *ROLES["label"], *_PERHAPS_LABELS)):
+            return _wrong_values(columns, name, "score", f"--task classify --map text={texts},label={name}")
+        numeric = [
+            name
+            for name in table.columns
+            if columns.values(name) and not columns.odd(name, "score") and not name.lower().endswith("id")
+        ]
         looks = {"text": texts, "score": numeric[0]} if texts != "..." and len(numeric) == 1 else {}
+    for kind, serves in _KIND_TASKS.items():
+        # The columns are there by name: it is what they hold.
+        roles = _NEEDED[serves[0]] if task == "auto" else _NEEDED[task]
+        if task in serves or (task == "auto" and kind in _CERTAIN and all(columns.role(role) for role in roles)):
+            for role in roles:
+                for name in columns.role(role) if role in _TAKES and role not in given else ():
+                    return _wrong_values(columns, name, role)
     if task in ("choice", "tfew") and not given and (labelled := _Columns(table, {}, "classify").labelled()):
         # Rows with labels: a prompt makes questions of them, and the labels are what there is to choose from.
         *fields, _ = labelled[0].values()
@@ -418,6 +443,17 @@ def _wrong_columns(table: Table, task: str, given: Mapping[str, str]) -> Finding
         table.path.name,
         _pasteable(looks or dict.fromkeys(_NEEDED.get(task, ("prompt", "completion")), "...")),
     )
+
+
+def _wrong_values(columns: _Columns, name: str, role: str, fix: str = "") -> Finding:
+    """A column that has the role's name, and nothing in it that the role takes."""
+    _, wanted = _TAKES[role]
+    values, odd = columns.values(name), columns.odd(name, role)
+    message = f"'{name}' has no value"
+    if odd:
+        message = f"'{name}' has {quoted(odd[0])} where {wanted} is wanted"
+        message += f" ({number(len(odd))} of {counted(len(values), 'value')})"
+    return Finding("D110", message, columns.table.path.name, fix)
 
 
 def _looks_like(table: Table, task: str, given: Mapping[str, str]) -> dict[str, str]:

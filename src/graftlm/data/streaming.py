@@ -200,10 +200,6 @@ class Stream:
             items, cut, out = self.encode(examples, Notes()) if examples else ([], (), [])
             rejected += out
             seen = {item["row"] for item in items}
-            gone = seen | {r.row for r in out}
-            rejected += [
-                Rejected(e.place, e.row, "no token to learn [D142]", e.raw) for e in examples if e.row not in gone
-            ]
             if first:
                 self.counts.read += found
                 self.counts.held_out += len(sound) - len(examples) - len(strange)

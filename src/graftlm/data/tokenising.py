@@ -277,7 +277,7 @@ def encode_documents(
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
         lengths.append(len(ids))
-        size = limit or len(ids)
+        size = limit or max(len(ids), 1)
         blocks = [ids[at : at + size] for at in range(0, len(ids), size)]
         items += [
             {"input_ids": block, "labels": list(block), "row": example.row, "example": example}

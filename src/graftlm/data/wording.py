@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-__all__ = ["clip", "counted", "listed", "number", "percent", "rows"]
+__all__ = ["clip", "counted", "kind_of", "listed", "number", "percent", "quoted", "rows"]
+
+#: Types of values, bool before int, with the words for one and for several.
+_KINDS: tuple[tuple[type | tuple[type, ...], str, str], ...] = (
+    (bool, "true/false", "true/false"),
+    ((int, float), "a number", "numbers"),
+    (str, "text", "texts"),
+    ((list, tuple), "a list", "lists"),
+    (dict, "an object", "objects"),
+    (type(None), "nothing (null)", "nulls"),
+)
 
 
 def number(value: int) -> str:
@@ -75,3 +87,30 @@ def clip(text: str, width: int = 60) -> str:
     line = text.replace("\n", "\\n")
     half = (width - 1) // 2
     return line if len(line) <= width else f"{line[:half]}…{line[-(width - 1 - half) :]}"
+
+
+def quoted(value: Any, width: int = 30) -> str:
+    """A value of a row as its file has it, in one short line: text in single quotes, all else as JSON.
+
+    Example:
+        >>> quoted("maybe"), quoted(["a", None]), quoted({"text": 1})
+        ("'maybe'", '["a", null]', '{"text": 1}')
+    """
+    if isinstance(value, str):
+        return clip(repr(value), width)
+    return clip(json.dumps(value, ensure_ascii=False, default=str), width)
+
+
+def kind_of(value: Any) -> str:
+    """What a value of a row is, in words; of a list, what is in it.
+
+    Example:
+        >>> kind_of(3), kind_of([]), kind_of(["a", 1]), kind_of(None)
+        ('a number', 'an empty list', 'a list of texts and numbers', 'nothing (null)')
+    """
+    one = next((one for kind, one, _ in _KINDS if isinstance(value, kind)), f"a {type(value).__name__}")
+    if not isinstance(value, (list, tuple)):
+        return one
+    kinds = (next((many for kind, _, many in _KINDS if isinstance(each, kind)), "others") for each in value)
+    inside = dict.fromkeys(kinds)
+    return f"a list of {' and '.join(inside)}" if inside else "an empty list"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -206,6 +207,43 @@ def test_chat_data_shows_what_is_trained(cli: Callable, tmp_path: Path) -> None:
     assert "[[Because." in out
     assert "1 duplicate" in out
     assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "shown"),
+    [
+        ("choice", {"prompt": "Which?", "choices": ["this", "that"], "answer": "that"}, "[[that"),
+        ("classify", {"text": "a lamp", "label": "odd"}, "a lamp -> [[odd]]"),
+        ("classify", {"text": "a lamp", "labels": ["odd", "red"]}, "a lamp -> [[odd, red]]"),
+        ("classify", {"text": "a lamp", "labels": []}, "a lamp -> [[none of them]]"),
+        ("dpo", {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, "[[Yes"),
+        ("grpo", {"prompt": "Hi"}, "Hi"),
+        ("kto", {"prompt": "Hi", "completion": "Yes", "label": False}, "[[Yes<|end|>]] (not wanted)"),
+        ("lm", {"text": "a whole text"}, "[[a whole text"),
+        ("mlm", {"text": "a whole text"}, "a whole text"),
+        ("regress", {"text": "a lamp", "score": 1.5}, "a lamp -> [[1.5]]"),
+        ("reward", {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, "-> [[the better answer]]"),
+        ("seq2seq", {"prompt": "a b", "completion": "b a"}, "[["),
+        ("sft", {"prompt": "Hi", "completion": "Yes"}, "[[Yes"),
+        ("tag", {"tokens": ["a", "lamp"], "tags": ["O", "B-x"]}, "a/[[O]] lamp/[[B-x]]"),
+        ("tfew", {"prompt": "Which?", "choices": ["this", "that"], "answer": 1}, "[[that"),
+    ],
+)
+def test_rows_of_every_kind_show_what_is_learnt(
+    cli: Callable, tmp_path: Path, task: str, row: dict[str, Any], shown: str
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    other = row | {"label": "even"} if row.get("label") == "odd" else row
+    other = other | {"labels": ["odd", "red", "big"]} if "labels" in row else other
+    other = other | {"tags": ["O", "O"]} if task == "tag" else other
+    file.write_text("".join(json.dumps(r) + "\n" for r in (row, row, other, other)))
+    said = cli("inspect", str(file), "--task", task)
+    assert (said.code, said.err) == (0, "")
+    assert shown in said.out.partition("example 1")[2].partition("example 2")[0]
+    found = json.loads(cli("inspect", str(file), "--task", task, "--json").out)
+    assert len(found["examples"]) == 2
+    if task == "classify" and row.get("labels") == []:
+        assert found["labels"] == {"(none)": 2, "odd": 2, "red": 2, "big": 2}
 
 
 def test_faulty_data_is_told_and_fails(cli: Callable, tmp_path: Path) -> None:

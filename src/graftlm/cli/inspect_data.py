@@ -13,6 +13,7 @@ import click
 
 from graftlm.cli.output import colourful, harmless, print_table
 from graftlm.data.checking import Notes, check
+from graftlm.data.labels import label_name
 from graftlm.data.prepare import Prepared, hold_out, prepare
 from graftlm.data.reading import Table, read_rows
 from graftlm.data.recognise import recognise
@@ -90,8 +91,7 @@ def show_data(found: Mapping[str, Any]) -> None:
         click.echo(harmless(f"note     {note['place']} {note['message']} [{note['code']}]".replace("     [", " [")))
     if found.get("labels"):
         click.echo()
-        whole = sum(found["labels"].values())
-        rows = [(name, number(rows), percent(rows, whole)) for name, rows in found["labels"].items()]
+        rows = [(name, number(rows), percent(rows, found["rows"])) for name, rows in found["labels"].items()]
         print_table(["label", "rows", "share"], rows, right=(1, 2))
     for at, example in enumerate(found.get("examples", []), 1):
         click.echo(f"\nexample {at}")
@@ -110,11 +110,6 @@ def _told(prepared: Prepared, table: Table) -> dict[str, Any]:
     shown: list[Any] = [
         [{"text": text, "trained": trained} for text, trained in pieces] for pieces in prepared.supervision.examples
     ]
-    if prepared.labels is not None:
-        shown = [
-            {"text": list(item["example"].texts), "label": prepared.labels.name(item["labels"])}
-            for item in prepared.train[:2]
-        ]
     return {
         "tokens": {
             "total": prepared.supervision.total_tokens,
@@ -168,10 +163,15 @@ def _duplicates(prepared: Prepared) -> int:
 
 
 def _counts(table: Table, label: str | None) -> dict[str, int] | None:
-    """Rows of each label, the commonest first."""
+    """Rows of each label, the commonest first; a row with several labels counts for each."""
     if label is None:
         return None
-    return dict(Counter(str(row.get(label)) for row in table.rows).most_common())
+    count: Counter[str] = Counter()
+    for row in table.rows:
+        value = row.get(label)
+        several = value if isinstance(value, list) else [value]
+        count.update({"(none)" if one in (None, "") else label_name(one) for one in several or [None]})
+    return dict(count.most_common())
 
 
 def _plain(finding: Any) -> dict[str, str]:
@@ -180,8 +180,6 @@ def _plain(finding: Any) -> dict[str, str]:
 
 def _shown(example: Any) -> str:
     """A row with what is trained in colour on a terminal, in double brackets elsewhere."""
-    if isinstance(example, dict):
-        return harmless(f"  {clip(' | '.join(example['text']), _PIECE)}  ->  [[{example['label']}]]")
     left, right = (_TRAINED, _PLAIN) if colourful(sys.stdout) else ("[[", "]]")
     pieces = [(harmless(clip(piece["text"], _PIECE)), piece["trained"]) for piece in example]
     return "  " + "".join(f"{left}{text}{right}" if trained else text for text, trained in pieces)

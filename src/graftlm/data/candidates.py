@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.data.checking import Example, Notes
 from graftlm.data.reading import Rejected
-from graftlm.data.targets import ends_within
+from graftlm.data.targets import ends_within, pieces_apart
 from graftlm.data.templates import Template, TemplateFault
 from graftlm.data.tokenising import (
     IGNORED,
@@ -21,6 +21,7 @@ from graftlm.data.tokenising import (
     Supervision,
     longest_allowed,
     pieces_of,
+    pieces_told,
     tell_of_questions,
     trained_tokens,
 )
@@ -96,7 +97,7 @@ def encode_candidates(
         cut=tuple(lengths.cut),
         lengths=tuple(lengths.every),
         what=what,
-        examples=tuple(pieces_of(item["sequences"][0], tokenizer) for item in items[:2]),
+        examples=tuple(_shown(item, tokenizer) for item in items[:2]),
     )
     return items, supervision, rejected
 
@@ -129,7 +130,22 @@ def encode_apart(
     own = [sequence for item in items for sequence in item["sequences"]]
     trained = sum(len(sequence["labels"]) for sequence in own)
     total = trained + sum(len(sequence["input_ids"]) for sequence in own)
-    return items, Supervision(trained, total, tuple(lengths.cut), tuple(lengths.every), what="the answers' tokens")
+    shown = tuple(pieces_apart(item["sequences"][_right(item)], tokenizer) for item in items[:2])
+    what = "the answers' tokens"
+    return items, Supervision(trained, total, tuple(lengths.cut), tuple(lengths.every), what=what, examples=shown)
+
+
+def _right(item: Item) -> int:
+    """The place of the sequence that is to be learnt: of choices the right one, else the first."""
+    example = item["example"]
+    return int(item["target"]) if len(example.answers) > 1 and example.label is not None else 0
+
+
+def _shown(item: Item, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:
+    """The sequence to be learnt in pieces; of a judged answer also that it is not wanted."""
+    pieces = pieces_of(item["sequences"][_right(item)], tokenizer)
+    unwanted = item["example"].label is False
+    return (*pieces, (" (not wanted)", False)) if unwanted else pieces
 
 
 def _with_others(examples: Sequence[Example], mismatched: bool) -> Iterator[tuple[Example, list[str]]]:
@@ -186,7 +202,12 @@ def encode_paired(
     total = sum(len(s["input_ids"]) for item in items for s in item["sequences"])
     several = sorted({len(item["sequences"]) for item in items})
     what = "the head's number for each answer" + (f": {several[0]} to {several[-1]} a row" if several[1:] else "")
-    return items, Supervision(0, total, tuple(lengths.cut), tuple(lengths.every), what=what)
+    shown = tuple(
+        pieces_told(item["sequences"][_right(item)], tokenizer, f"the right one of {len(item['sequences'])}")
+        for item in items[:2]
+        if len(item["sequences"]) > 1
+    )
+    return items, Supervision(0, total, tuple(lengths.cut), tuple(lengths.every), what=what, examples=shown)
 
 
 def encode_scored_answers(
@@ -201,8 +222,6 @@ def encode_scored_answers(
     for item in items:
         for sequence in item["sequences"]:
             del sequence["labels"]
-    return (
-        items,
-        replace(supervision, trained_tokens=0, examples=(), what="the head's number for each answer"),
-        rejected,
-    )
+    shown = tuple(pieces_told(item["sequences"][0], tokenizer, "the better answer") for item in items[:2])
+    what = "the head's number for each answer"
+    return items, replace(supervision, trained_tokens=0, examples=shown, what=what), rejected

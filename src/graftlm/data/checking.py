@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graftlm.data.codes import WAIVABLE
-from graftlm.data.labels import is_number, label_name, truth
+from graftlm.data.labels import Label, is_number, label_name, truth
 from graftlm.data.reading import Rejected, Row, Table
 from graftlm.data.recognise import Reading
 from graftlm.data.wording import counted, kind_of, listed, number, percent, quoted, rows
@@ -64,6 +64,13 @@ class Example:
     def text(self) -> str:
         """The texts as one, a line each, or what is asked: for baselines, tables and samples."""
         return "\n".join(self.texts) or "\n".join(str(message["content"]) for message in self.messages)
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """Every label of the row: one, several, or a tag for each word."""
+        if self.tags:
+            return self.tags
+        return self.label if isinstance(self.label, tuple) else (self.label,)
 
     @property
     def key(self) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftlm.data.candidates import encode_apart, encode_candidates, encode_paired, encode_scored_answers
 from graftlm.data.checking import Example, Notes, check, check_overlap
-from graftlm.data.labels import Label, Labels, Scale, label_name
+from graftlm.data.labels import Labels, Scale, label_name
 from graftlm.data.prompting import PromptTemplate, prompted
 from graftlm.data.prompts import encode_prompts
 from graftlm.data.reading import Rejected, Table, read_rows
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from graftlm.data.streaming import Stream
 
-__all__ = ["ONLINE", "Prepared", "hold_out", "labels_of", "look", "prepare"]
+__all__ = ["ONLINE", "Prepared", "hold_out", "look", "prepare"]
 
 _FEW_DOCUMENTS = 20  # below this, long texts are divided inside rather than from one another
 _SHARE_OF_DOCUMENT = 0.05
@@ -369,7 +369,7 @@ def _sorted(
             _check_known_labels(part, known, notes, place)
         notes.settle()
         train, held, tested = (
-            [e for e in part if all(one in known for one in labels_of(e))] for part in (train, held, tested)
+            [e for e in part if all(one in known for one in e.labels)] for part in (train, held, tested)
         )
     told_line = " + ".join(one.line for one in readings[: len(sources)])
     return _Rows(
@@ -466,16 +466,9 @@ def _packed(items: list[Item], told: Supervision, length: int | None) -> tuple[l
     return rows, replace(told, what=what)
 
 
-def labels_of(example: Example) -> tuple[Label, ...]:
-    """Every label of a row: one, several, or a tag for each word."""
-    if example.tags:
-        return example.tags
-    return example.label if isinstance(example.label, tuple) else (example.label,)
-
-
 def _labels_in(examples: list[Example], task: str) -> Labels:
     several = task == "classify" and any(isinstance(e.label, tuple) for e in examples)
-    return Labels.of((one for e in examples for one in labels_of(e)), several=several)
+    return Labels.of((one for e in examples for one in e.labels), several=several)
 
 
 def _check_arguments(
@@ -557,7 +550,7 @@ def _check_labels_together(examples: list[Example], notes: Notes) -> None:
     """What can only be said of the labels of all sources at once."""
     if len({isinstance(e.label, tuple) for e in examples}) > 1:
         notes.error("D121", "sources with one label a row beside sources with lists of labels")
-    elif len({name for e in examples for name in labels_of(e)}) < 2:
+    elif len({name for e in examples for name in e.labels}) < 2:
         notes.error("D128", "there are fewer than two labels in all sources: there is nothing to tell apart")
 
 
@@ -640,9 +633,9 @@ def _is_chat(examples: list[Example]) -> bool:
 
 
 def _check_known_labels(examples: list[Example], labels: Labels, notes: Notes, place: str) -> None:
-    strange = [e for e in examples if any(one not in labels for one in labels_of(e))]
+    strange = [e for e in examples if any(one not in labels for one in e.labels)]
     if strange:
-        unknown = sorted({label_name(one) for e in strange for one in labels_of(e) if one not in labels})
+        unknown = sorted({label_name(one) for e in strange for one in e.labels if one not in labels})
         message = (
             f"{counted(len(strange), 'eval row')} with labels unknown to training: {listed(map(repr, unknown), 5)}"
         )

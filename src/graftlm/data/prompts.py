@@ -47,10 +47,6 @@ def encode_prompts(
         items.append({"input_ids": ids if limit is None else ids[-limit:], "row": example.row, "example": example})
     rejected = tell_of_questions(refused, lengths, len(items), notes, place, drop_bad_rows)
     total = sum(len(item["input_ids"]) for item in items)
-    return (
-        items,
-        Supervision(
-            0, total, tuple(lengths.cut), tuple(lengths.every), what="the tokens of answers that the model writes"
-        ),
-        rejected,
-    )
+    what = "the tokens of answers that the model writes"
+    shown = tuple(((str(tokenizer.decode(item["input_ids"])), False),) for item in items[:2])
+    return items, Supervision(0, total, tuple(lengths.cut), tuple(lengths.every), what=what, examples=shown), rejected

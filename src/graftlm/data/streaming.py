@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from graftlm.data.checking import Example, Notes, check
 from graftlm.data.fetching import hub_rows
 from graftlm.data.labels import Labels, Scale
-from graftlm.data.prepare import Prepared, labels_of, prepare
+from graftlm.data.prepare import Prepared, prepare
 from graftlm.data.prompting import PromptTemplate, prompted
 from graftlm.data.reading import Rejected, Table, file_digest, files_of, folder_digest, tables_of, within
 from graftlm.data.recognise import Reading, recognise
@@ -188,7 +188,7 @@ class Stream:
             before += found
 
     def _known(self, example: Example) -> bool:
-        return self.labels is None or all(name in self.labels for name in labels_of(example))
+        return self.labels is None or all(name in self.labels for name in example.labels)
 
     def _items(self, first: bool) -> Iterator[Item]:
         for sound, rejected, found in self.examples():
@@ -306,7 +306,7 @@ def _surveyed(stream: Stream) -> tuple[Labels | None, Scale | None]:
                 squares += apart * (float(example.label) - mean)
             else:
                 several = several or isinstance(example.label, tuple)
-                names.update(labels_of(example))
+                names.update(example.labels)
     if task == "regress":
         deviation = (squares / count) ** 0.5 if count else 0.0
         return None, Scale(mean, deviation if deviation > 0 else 1.0)

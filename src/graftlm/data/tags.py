@@ -74,4 +74,12 @@ def encode_tagged(
     if tags:
         most, times = tags.most_common(1)[0]
         what += f", the commonest {most} ({percent(times, words)})"
-    return items, Supervision(words, total, tuple(lengths.cut), tuple(lengths.every), what=what)
+    shown = tuple(
+        tuple(
+            piece
+            for word, tag, at in zip(item["example"].words, item["example"].tags, item["positions"], strict=False)
+            for piece in ((f"{word}/", False), (tag, at >= 0), (" ", False))
+        )
+        for item in items[:2]
+    )
+    return items, Supervision(words, total, tuple(lengths.cut), tuple(lengths.every), what=what, examples=shown)

@@ -11,7 +11,7 @@ from graftlm.data.tokenising import Item, Lengths, Supervision, longest_allowed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode_targets", "ends_within", "source_of"]
+__all__ = ["encode_targets", "ends_within", "pieces_apart", "source_of"]
 
 
 def source_of(example: Example) -> str:
@@ -41,7 +41,13 @@ def encode_targets(
     lengths.tell(len(items), notes, place)
     trained = sum(len(item["labels"]) for item in items)
     total = trained + sum(len(item["input_ids"]) for item in items)
-    return items, Supervision(trained, total, tuple(lengths.cut), tuple(lengths.every), what="the target's tokens")
+    what, shown = "the target's tokens", tuple(pieces_apart(item, tokenizer) for item in items[:2])
+    return items, Supervision(trained, total, tuple(lengths.cut), tuple(lengths.every), what=what, examples=shown)
+
+
+def pieces_apart(item: Item, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:
+    """What is read and what is written, decoded from their tokens, of which the latter are trained."""
+    return (str(tokenizer.decode(item["input_ids"])) + " ", False), (str(tokenizer.decode(item["labels"])), True)
 
 
 def ends_within(ids: list[int], limit: int | None) -> list[int]:

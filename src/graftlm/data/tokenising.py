@@ -16,7 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from graftlm.data.checking import Example, Notes
-from graftlm.data.labels import Labels, Scale
+from graftlm.data.labels import Labels, Scale, label_name
 from graftlm.data.reading import Rejected
 from graftlm.data.templates import Passage, Span, Template, TemplateFault
 from graftlm.data.wording import clip, counted, listed, number, percent, rows
@@ -319,19 +319,21 @@ def encode_labelled(
             told = [float(name in example.label) for name in labels.names]
         items.append({**kept, "labels": told, "row": example.row, "example": example})
     lengths.tell(len(items), notes, place)
+    total = sum(len(item["input_ids"]) for item in items)
+    shown = tuple(
+        pieces_told(item, tokenizer, ", ".join(map(label_name, item["example"].labels)) or "none of them")
+        for item in items[:2]
+    )
     if labels.several:
         every = sum(sum(item["labels"]) for item in items)
         what = f"each of {len(labels)} labels, {every / max(len(items), 1):.1f} of them a row"
-        return items, Supervision(
-            0, sum(len(i["input_ids"]) for i in items), tuple(lengths.cut), tuple(lengths.every), what=what
-        )
+        return items, Supervision(0, total, tuple(lengths.cut), tuple(lengths.every), what=what, examples=shown)
     counts = [sum(item["labels"] == id for item in items) for id in range(len(labels))]
     most = max(range(len(labels)), key=counts.__getitem__, default=0)
     what = f"one label a row: {len(labels)} classes"
     if items:
         what += f", the largest {labels.name(most)} ({percent(counts[most], len(items))})"
-    total = sum(len(item["input_ids"]) for item in items)
-    return items, Supervision(0, total, tuple(lengths.cut), tuple(lengths.every), what=what)
+    return items, Supervision(0, total, tuple(lengths.cut), tuple(lengths.every), what=what, examples=shown)
 
 
 def encode_scored(
@@ -355,9 +357,9 @@ def encode_scored(
         items.append({**kept, "labels": told, "row": example.row, "example": example})
     lengths.tell(len(items), notes, place)
     what = f"one number a row (mean {scale.mean:.3g}, standard deviation {scale.deviation:.3g})"
-    return items, Supervision(
-        0, sum(len(i["input_ids"]) for i in items), tuple(lengths.cut), tuple(lengths.every), what=what
-    )
+    total = sum(len(item["input_ids"]) for item in items)
+    shown = tuple(pieces_told(item, tokenizer, f"{item['example'].label:g}") for item in items[:2])
+    return items, Supervision(0, total, tuple(lengths.cut), tuple(lengths.every), what=what, examples=shown)
 
 
 def encode_masked(
@@ -384,7 +386,8 @@ def encode_masked(
             items.append({"input_ids": block, "block": order, "row": example.row, "example": example})
     total = sum(len(item["input_ids"]) for item in items)
     what = f"the {percent(round(100 * share), 100)} of tokens that are hidden, of {counted(len(items), 'block')}"
-    return items, Supervision(0, total, lengths=tuple(lengths), what=what)
+    shown = tuple(((str(tokenizer.decode(item["input_ids"])), False),) for item in items[:2])
+    return items, Supervision(0, total, lengths=tuple(lengths), what=what, examples=shown)
 
 
 def _marks_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -466,6 +469,11 @@ def pieces_of(item: Item, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str
             runs.append(([], trained))
         runs[-1][0].append(token)
     return tuple((str(tokenizer.decode(ids)), trained) for ids, trained in runs)
+
+
+def pieces_told(item: Item, tokenizer: PreTrainedTokenizerBase, told: str) -> tuple[tuple[str, bool], ...]:
+    """A row that is read as a whole, decoded, and what is to be told of it."""
+    return (f"{tokenizer.decode(item['input_ids'])} -> ", False), (told, True)
 
 
 def _report_headless(

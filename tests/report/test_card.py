@@ -8,7 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from graftlm.report import write_card
+from graftlm.report import write_card, write_report
 
 from .conftest import HOSTILE, answers, classification, write_run
 
@@ -31,6 +31,7 @@ def test_head_and_facts(tmp_path: Path) -> None:
     assert "| LoRA adapter | 0.872 | 0.817 to 0.927 | 0.876 |" in card
     assert "may be noise" in card
     assert "- trained parameters: 163 840 (3.5 % of the base's count)" in card
+    assert "kept:" not in card
     assert "graftlm predict" in card
     assert "SHA-256 of tickets.csv" in card
     assert "/home/someone" not in card
@@ -81,3 +82,12 @@ def test_a_card_edited_by_hand_is_kept(tmp_path: Path) -> None:
     assert other.name == "README.new.md"
     assert other.read_text() == first
     assert path.read_text() == edited
+
+
+def test_which_step_is_kept_is_told(tmp_path: Path) -> None:
+    folder = classification(tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    record["kept"] = {"step": 2, "of_steps": 80, "line": "stopped early, after 8 of 80 steps; step 2 is kept"}
+    (folder / "run.json").write_text(json.dumps(record))
+    assert "- kept: stopped early, after 8 of 80 steps; step 2 is kept" in write_card(folder).read_text()
+    assert "stopped early, after 8 of 80 steps" in write_report(folder).read_text()

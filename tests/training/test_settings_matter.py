@@ -252,6 +252,17 @@ def test_train_early_stopping_stops(tiny: Tiny, answered: Path) -> None:
     losses = {row["step"]: row["eval_loss"] for row in metrics_of(run.folder) if "eval_loss" in row}
     assert run.record["steps"] == max(losses) < 80
     assert run.record["results"]["scores"][0]["loss"] == pytest.approx(min(losses.values()), rel=1e-5)
+    best = min(losses, key=losses.__getitem__)
+    line = f"stopped early, after {max(losses)} of 80 steps: no gain in 2 evaluations; step {best} is kept"
+    assert run.record["kept"]["line"].startswith(line)
+    assert (run.record["kept"]["step"], run.record["kept"]["of_steps"]) == (best, 80)
+    assert line in (run.folder / "log.txt").read_text()
+
+
+def test_the_step_that_is_kept_is_told_where_none_stopped_early(tiny: Tiny, answered: Path) -> None:
+    run = tiny(answered, steps=4, eval_every=2, early_stopping=10, learning_rate=0.1)
+    assert run.record["kept"]["line"].startswith(f"step {run.record['kept']['step']} is kept, the best of those")
+    assert "kept" not in tiny(answered, out="plain", steps=2).record
 
 
 def test_train_cache_bottom_passes_blocks_over(tiny: Tiny, answered: Path, tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def trained(run: RunFolder) -> list[Row]:
         "adapter on disk": size(run.number("adapter_bytes")) if run.number("adapter_bytes") is not None else "",
         "test, looked at once": run.text("results.test.line"),
         "steps": whole(run.number("steps")) if run.number("steps") is not None else "",
+        "kept": run.text("kept.line"),
         "time": duration(run.number("seconds")) + speed if run.number("seconds") is not None else "",
         "peak memory": size(run.number("peak_memory_bytes")) if run.number("peak_memory_bytes") is not None else "",
     }

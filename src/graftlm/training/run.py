@@ -633,7 +633,24 @@ class _Work:
             raise
         finally:
             progress.close()
+        self._say_kept(trainer, interrupt.asked)
         return interrupt.asked and trainer.state.global_step < trainer.state.max_steps
+
+    def _say_kept(self, trainer: GraftTrainer, asked: bool) -> None:
+        """Where the best step's adapter is kept and not the last one's: which that is, and whether it came early."""
+        state = trainer.state
+        if not trainer.args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        kept = f"step {state.best_global_step:,} is kept"
+        if state.best_metric is not None:
+            name = str(trainer.args.metric_for_best_model).replace("_", " ")
+            kept += f", the best of those evaluated ({name} {state.best_metric:.4g})"
+        if state.global_step < state.max_steps and not asked:
+            patience = self.settings.train.early_stopping
+            gains = f"no gain in {patience} evaluations" if patience != 1 else "no gain in one evaluation"
+            kept = f"stopped early, after {state.global_step:,} of {state.max_steps:,} steps: {gains}; {kept}"
+        self.record["kept"] = {"step": state.best_global_step, "of_steps": state.max_steps, "line": kept}
+        self.voice.say("kept", kept)
 
     # --- after training ---
 

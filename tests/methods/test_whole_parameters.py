@@ -104,6 +104,41 @@ def test_a_head_from_a_regression_tells_the_rows_it_saw(kind, classes):
     assert adapter.method == Head(start="probe")
 
 
+@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "LlamaForSequenceClassification"])
+@pytest.mark.parametrize("several", [True, False])
+def test_a_head_from_a_regression_tells_several_labels_and_numbers(kind, several):
+    model = classifier(kind, 3 if several else 1)
+    batches = labelled_batches(3)
+    for batch in batches:  # what is told follows from the token at which the head reads
+        read = 0 if "Bert" in kind else batch["attention_mask"].sum(1) - 1
+        word = batch["input_ids"][torch.arange(8), read]
+        batch["labels"] = torch.stack([word % 2, word > 40, word > 90], 1).float() if several else word / 32 - 1.0
+        if "Bert" in kind and several:
+            batch["labels"][:, 1] = (word > 5).float()
+
+    def loss(model, batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return ((logits.squeeze(1) - batch["labels"]) ** 2).sum()
+
+    attach(model, Head(start="probe"), samples=Samples(batches, loss))
+    with torch.no_grad():
+        logits = torch.cat(
+            [model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits for b in batches]
+        )
+    labels = torch.cat([batch["labels"] for batch in batches])
+    if several:
+        told = logits - logits.mean(0)  # a head of decoders has no bias
+        assert (
+            torch.stack([torch.corrcoef(torch.stack([told[:, at], labels[:, at]]))[0, 1] for at in (0, 1)]).min() > 0.3
+        )
+        assert (logits[:, 2] <= 0).all(), "no row has the label"
+    else:
+        assert torch.corrcoef(torch.stack([logits[:, 0], labels]))[0, 1] > 0.4
+    same = [batch | {"labels": torch.ones_like(batch["labels"])} for batch in batches]
+    with pytest.raises(MethodError, match="have one label"):
+        attach(classifier(kind, 3 if several else 1), Head(start="probe"), samples=Samples(same, loss), name="other")
+
+
 def test_a_regression_needs_classes_and_more_than_one():
     model = classifier("BertForSequenceClassification", 2)
     one = [batch | {"labels": torch.zeros_like(batch["labels"])} for batch in labelled_batches(2)]

@@ -65,6 +65,9 @@ def test_a_run_of_every_task(
     again = evaluate(run.folder)
     assert again["scores"][0] == pytest.approx(tuned, abs=1e-6)
     assert again["measure"] == results["measure"]
+    if rows in ("multi", "regress"):
+        rest = ("majority",) if rows == "multi" else ("mean",)
+        assert [score["name"] for score in results["scores"]] == ["tuned", "probe", "tfidf", *rest]
 
 
 def test_tags_without_the_library_that_scores_them_are_refused_before_anything_is_made(

@@ -12,10 +12,18 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from graftlm.evaluation.losses import Collate, batches, evaluating
-from graftlm.methods.regression import fit_logistic
+from graftlm.methods.regression import fit_logistic, fit_ridge
 from graftlm.objectives import Classification
 
-__all__ = ["majority_baseline", "probe_baseline", "tfidf_baseline", "tfidf_numbers"]
+__all__ = [
+    "majority_baseline",
+    "probe_baseline",
+    "probe_label_sets",
+    "probe_numbers",
+    "tfidf_baseline",
+    "tfidf_label_sets",
+    "tfidf_numbers",
+]
 
 
 def majority_baseline(train_labels: Sequence[int], rows: int) -> list[int]:
@@ -25,31 +33,25 @@ def majority_baseline(train_labels: Sequence[int], rows: int) -> list[int]:
 
 def tfidf_baseline(train_texts: Sequence[str], train_labels: Sequence[int], texts: Sequence[str]) -> list[int]:
     """Logistic regression on TF-IDF of words and word pairs, its strength chosen by cross-validation."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    known, wanted = _words(train_texts, texts)
+    return _logistic(known, train_labels, wanted, scale=False)
 
-    try:
-        words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)).fit(train_texts)
-    except ValueError:  # no words at all, such as ids
-        words = TfidfVectorizer(analyzer="char", ngram_range=(1, 3)).fit(train_texts)
-    return _logistic(words.transform(train_texts), train_labels, words.transform(texts), scale=False)
+
+def tfidf_label_sets(train_texts: Sequence[str], train_labels: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """As `tfidf_baseline`, a regression for each label: whether rows have it, [rows, labels]."""
+    known, wanted = _words(train_texts, texts)
+    return _each_label(known, train_labels, wanted, scale=False)
 
 
 def tfidf_numbers(train_texts: Sequence[str], train_values: Sequence[float], texts: Sequence[str]) -> list[float]:
     """Ridge regression on TF-IDF of words and word pairs, its strength chosen by cross-validation."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import RidgeCV
 
-    try:
-        words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)).fit(train_texts)
-    except ValueError:  # no words at all, such as ids
-        words = TfidfVectorizer(analyzer="char", ngram_range=(1, 3)).fit(train_texts)
+    known, wanted = _words(train_texts, texts)
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = RidgeCV(alphas=(0.1, 1.0, 10.0), cv=min(4, len(train_texts)))
-        return [
-            float(value)
-            for value in model.fit(words.transform(train_texts), train_values).predict(words.transform(texts))
-        ]
+        return [float(value) for value in model.fit(known, train_values).predict(wanted)]
 
 
 def probe_baseline(
@@ -68,6 +70,51 @@ def probe_baseline(
     labels = [int(item["labels"]) for item in train]
     known, wanted = (_features(model, part, collate, batch) for part in (train, rows))
     return _logistic(known, labels, wanted, scale=True)
+
+
+def probe_label_sets(
+    model: Any, train: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], collate: Collate
+) -> np.ndarray:
+    """As `probe_baseline` where a row may have several labels: whether it has each, [rows, labels]."""
+    labels = np.asarray([item["labels"] for item in train]) > 0.5
+    known, wanted = (_features(model, part, collate, 32) for part in (train, rows))
+    return _each_label(known, labels, wanted, scale=True)
+
+
+def probe_numbers(
+    model: Any,
+    train: Sequence[Mapping[str, Any]],
+    values: Sequence[float],
+    rows: Sequence[Mapping[str, Any]],
+    collate: Collate,
+) -> list[float]:
+    """As `probe_baseline` for numbers: ridge regression, its strength chosen by cross-validation."""
+    known, wanted = (_features(model, part, collate, 32) for part in (train, rows))
+    model = fit_ridge(known, values)
+    with threadpool_limits(1):
+        return [float(value) for value in model.predict(wanted)]
+
+
+def _words(train_texts: Sequence[str], texts: Sequence[str]) -> tuple[Any, Any]:
+    """TF-IDF of words and word pairs, or of letters where there are no words, such as of ids."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    try:
+        words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)).fit(train_texts)
+    except ValueError:
+        words = TfidfVectorizer(analyzer="char", ngram_range=(1, 3)).fit(train_texts)
+    return words.transform(train_texts), words.transform(texts)
+
+
+def _each_label(known: Any, labels: np.ndarray, wanted: Any, *, scale: bool) -> np.ndarray:
+    """A logistic regression for each label; one that all rows have, or none, is told so of every row."""
+    told = [
+        _logistic(known, column.astype(int).tolist(), wanted, scale=scale)
+        if column.any() and not column.all()
+        else [int(column.all())] * wanted.shape[0]
+        for column in labels.T
+    ]
+    return np.asarray(told, dtype=bool).T
 
 
 def _features(model: Any, items: Sequence[Mapping[str, Any]], collate: Collate, batch: int) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 A head belongs to its adapter: it is saved, routed and loaded with it, so each may have its own labels.
 Parameters: the head's, or `outputs` (in + 1) in its last map. Start: the base's values, or normal with standard
-deviation 0.02 and zero biases, as BERT's authors start a head, or a logistic regression on what the base makes of some
-training rows: a head that already points somewhere gives the body gradients of use from the first step, where one drawn
-anew pulls it about at random ("Fine-Tuning can Distort Pretrained Features", Kumar et al. 2022, section 4: linear
-probing, then fine-tuning; the regression is ours in place of their gradient descent, and so is that it is shrunk until
-its logits differ by a tenth of a nat from row to row).
+deviation 0.02 and zero biases, as BERT's authors start a head, or a regression on what the base makes of some training
+rows: logistic of classes, of each label where a row may have several, ridge of numbers. A head that already points
+somewhere gives the body gradients of use from the first step, where one drawn anew pulls it about at random
+("Fine-Tuning can Distort Pretrained Features", Kumar et al. 2022, section 4: linear probing, then fine-tuning; the
+regression is ours in place of their gradient descent, and so is that it is shrunk until its logits differ by a tenth of
+a nat from row to row).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from graftlm.core import Delta, Part, Samples, Site, Survey, WholeParameterDelta
 from graftlm.core.kind import LANGUAGE, head_kind
 from graftlm.errors import Finding, MethodError
 from graftlm.methods.parameters import Parameters
-from graftlm.methods.regression import fit_logistic
+from graftlm.methods.regression import fit_logistic, fit_ridge
 
 __all__ = ["FreshDelta", "Head"]
 
@@ -37,8 +38,8 @@ class Head(Parameters):
     `outputs` gives the last map of a classification head that many outputs, whatever the base has (logits then have
     that width: compute the loss from them, since the model's own loss counts on its configuration's labels);
     `start=fresh` forgets the base's head; `start=probe` regresses the labels of some training rows on what the base's
-    body makes of them, and starts the last map there (classes of rows or of tokens). A head of another width cannot be
-    merged.
+    body makes of them, and starts the last map there: classes of rows or of tokens, several labels, or numbers. A head
+    of another width cannot be merged.
 
     Example:
         >>> print(Head(outputs=5))
@@ -120,9 +121,9 @@ class Head(Parameters):
         return 512 if self.needs_samples else super().sample_rows
 
     def measure(self, model: nn.Module, sites: Sequence[Site], samples: Samples) -> tuple[Tensor, Tensor]:
-        """What the last map reads of each row or token, [n, in], and its class, [n].
+        """What the last map reads of each row or token, [n, in], and its class or number, [n], or labels, [n, outputs].
 
-        Raises MethodError (T165) where the labels are not classes, or fewer than two are there.
+        Raises MethodError (T165) where the labels are neither, or all rows have the same.
         """
         seen: list[Tensor] = []
         read, known = [], []
@@ -134,8 +135,8 @@ class Head(Parameters):
                     seen.clear()
                     samples.loss(model, batch)
                     labels = batch.get("labels")
-                    if labels is None or labels.is_floating_point() or len(seen) != 1 or labels.dim() > 2:
-                        message = "head(start=probe): the labels of this task are not classes of rows or tokens"
+                    if labels is None or len(seen) != 1 or labels.dim() > 2:
+                        message = "head(start=probe): this task has no labels of rows or tokens"
                         raise MethodError(Finding("T165", message, fix="head"))
                     x, y = _rows_of(seen[0], labels.cpu(), batch)
                     if len(x) != len(y):
@@ -146,7 +147,7 @@ class Head(Parameters):
         finally:
             handle.remove()
         x, y = torch.cat(read), torch.cat(known)
-        if int(y.min()) == int(y.max()):
+        if bool((y == y[:1]).all()):
             message = f"head(start=probe): all {len(y)} rows looked at have one label"
             raise MethodError(Finding("T165", message, fix="head, or more rows"))
         return x, y
@@ -157,7 +158,13 @@ class Head(Parameters):
         last = [part for part in parts if part.site.path == path]
         own = {part.site.parameter: cast(WholeParameterDelta, part.delta).value for part in last}
         x, y = measured
-        weight, bias = _regression(x, y, len(own["weight"]), with_bias="bias" in own)
+        outputs, with_bias = len(own["weight"]), "bias" in own
+        if not y.is_floating_point():
+            weight, bias = _regression(x, y, outputs, with_bias=with_bias)
+        elif y.dim() == 2 and y.shape[1] > 1:
+            weight, bias = _each_label(x, y, with_bias=with_bias)
+        else:
+            weight, bias = _numbers(x, y.reshape(-1), with_bias=with_bias)
         # The direction counts. At a regression's own size, which narrow features make large, the body's first steps
         # move the logits by too much: on SST-2 the five methods that were tried end lower from there.
         smaller = min(1.0, _SPREAD / max(float((x @ weight.T).std(0).mean()), 1e-12))
@@ -175,17 +182,44 @@ def _last_map(sites: Sequence[Site]) -> Site:
 
 def _rows_of(x: Tensor, labels: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Features [n, in] and classes [n] of the rows, or of the tokens that have a label."""
-    if labels.dim() == 2 and labels.shape[1] > 1:
+    if labels.dim() == 2 and labels.shape[1] > 1 and not labels.is_floating_point():
         return x[labels >= 0], labels[labels >= 0]
     if x.dim() == 3:  # heads of decoders read every position, and the last one counts
         mask = batch["attention_mask"].cpu()
         last = (mask * torch.arange(mask.shape[1])).argmax(1)
         x = x[torch.arange(len(x)), last] if x.shape[1] > 1 else x[:, 0]  # where that one alone is handed over
-    return x, labels.reshape(-1)
+    return x, labels if labels.is_floating_point() else labels.reshape(-1)
 
 
 def _regression(x: Tensor, y: Tensor, outputs: int, *, with_bias: bool) -> tuple[Tensor, Tensor]:
     """Weight [outputs, in] and bias [outputs] of a logistic regression, its strength chosen by cross-validation."""
+    found, slopes, offsets = _logistic(x, y, with_bias=with_bias)
+    if len(slopes) == 1:  # two classes have one slope: half of it each
+        slopes, offsets = torch.cat([-slopes / 2, slopes / 2]), torch.cat([-offsets / 2, offsets / 2])
+    weight, bias = torch.zeros(outputs, x.shape[1]), torch.full((outputs,), float(offsets.min()))
+    classes = torch.tensor(found.classes_)
+    weight[classes], bias[classes] = slopes, offsets
+    return weight, bias
+
+
+def _each_label(x: Tensor, y: Tensor, *, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """Weight [labels, in] and bias [labels] of a logistic regression for each label that varies."""
+    weight, bias = torch.zeros(y.shape[1], x.shape[1]), torch.zeros(y.shape[1])
+    for at, column in enumerate((y > 0.5).int().T):
+        if 0 < int(column.sum()) < len(column):
+            _, slopes, offsets = _logistic(x, column, with_bias=with_bias)
+            weight[at], bias[at] = slopes[0], offsets[0]
+    return weight, bias
+
+
+def _numbers(x: Tensor, y: Tensor, *, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """Weight [1, in] and bias [1] of a ridge regression, its strength chosen by cross-validation."""
+    slopes, offsets = _unscaled(fit_ridge(x.numpy(), y.tolist(), intercept=with_bias), with_bias=with_bias)
+    return slopes.reshape(1, -1), offsets.reshape(1)
+
+
+def _logistic(x: Tensor, y: Tensor, *, with_bias: bool) -> tuple[Any, Tensor, Tensor]:
+    """The regression of classes [n] on features [n, in], and its slopes [classes or 1, in] and offsets."""
     fit = fit_logistic(
         x.numpy(),
         y.tolist(),
@@ -195,17 +229,16 @@ def _regression(x: Tensor, y: Tensor, outputs: int, *, with_bias: bool) -> tuple
         iterations=1000,
         judged_by="neg_log_loss",
     )
+    return fit[-1], *_unscaled(fit, with_bias=with_bias)
+
+
+def _unscaled(fit: Any, *, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """Slopes and offsets of a pipeline of scaler and regression, for features as they come."""
     scaler, found = fit[0], fit[-1]
     slopes = torch.tensor(found.coef_ / scaler.scale_, dtype=torch.float32)
-    offsets = torch.zeros(len(slopes))
-    if with_bias:
-        offsets = torch.tensor(found.intercept_ - found.coef_ @ (scaler.mean_ / scaler.scale_), dtype=torch.float32)
-    if len(slopes) == 1:  # two classes have one slope: half of it each
-        slopes, offsets = torch.cat([-slopes / 2, slopes / 2]), torch.cat([-offsets / 2, offsets / 2])
-    weight, bias = torch.zeros(outputs, x.shape[1]), torch.full((outputs,), float(offsets.min()))
-    classes = torch.tensor(found.classes_)
-    weight[classes], bias[classes] = slopes, offsets
-    return weight, bias
+    if not with_bias:
+        return slopes, torch.zeros(slopes.shape[:-1])
+    return slopes, torch.tensor(found.intercept_ - found.coef_ @ (scaler.mean_ / scaler.scale_), dtype=torch.float32)
 
 
 class FreshDelta(WholeParameterDelta):

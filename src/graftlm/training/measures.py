@@ -15,7 +15,7 @@ import numpy as np
 from graftlm.data import Labels
 from graftlm.evaluation import losses, majority_baseline, probe_baseline, tfidf_baseline
 from graftlm.evaluation.answers import answer_probabilities, in_order, rewards_of
-from graftlm.evaluation.baselines import tfidf_numbers
+from graftlm.evaluation.baselines import probe_label_sets, probe_numbers, tfidf_label_sets, tfidf_numbers
 from graftlm.evaluation.classes import class_probabilities, label_probabilities
 from graftlm.evaluation.numbers import predicted_numbers
 from graftlm.evaluation.spans import commonest_tags, predicted_tags, span_counts
@@ -144,10 +144,22 @@ def _label_sets(learnt: Learnt, items: Items) -> Scored:
 
 
 def _label_set_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
-    del learnt
-    often = np.asarray([item["labels"] for item in train]).mean(0) > 0.5
-    truth = np.asarray([item["labels"] for item in test]) > 0.5
-    return [Rival("majority", "labels that most rows have", lambda: _by_row((truth == often).mean(1)))]
+    known, truth = (np.asarray([item["labels"] for item in part]) > 0.5 for part in (train, test))
+    often = known.mean(0) > 0.5
+    texts = [[item["example"].text for item in part] for part in (train, test)]
+
+    def agree(guess: np.ndarray) -> Scored:
+        return _by_row((truth == guess).mean(1))
+
+    return [
+        Rival(
+            "probe",
+            "frozen base + trained head",
+            lambda: agree(probe_label_sets(learnt.model, train, test, learnt.collator())),
+        ),
+        Rival("tfidf", "TF-IDF + logistic regression", lambda: agree(tfidf_label_sets(texts[0], known, texts[1]))),
+        Rival("majority", "labels that most rows have", lambda: agree(often)),
+    ]
 
 
 # --- tags, numbers ---
@@ -184,15 +196,19 @@ def _errors(learnt: Learnt, items: Items) -> Scored:
 
 
 def _number_rivals(learnt: Learnt, train: Items, test: Items) -> list[Rival]:
-    del learnt
     known, truth = _numbers(train), _numbers(test)
     texts = [[item["example"].text for item in part] for part in (train, test)]
+
+    def squares(told: Sequence[float]) -> Scored:
+        return _by_row((np.asarray(told) - truth) ** 2)
+
     return [
         Rival(
-            "tfidf",
-            "TF-IDF + ridge regression",
-            lambda: _by_row((np.asarray(tfidf_numbers(texts[0], list(known), texts[1])) - truth) ** 2),
+            "probe",
+            "frozen base + trained head",
+            lambda: squares(probe_numbers(learnt.model, train, list(known), test, learnt.collator())),
         ),
+        Rival("tfidf", "TF-IDF + ridge regression", lambda: squares(tfidf_numbers(texts[0], list(known), texts[1]))),
         Rival("mean", "always the mean", lambda: _by_row((known.mean() - truth) ** 2)),
     ]
 

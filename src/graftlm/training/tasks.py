@@ -32,7 +32,13 @@ from graftlm.evaluation.answers import (
     preference_scores,
     rewards_of,
 )
-from graftlm.evaluation.baselines import majority_baseline, tfidf_numbers
+from graftlm.evaluation.baselines import (
+    majority_baseline,
+    probe_label_sets,
+    probe_numbers,
+    tfidf_label_sets,
+    tfidf_numbers,
+)
 from graftlm.evaluation.classes import class_probabilities, label_probabilities
 from graftlm.evaluation.generating import draw_of, generate_texts
 from graftlm.evaluation.losses import Collate
@@ -327,7 +333,14 @@ def _score_label_sets(
     chances = label_probabilities(learnt.model, held, learnt.collator())
     rivals = [("tuned", f"tuned: {learnt.title}", chances > 0.5)]
     if train:
-        often = np.asarray([item["labels"] for item in train]).mean(0) > 0.5
+        train = train[:_BASELINE_ROWS]
+        known = np.asarray([item["labels"] for item in train]) > 0.5
+        often = known.mean(0) > 0.5
+        texts = [[item["example"].text for item in part] for part in (train, held)]
+        with use(learnt.model, None):
+            probed = probe_label_sets(learnt.model, train, held, learnt.collator())
+        rivals.append(("probe", "frozen base + trained head", probed))
+        rivals.append(("tfidf", "TF-IDF + logistic regression", tfidf_label_sets(texts[0], known, texts[1])))
         rivals.append(("majority", "labels that most rows have", np.tile(often, (len(held), 1))))
     precision, recall, f1, rows = precision_recall_fscore_support(truth, rivals[0][2], average=None, zero_division=0)
     results = {
@@ -370,6 +383,9 @@ def _score_numbers(
         train = train[:_BASELINE_ROWS]
         known = [float(item["example"].label) for item in train]
         texts = [[item["example"].text for item in part] for part in (train, held)]
+        with use(learnt.model, None):
+            probed = probe_numbers(learnt.model, train, known, held, learnt.collator())
+        rivals.append(("probe", "frozen base + trained head", probed))
         rivals.append(("tfidf", "TF-IDF + ridge regression", tfidf_numbers(texts[0], known, texts[1])))
         rivals.append(("mean", "always the mean", [sum(known) / len(known)] * len(held)))
     results = {

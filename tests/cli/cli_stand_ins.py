@@ -33,6 +33,8 @@ class Rooms:
     tuned: bool = True
     results: dict[str, Any] = field(default_factory=dict)
     status: str = "done"
+    facts: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
     error: BaseException | None = None
 
     def note(self, name: str, *args: Any, **options: Any) -> None:

@@ -39,7 +39,8 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
 
     def train_resolved(resolved: Any, **options: Any) -> Any:
         fake.note("train_resolved", resolved, **options)
-        return SimpleNamespace(folder=Path("runs/x y"), record={"task": fake.task, "status": fake.status})
+        record = {"task": fake.task, "status": fake.status, "data": {"columns": fake.columns}}
+        return SimpleNamespace(folder=Path("runs/x y"), record=record)
 
     def evaluate(path: Any, data: Any = None, **options: Any) -> dict[str, Any]:
         fake.note("evaluate", path, data, **options)
@@ -53,7 +54,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
             model="model",
             tokenizer="tokenizer",
             adapter="adapter" if fake.tuned else None,
-            facts={},
+            facts=fake.facts,
             task=fake.task,
             labels=Labels(("no", "yes")) if fake.task == "classify" else None,
             template=fake.template,

@@ -66,6 +66,11 @@ def test_train_says_what_to_do_next(cli: Callable, rooms: Rooms, task: str, stat
     rooms.task, rooms.status = task, status
     assert cli("train", "x.csv", "--resume", "-o", "runs/x").out == f"next     {following}\n"
     assert rooms.named("train_resolved")[0][1]["resume"] is True
+    if status == "done" and task in ("classify", "regress"):
+        rooms.columns = {"text": "premise", "text2": "hypothesis", "label": "label"}
+        assert (
+            cli("train", "x.csv", "--resume", "-o", "runs/x").out == "next     graftlm predict 'runs/x y' pairs.csv\n"
+        )
 
 
 # --- evaluate ---
@@ -196,6 +201,20 @@ def test_predict_refuses(cli: Callable, labeller: Rooms, adapter_folder: str, wo
     assert answer.code == 2
     assert said in answer.err
     assert not labeller.calls  # nothing was loaded
+
+
+@pytest.mark.parametrize(("learnt", "words"), [(2, ["one"]), (1, ["pairs.csv"])])
+def test_predict_refuses_another_number_of_texts_than_was_learnt(
+    cli: Callable, labeller: Rooms, adapter_folder: str, learnt: int, words: list[str]
+) -> None:
+    Path("pairs.csv").write_text("premise,hypothesis\none,two\n")
+    labeller.facts = {"texts": learnt}
+    answer = cli("predict", adapter_folder, *words)
+    assert answer.code == 2
+    kinds = ("pairs of texts", "single texts") if learnt == 2 else ("single texts", "pairs of texts")
+    assert f"has learnt from {kinds[0]}, found {kinds[1]}" in answer.err
+    labeller.facts = {"texts": 3 - learnt}
+    assert cli("predict", adapter_folder, *words).code == 0
 
 
 def test_each_kind_of_adapter_is_sent_to_its_verb(cli: Callable, rooms: Rooms, adapter_folder: str) -> None:

@@ -62,6 +62,7 @@ def verb(
     from graftlm.training import open_adapter
 
     opened = open_adapter(folder, base=base, **placing)
+    _must_be_as_learnt(run, opened, texts)
     head, told = _told(run, opened, texts)
     lines = [json_line(one) for one in told]
     if out is not None:
@@ -130,6 +131,18 @@ def _told(run: str, opened: Any, texts: Sequence[Any]) -> tuple[list[str], list[
 
     message = f"{run} was trained for {opened.task}, not to label texts"
     raise UsageFault(Finding("L105", message, fix=f"graftlm {next_verb(opened.task, shlex.quote(run))}"))
+
+
+def _must_be_as_learnt(run: str, opened: Any, texts: Sequence[Any]) -> None:
+    """Raise UsageFault for single texts where pairs were learnt, or the other way round: it would tell something."""
+    learnt = opened.facts.get("texts")
+    if learnt is None or opened.prompt is not None:
+        return
+    if other := {1 if isinstance(text, str) else 2 for text in texts} - {learnt}:
+        words = {1: "single texts", 2: "pairs of texts"}
+        message = f"{run} has learnt from {words[learnt]}, found {words[other.pop()]}"
+        fix = "a file with both columns, such as premise and hypothesis" if learnt == 2 else "--map text=COLUMN"
+        raise UsageFault(Finding("L105", message, fix=fix))
 
 
 def _asked(run: str, prompt: Any, text: str | tuple[str, str]) -> str:

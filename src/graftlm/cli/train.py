@@ -53,4 +53,5 @@ def verb(command: str, /, resume: bool, config: str | None, set: tuple[str, ...]
     else:
         from graftlm.report.content import next_verb
 
-        click.echo(f"next     graftlm {next_verb(str(run.record.get('task')), folder)}")
+        pairs = "text2" in run.record.get("data", {}).get("columns", {})
+        click.echo(f"next     graftlm {next_verb(str(run.record.get('task')), folder, pairs=pairs)}")

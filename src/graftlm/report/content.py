@@ -178,15 +178,17 @@ def settings(run: RunFolder) -> list[tuple[str, Any, str]]:
     return list(walk(run.mapping("settings"), ""))
 
 
-def next_verb(task: str, folder: str) -> str:
+def next_verb(task: str, folder: str, *, pairs: bool = False) -> str:
     """The verb, with its arguments, that shows what an adapter of this task does; `folder` is quoted.
+
+    `pairs`: it reads two texts at once.
 
     Example:
         >>> next_verb("tag", "runs/news-1"), next_verb("sft", "runs/faq-1")
         ('predict runs/news-1 "a text to label"', 'chat runs/faq-1 --vs base')
     """
     if task in ("classify", "regress", "tag"):
-        return f'predict {folder} "a text to label"'
+        return f"predict {folder} pairs.csv" if pairs else f'predict {folder} "a text to label"'
     if task in ("choice", "tfew", "mlm", "reward"):
         return f"evaluate {folder} more.jsonl"
     return f'generate {folder} "a prompt" --vs base' if task in ("lm", "seq2seq") else f"chat {folder} --vs base"
@@ -198,7 +200,7 @@ _SHOWS = {"predict": "what it says of a text", "chat": "talk to it, and to the b
 def commands(run: RunFolder) -> list[Row]:
     """What can be typed next, with what it does."""
     name = shlex.quote(run.name)
-    first = next_verb(run.text("task"), name)
+    first = next_verb(run.text("task"), name, pairs="text2" in run.mapping("data.columns"))
     shown = [(f"graftlm {first}", _SHOWS[verb])] if (verb := first.partition(" ")[0]) in _SHOWS else []
     if verb == "chat":
         shown.append((f'graftlm generate {name} "a prompt"', "one answer"))

@@ -317,6 +317,7 @@ class _Work:
             "reinforcement": self.reinforcement() if prepared.task in ONLINE else None,
             "template": prepared.template.to_dict() if prepared.template else None,
             "prompt": prepared.prompt.to_dict() if prepared.prompt else None,
+            "texts": sum(role in prepared.reading.columns for role in ("text", "text2")) or None,
             "max_length": self.settings.train.max_length or decide_length(model.config, method),
         }
         self.folder.make()
@@ -386,6 +387,7 @@ class _Work:
             self.voice.say("", "  " + prepared.supervision.marked(at, width=140).replace("\n", "\\n"))
         self.record["data"] = {
             "line": prepared.line,
+            "columns": prepared.reading.columns,
             "loss_line": prepared.supervision.line,
             "eval_line": prepared.eval_line,
             "train_rows": len(prepared.train) if prepared.stream is None else None,

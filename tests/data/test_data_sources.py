@@ -117,3 +117,17 @@ def test_a_set_of_a_hub_is_the_folder_that_was_fetched(monkeypatch: Any, tmp_pat
         data_of("hub:owner/name")
     with pytest.raises(DataError, match="D116"):
         data_of("hub:name")
+
+
+def test_what_whole_groups_make_of_the_split_is_told(write: Any, tokenizer: Any) -> None:
+    rows = [{"text": f"text {at}", "label": "ab"[at % 2], "author": at // 10} for at in range(40)]
+    rows += [{"text": f"other {at}", "label": "c", "author": 4 + at % 2} for at in range(60)]
+    path = write("rows.jsonl", rows)
+    found = prepare(path, tokenizer=tokenizer, group="author", eval_share=0.05)
+    (note,) = [note for note in found.notes if note.code == "D137"]
+    assert note.message == (
+        "groups of 'author' stay whole, so that 10 rows (10 %) where 5 % was wanted and no row of 'c' are held out"
+    )
+    assert {item["example"].label for item in found.eval} == {"a", "b"}
+    even = prepare(path, tokenizer=tokenizer, group="text", eval_share=0.2)
+    assert "D137" not in {note.code for note in even.notes}

@@ -40,6 +40,7 @@ CODES: dict[str, str] = {
     "D134": "the same text has different labels",
     "D135": "only the first rows were read",
     "D136": "rows were left out because they are faulty",
+    "D137": "groups that stay whole leave another share held out than was wanted, or none of a label",
     "D140": "the chat template rewrites earlier turns, so what is trained cannot be told",
     "D141": "the chat template refuses a conversation",
     "D142": "no token would be trained",

@@ -613,7 +613,23 @@ def hold_out(
             notes.error("D133", message, place, fix)
             notes.settle()
         notes.note("D133", f"{message}: no eval rows", place)
+    elif groups is not None:
+        _tell_uneven(labels, held, wanted, len(examples), str(group), notes, place)
     return [examples[at] for at in inside], [examples[at] for at in held]
+
+
+def _tell_uneven(
+    labels: list[str], held: list[int], share: float, rows: int, group: str, notes: Notes, place: str
+) -> None:
+    """Note what whole groups have made of the share that was wanted, and of the labels."""
+    told = []
+    if abs(len(held) - share * rows) > max(1, 0.25 * share * rows):
+        asked = percent(round(share * rows), rows)
+        told.append(f"{counted(len(held), 'row')} ({percent(len(held), rows)}) where {asked} was wanted")
+    if missing := sorted(set(labels) - {labels[at] for at in held} if labels else ()):
+        told.append(f"no row of {listed(map(repr, missing), 4)}")
+    if told:
+        notes.note("D137", f"groups of '{group}' stay whole, so that {' and '.join(told)} are held out", place)
 
 
 def _eval_line(train: list[Example], held: list[Example]) -> str:

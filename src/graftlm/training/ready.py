@@ -20,12 +20,12 @@ from graftlm.data.prepare import ONLINE
 from graftlm.data.reading import read_rows
 from graftlm.data.streaming import Source, prepare_streamed
 from graftlm.data.tokenising import IGNORED
-from graftlm.errors import EnvironmentFault, Finding, GraftError, PlanError, SettingsError
+from graftlm.errors import EnvironmentFault, Finding, GraftError, MethodError, PlanError, SettingsError
 from graftlm.evaluation.spans import need_span_metrics
 from graftlm.methods import Value, read_method
 from graftlm.models import head_of, is_encoder, load_config, load_tokenizer, resolve_base
 from graftlm.models.placing import Placing
-from graftlm.planning import Asked
+from graftlm.planning import Asked, Plan
 from graftlm.planning.memory import available_bytes
 from graftlm.planning.step import meta_model
 from graftlm.settings import Resolved, RunSettings
@@ -68,6 +68,15 @@ class Ready:
         """The run's largest step, to be planned. Raises PlanError where that cannot be told."""
         return foreseen(self.settings, self.config, self.prepared, self.method)
 
+    def plan(self, step: Asked) -> Plan:
+        """The plan of the step. Raises AdapterError (U149) where a method cannot go on top of the adapter."""
+        try:
+            return step.plan()
+        except MethodError as error:
+            if self.start is None or not self.start.kept or error.findings[0].code != "T105":
+                raise
+            raise self.start.alike(self.asked, error.findings[0].message.partition(": ")[2]) from None
+
 
 def asked_resolved(resolved: Resolved) -> Asked:
     """The largest step of the run that `resolved` says, to be planned; nothing is trained or written.
@@ -91,7 +100,7 @@ def check_resolved(resolved: Resolved) -> tuple[tuple[Finding, ...], tuple[Findi
     try:
         ready = make_ready(resolved.settings, resolved.origin)
         notes += ready.prepared.notes
-        plan = ready.step().plan()
+        plan = ready.plan(ready.step())
         room = available_bytes(plan.device)
         if room and not plan.fits(room) and resolved.settings.model.device_map is None:
             raise EnvironmentFault(does_not_fit(plan, room))

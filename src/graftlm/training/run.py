@@ -343,7 +343,7 @@ class _Work:
         """Say what the run will take. Raises EnvironmentFault where it is more than there is."""
         try:
             step = ready.step()
-            plan = step.plan()
+            plan = ready.plan(step)
         except PlanError as error:  # a base whose code does not run without values can be trained all the same
             self.voice.say("memory", error.findings[0].message)
             return

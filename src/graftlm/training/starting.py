@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,15 @@ class Start:
             if file.suffix in (".json", ".safetensors", ".bin"):
                 whole.update(f"{file.name}\0{sha256_of(file)}\n".encode())
         return whole.hexdigest()
+
+    def alike(self, method: Method, why: str) -> AdapterError:
+        """What is raised where `method` on top would have tensors of the adapter's names."""
+        message = f"{method} cannot go on top of {self.folder}, which is {self.method}: {why}"
+        folder = shlex.quote(str(self.folder))
+        fix = (
+            f"graftlm export {folder} --to merged -o OUT, then train -m OUT without --from; or --from without --method"
+        )
+        return AdapterError(Finding("U149", message, fix=fix))
 
     def known(self, settings: RunSettings) -> dict[str, Any]:
         """What the adapter says of how rows are read, as `read_with` takes it.
@@ -133,9 +143,7 @@ def attach_start(model: nn.Module, start: Start, method: Method, attach_new: Cal
     fresh = {name: tensor.clone() for name, tensor in new.state().items()}
     new.detach()
     if twice := sorted(state.keys() & fresh.keys()):
-        message = f"{stored} and {new.method} both have a {twice[0]} ({len(twice)} names twice)"
-        fix = f"graftlm export {start.folder} OUT --to merged, then -m OUT; or other targets"
-        raise AdapterError(Finding("U149", message, fix=fix))
+        raise start.alike(new.method, f"two parts have a {twice[0]} ({len(twice)} names twice)")
     adapter = attach(model, stored + new.method, name="default", state={**state, **fresh})
     for part in adapter.parts if start.kept else ():
         if any(part.method is kind for kind in stored.parts):

@@ -81,6 +81,15 @@ def test_tags_without_the_library_that_scores_them_are_refused_before_anything_i
     assert not (tmp_path / "run").exists()
 
 
+def test_one_held_out_row_has_no_interval(tiny: Tiny, answered: Path) -> None:
+    run = tiny(answered, steps=1, eval_share=0.05)
+    assert run.record["results"]["eval_rows"] == 1
+    for row in run.record["results"]["scores"]:
+        assert not [name for name in row if name.endswith(("_low", "_high"))]
+    assert "(one row, no interval)" in (run.folder / "log.txt").read_text()
+    assert "loss_low" not in evaluate(run.folder)["scores"][0]
+
+
 def test_masked_words_of_plain_text(tiny: Tiny, tiny_bert: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.txt"
     data.write_text(texts(60))

@@ -18,7 +18,7 @@ different in 12 comparisons of 100; MOVER, the root of the sum of both squared h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ import numpy as np
 
 __all__ = [
     "NOT_DISTINGUISHABLE", "Estimate", "Verdict", "bootstrap_interval", "crossed_mean", "crossed_test", "holm",
-    "mean_interval", "paired_test", "verdict_on", "with_interval",
+    "mean_interval", "paired_test", "sure_scores", "verdict_on", "with_interval",
 ]  # fmt: skip
 
 Verdict = Literal["better", "worse", "not distinguishable"]
@@ -100,6 +100,17 @@ def with_interval(name: str, samples: Sequence[Any], statistic: Callable[..., An
     """
     found = bootstrap_interval(samples, statistic)
     return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def sure_scores(scores: Sequence[Mapping[str, Any]], rows: int) -> list[dict[str, Any]]:
+    """Scores of results, without intervals where they are of a single row: to draw from it says nothing of others.
+
+    Example:
+        >>> sure_scores([{"loss": 2.0, "loss_low": 2.0, "loss_high": 2.0}], rows=1)
+        [{'loss': 2.0}]
+    """
+    ends = ("_low", "_high") if rows < 2 else ()
+    return [{name: value for name, value in row.items() if not name.endswith(ends)} for row in scores]
 
 
 def mean_interval(values: Any, weights: Any = None, **options: Any) -> Estimate:

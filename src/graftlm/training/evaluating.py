@@ -23,6 +23,7 @@ from graftlm.evaluation import (
     text_scores,
     verdict_on,
 )
+from graftlm.evaluation.statistics import sure_scores
 from graftlm.evaluation.texts import ROW_MEASURES, answer_rows, need_text_metrics
 from graftlm.objectives import CausalLM
 from graftlm.training.decisions import positions_taken
@@ -218,6 +219,7 @@ def _scored(opened: Opened, held: list[Any], known: Sequence[Any], *, by_row: bo
             order = sorted(range(len(lines)), key=lambda at: (-lines[at]["nats"], at))
             return [lines[at] | {"text": lines[at]["text"][:_SHOWN]} for at in order[:count]]
 
+        results["scores"] = sure_scores(results["scores"], len(held))
         return _Found(measures | results, {"accuracy": (right, None, True), "nats": (nats, None, False)}, worst_rows)
     tuned = losses(opened.model, CausalLM.of(opened.model), held, collate)
     if opened.adapter is None:
@@ -230,6 +232,7 @@ def _scored(opened: Opened, held: list[Any], known: Sequence[Any], *, by_row: bo
         with use(opened.model, None):
             untouched = losses(opened.model, CausalLM.of(opened.model), held, collate)
         results = text_results(tuned, untouched, adapter=name)
+    results["scores"] = sure_scores(results["scores"], len(held))
     each = tuned.sums / np.maximum(tuned.counts, 1)
 
     def worst_texts(count: int) -> list[dict[str, Any]]:

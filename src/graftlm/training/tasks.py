@@ -45,7 +45,7 @@ from graftlm.evaluation.losses import Collate
 from graftlm.evaluation.losses import batches as each_of
 from graftlm.evaluation.numbers import number_scores, predicted_numbers
 from graftlm.evaluation.spans import commonest_tags, f1_of, predicted_tags, span_scores
-from graftlm.evaluation.statistics import with_interval
+from graftlm.evaluation.statistics import sure_scores, with_interval
 from graftlm.evaluation.texts import answer_scores
 from graftlm.kernels import LossHead
 from graftlm.models import head_of, is_encoder
@@ -157,6 +157,7 @@ class Learnt:
     def score(self, held: Sequence[Any], train: Sequence[Any] = ()) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Results for run.json, and a line for each prediction; with `train`, also baselines that learn from it."""
         results, lines = TASKS[self.task].score(self, held, train)
+        results["scores"] = sure_scores(results["scores"], len(held))
         return {"task": self.task, "eval_rows": len(held)} | self.measures() | results, lines
 
     def measured(self, held: Sequence[Any]) -> dict[str, float]:
@@ -209,7 +210,10 @@ def score_line(score: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """A score in words: its measure with the interval, and the second measure."""
     first, second = results["measure"], results["second"]
     key = first["key"]
-    said = f"{first['title']} {score[key]:.3f} ({score[f'{key}_low']:.3f} to {score[f'{key}_high']:.3f})"
+    sure = "one row, no interval"
+    if f"{key}_low" in score:
+        sure = f"{score[f'{key}_low']:.3f} to {score[f'{key}_high']:.3f}"
+    said = f"{first['title']} {score[key]:.3f} ({sure})"
     return said + (f"  {second['title']} {score[second['key']]:,.3f}" if second["key"] in score else "")
 
 

@@ -130,7 +130,9 @@ def test_a_new_head_starts_at_a_regression_where_rows_have_classes(tiny: Tiny, t
     for kind in ("pairs", "tag"):
         assert method_of(rows_for(kind), kind).endswith("+head(start=probe)")
     assert method_of(rows_for("regress"), "regress").endswith("+head")
-    assert method_of(rows_for("multi"), "multi").endswith("+head")
+    assert method_of(rows_for("multi"), "multi").endswith("+head(start=probe)")
+    streamed = method_of(rows_for("pairs"), "streamed", stream=True, eval_share=0.2)
+    assert streamed.endswith("+head(start=probe)")
     assert method_of(rows_for("pairs"), "own", method="lora(rank=2)+head").endswith("+head")
     one_of_many = [{"text": f"number {at}", "label": "rare" if at % 70 == 3 else "often"} for at in range(220)]
     assert method_of(one_of_many, "rare", waive="D129").endswith("+head")

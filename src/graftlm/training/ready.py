@@ -203,12 +203,14 @@ def _start_of_head(prepared: Prepared, config: Any) -> str:
     """How a new head starts: by a regression on training rows where they have classes, and the base brings no head.
 
     From a head drawn anew some methods tell one class for all rows: on 800 rows of WNUT-17 LoRA finds no span (F1 0),
-    and from a regression 0.49, where full fine-tuning has 0.35.
+    and from a regression 0.49, where full fine-tuning has 0.35. Of several labels a row LoRA has a micro-F1 of 0.76
+    from a regression and 0.69 without (640 rows of E2E, 100 steps, three seeds); numbers (SICK) gain nothing by it.
     """
     brought = any(str(name).endswith(_HEADED) for name in getattr(config, "architectures", None) or ())
-    one_each = prepared.labels is not None and not prepared.labels.several
-    if brought or prepared.stream is not None or prepared.task not in ("classify", "tag") or not one_each:
+    if brought or prepared.labels is None or prepared.task not in ("classify", "tag"):
         return "base"
+    if prepared.labels.several:
+        return "probe" if len({tuple(item["labels"]) for item in prepared.train}) > 1 else "base"
     seen = [set(item["labels"]) - {IGNORED} if prepared.task == "tag" else {item["labels"]} for item in prepared.train]
     commonest, _ = Counter(label for labels in seen for label in labels).most_common(1)[0]
     others = sum(bool(labels - {commonest}) for labels in seen)

@@ -634,12 +634,17 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 def _at_entry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The hook where batches enter: check the batch against the routing, and remember that for recomputation."""
     switch: Switch = module.__dict__[_ENTRY]
+    mask = kwargs.get("attention_mask")
+    switch.batch.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if not (torch.compiler.is_compiling() and switch.routing.rows is None):  # a graph has its routing as a guard
+        _admit(module, switch, args, kwargs)
+
+
+def _admit(module: nn.Module, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
     given = next((kwargs[name] for name in names if isinstance(kwargs.get(name), Tensor)), None)
     if given is None:
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    mask = kwargs.get("attention_mask")
-    switch.batch.mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     cache = kwargs.get("past_key_values")
     filled = getattr(cache, "get_seq_length", None)
     switch.going_on = bool(filled is not None and filled())

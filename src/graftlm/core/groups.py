@@ -44,6 +44,8 @@ class Group:
     shift: int = 0
     #: Whether there are prefixes at the attention calls behind this sequence.
     prefixed: bool = False
+    #: Whether nothing acts.
+    idle: bool = field(init=False, default=False)
     #: Whether a linear delta acts, and whether one asks the base.
     acts: bool = field(init=False, default=False)
     asks_base: bool = field(init=False, default=False)
@@ -55,6 +57,7 @@ class Group:
         asking = any(over for _, over in self.adds) or any(
             acts(delta, "add_over") for part in self.slices for delta in part.deltas
         )
+        object.__setattr__(self, "idle", not (self.shift or self.prefixed or len(self.everything) > 0))
         object.__setattr__(self, "acts", bool(self.adds or self.afters or self.slices))
         object.__setattr__(self, "asks_base", asking)
         alone = len(self.adds) + len(self.befores) == len(self.everything) and not (self.shift or self.prefixed)
@@ -68,11 +71,6 @@ class Group:
     def inserted(self) -> int:
         """How many virtual tokens are put in between the rows' own; those in slots take the place of tokens."""
         return sum(delta.length for delta in self.prompts if delta.position != "slots")
-
-    @property
-    def idle(self) -> bool:
-        """True where nothing acts."""
-        return not (self.shift or self.prefixed or self.everything)
 
     @property
     def everything(self) -> tuple[Delta, ...]:

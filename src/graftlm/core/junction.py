@@ -186,6 +186,8 @@ class Junction:
         #: Whether the weight is packed, so that no other can stand in its place.
         self.packed = is_packed(module)
         self.deltas: dict[str, list[tuple[Site, str, Delta]]] = {}  # adapter -> (site, parameter name, delta)
+        #: Adapter -> its deltas and what each does, where that is all on linear maps; else None. For torch.compile.
+        self.traced: dict[str, tuple[tuple[Delta, tuple[str, ...]], ...] | None] = {}
         #: Adapters with a delta elsewhere that reads what this module is given.
         self.watchers: set[str] = set()
         #: By how many positions an adapter with prefixes moves the tokens of this sequence.
@@ -224,6 +226,7 @@ class Junction:
     def put(self, adapter: str, delta: Delta, site: Site, parameter: str = "") -> None:
         """Attach `delta` for `adapter`; `parameter` names what a parameter delta stands for."""
         self.deltas.setdefault(adapter, []).append((site, parameter, delta))
+        self.traced[adapter] = _traced(self.deltas[adapter])
         # Not by a look through all of them: the hundredth adapter comes as quickly as the first.
         self.prompted = self.prompted or isinstance(delta, EmbedDelta)
         self._planned = None
@@ -233,6 +236,7 @@ class Junction:
         """Remove what `adapter` put here; the last one out removes the junction itself."""
         self.settle(module)
         self.deltas.pop(adapter, None)
+        self.traced.pop(adapter, None)
         self.watchers.discard(adapter)
         self.shifts.pop(adapter, None)
         self._lost_deltas()
@@ -686,6 +690,19 @@ class Junction:
     def splice(self) -> Splice | None:
         """What the attention call in progress is given."""
         return self._splice
+
+
+def _traced(placed: Sequence[tuple[Site, str, Delta]]) -> tuple[tuple[Delta, tuple[str, ...]], ...] | None:
+    """Deltas of one adapter at a linear map with the steps that they do; None where other things act there."""
+    found: list[tuple[Delta, tuple[str, ...]]] = []
+    for site, _, delta in placed:
+        if isinstance(delta, BranchDelta) and site.kind != "stream" and not (delta.reads_input or delta.reads_mask):
+            found.append((delta, ("branch",)))
+            continue
+        if not isinstance(delta, LinearDelta) or site.columns or acts(delta, "add_over"):
+            return None
+        found.append((delta, tuple(step for step in ("before", "add", "after") if acts(delta, step))))
+    return tuple(found)
 
 
 def _change_slice(part: Slice, x: Tensor, output: Tensor, base: Base | None) -> Tensor:

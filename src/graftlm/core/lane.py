@@ -85,6 +85,8 @@ class Lane:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The map with what acts at it."""
         junction = self.junction
+        if torch.compiler.is_compiling() and (found := self._traced(args, kwargs)) is not None:
+            return found
         if torch.is_grad_enabled() or kwargs or len(args) != 1:
             return self._long(args, kwargs)
         groups = junction.plan()
@@ -101,6 +103,40 @@ class Lane:
             way = self._other_way(groups, x)
         found = way(x) if way.short else None
         return self._long(args, kwargs) if found is None else found
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The map with what acts at it on all rows, as torch.compile can follow it; None where that is not all.
+
+        What is read here of routing and deltas becomes a guard, so that another routing compiles anew.
+        """
+        junction, routing = self.junction, self.junction.switch.routing
+        if kwargs or len(args) != 1 or self.before is not None or junction.watchers or routing.rows is not None:
+            return None
+        deltas: list[tuple[Any, tuple[str, ...]]] = []
+        for name in routing.whole:
+            if name in junction.deltas:
+                traced = junction.traced[name]
+                if traced is None:
+                    return None
+                deltas += traced
+        x: Tensor = args[0]
+        for delta, steps in deltas:
+            if delta.training is not self.module.training:
+                return None
+            if "before" in steps:
+                x = delta.before(x)
+        y: Tensor = self.inner(x)
+        for delta, steps in deltas:
+            change = delta.add(x) if "add" in steps else None
+            if change is not None:
+                y = y + change.to(y.dtype)
+        for delta, steps in deltas:
+            if "after" in steps:
+                y = delta.after(y)
+        for delta, steps in deltas:
+            if "branch" in steps:
+                y = delta.branch(y, y, None)
+        return y
 
     def _other_way(self, groups: tuple[Group, ...], x: Tensor) -> _Way:
         """The way of `groups`, as it was sorted before or is now."""

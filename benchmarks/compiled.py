@@ -1,7 +1,7 @@
 """Compiled blocks beside the fused forms: time and peak memory of a LoRA step, each in a process of its own.
 
-Blocks are compiled by torch.compile with its usual settings; the loss head is the fused one in all cases. One thread; of
-some steps the last is told, and the first, in which compiling is.
+Blocks are compiled by torch.compile with its usual settings; the loss head is the fused one in all cases. One thread;
+of some steps the last is told, and the first, in which compiling is.
 
     python -m benchmarks.compiled --dtype bfloat16,float32
 """

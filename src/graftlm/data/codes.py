@@ -52,7 +52,7 @@ CODES: dict[str, str] = {
     "D148": "conversations became one training row for each assistant turn",
     "D149": "the tokenizer has no chat template, so a built-in one is used",
     "D150": "the first token of an answer also holds the end of the prompt, so generation will see other tokens",
-    "D160": "an answer is not among the row's choices, or there are too few of these",
+    "D160": "an answer is not among the row's choices, or there are too few of these, or one of them twice",
     "D161": "a row has not as many tags as tokens",
     "D162": "a value is not a number where one is wanted",
     "D163": "chosen and rejected answer are the same",

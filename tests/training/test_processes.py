@@ -82,11 +82,13 @@ def words_for(data: Path, base: Path, **settings: Any) -> list[str]:
     return [str(data), "-m", str(base), *sets]
 
 
-def alike(one: Path, other: Path) -> None:
-    """Whether the runs saw the same losses and came to the same weights."""
+def alike(one: Path, other: Path, near: float = 1e-6) -> None:
+    """Whether the runs saw the same losses and came to the same weights; `near`: of the first step."""
     names = ("loss", "eval_loss", "grad_norm", "learning_rate")
     both = [[(row["step"], [row.get(name, 0.0) for name in names]) for row in metrics_of(run)] for run in (one, other)]
     assert [step for step, _ in both[0]] == [step for step, _ in both[1]]
+    # Both begin with the same weights; later ones differ in roundings, which Adam makes larger.
+    assert both[1][0][1] == pytest.approx(both[0][0][1], rel=near, abs=near)
     for (_, first), (_, second) in zip(*both, strict=True):
         assert second == pytest.approx(first, rel=2e-6, abs=2e-6)
     for name, tensor in weights(one).items():
@@ -124,7 +126,8 @@ def test_a_run_of_two_writes_and_learns_what_one_does(task: str, tiny_base: Path
     words = words_for(data, tiny_base, **given)
     ended(*words, "-o", str(tmp_path / "one"), processes=1)
     ended(*words, "-o", str(tmp_path / "two"))
-    alike(tmp_path / "one", tmp_path / "two")
+    # PPO's loss is a hundredth, and the sum of terms near one that cancel.
+    alike(tmp_path / "one", tmp_path / "two", near=2e-6 if task == "ppo" else 1e-6)
     told = [
         [(row["reward"], row["answer_tokens"]) for row in metrics_of(tmp_path / run) if "answer_tokens" in row]
         for run in ("one", "two")

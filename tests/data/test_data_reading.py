@@ -294,8 +294,14 @@ def test_rows_under_a_name_are_not_a_row(write, name):
     assert finding.code == "D109"
     assert finding.message == "the only object has 3 objects under 'data', wanted the rows themselves"
     assert finding.fix.startswith("jq -c '.[\"data\"][]' ")
-    chat = {"messages": [{"role": "user", "content": "a"}]}
-    assert read_rows(write(name, json.dumps(chat))).rows == [chat]
+    for row in (
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"text": "a", "entities": [{"start": 0}]},
+        {"data": "a"},
+    ):
+        assert read_rows(write(name, json.dumps(row))).rows == [row]
+    path = write("a.jsonl", [{"data": [{}]}, {"data": [{}]}])  # rows of their own, whatever they are
+    assert len(read_rows(path)) == 2
 
 
 def test_several_encodings_in_one_file_are_not_converted(write):

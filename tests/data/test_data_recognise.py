@@ -199,6 +199,13 @@ def test_columns_that_hold_something_else_are_told_so(task):
     )
 
 
+def test_a_column_that_is_right_is_not_blamed_for_another_that_is_missing():
+    assert "need tokens and tags, found tokens" in fault(of_rows([{"tokens": ["a"], "note": "b"}]), "tag").message
+    finding = fault(of_rows([{"body": "a", "score": 1.5}]), "regress")
+    assert "need text and score, found body, score" in finding.message
+    assert finding.fix == "--map text=...,score=..."
+
+
 def test_one_kind_of_rows_serves_several_tasks():
     pairs = table("prompt", "completion")
     assert recognise(pairs, "seq2seq").task == "seq2seq"

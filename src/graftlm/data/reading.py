@@ -128,7 +128,7 @@ def read_rows(
             kind = "jsonl"
             # Not splitlines(): U+2028 and its like are ordinary characters inside a JSON string.
             _exhaust(reader.json_lines(io.StringIO(text, newline=None)))
-            if len(reader.rows) == 1:
+            if reader.lines == 1 and reader.rows:
                 _check_no_wrapper(reader.rows[0], path)
         else:
             kind = "json"
@@ -187,6 +187,8 @@ def _delimiter(text: str, kind: str) -> str:
 
 
 _DROP = "--set data.drop_bad_rows=true"
+#: Names under which files that are one object hold their rows.
+_WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "samples", "train", "test", "validation")
 _TOO_DEEP = "lists and objects inside one another, hundreds deep"
 _PARTS = re.compile(r"(train|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
@@ -625,8 +627,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> Row:
 def _check_no_wrapper(row: Row, path: Path) -> None:
     """Raise D109 where the only object of a file is no row but has the rows in it, as `{"data": [...]}` does."""
     for name, value in row.items():
-        objects = isinstance(value, list) and value and all(isinstance(one, dict) for one in value)
-        if objects and not any({"role", "from"} & one.keys() for one in value):
+        if name.lower() in _WRAPPERS and isinstance(value, list) and any(isinstance(one, dict) for one in value):
             message = f"the only object has {counted(len(value), 'object')} under {name!r}, wanted the rows themselves"
             fix = f"jq -c '.[\"{name}\"][]' '{path}' > '{path.with_name(path.stem + '.rows.jsonl')}'"
             raise DataError(Finding("D109", message, path.name, fix, ("save that list as a file of its own",)))

@@ -415,7 +415,8 @@ def _wrong_columns(table: Table, task: str, given: Mapping[str, str]) -> Finding
     if task == "regress" and "score" not in given:
         texts = given.get("text") or looks.get("text") or _by_name("text", list(table.columns)) or "..."
         for name in columns.named((*ROLES["score"], *ROLES["label"], *_PERHAPS_LABELS)):
-            return _wrong_values(columns, name, "score", f"--task classify --map text={texts},label={name}")
+            if columns.odd(name, "score") or not columns.values(name):
+                return _wrong_values(columns, name, "score", f"--task classify --map text={texts},label={name}")
         numeric = [
             name
             for name in table.columns
@@ -428,7 +429,8 @@ def _wrong_columns(table: Table, task: str, given: Mapping[str, str]) -> Finding
         if task in serves or (task == "auto" and kind in _CERTAIN and all(columns.role(role) for role in roles)):
             for role in roles:
                 for name in columns.role(role) if role in _TAKES and role not in given else ():
-                    return _wrong_values(columns, name, role)
+                    if columns.odd(name, role) or not columns.values(name):
+                        return _wrong_values(columns, name, role)
     if task in ("choice", "tfew") and not given and (labelled := _Columns(table, {}, "classify").labelled()):
         # Rows with labels: a prompt makes questions of them, and the labels are what there is to choose from.
         *fields, _ = labelled[0].values()

@@ -86,3 +86,25 @@ def test_dropout_follows_the_mode_of_the_model() -> None:
     with torch.no_grad():
         for _ in range(2):
             assert torch.allclose(compiled(IDS).logits, model(IDS).logits, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_recomputed_blocks_meet_the_routing_of_their_forward() -> None:
+    model = tiny("llama").train()
+    one = changed(model, "lora(rank=2)", "one")
+    changed(model, "lora(rank=2)", "two")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    trained = [p for part in one.parts for p in part.delta.parameters()]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        with use(model, "one"):
+            loss = model(IDS).logits.square().sum()
+        with use(model, "two"):
+            return torch.autograd.grad(loss, trained)
+
+    plain = gradients()
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    for one_, other in zip(gradients(), plain, strict=True):
+        assert torch.allclose(one_, other, rtol=1e-4, atol=1e-4)

@@ -109,7 +109,8 @@ class Lane:
 
         What is read here of routing and deltas becomes a guard, so that another routing compiles anew.
         """
-        junction, routing = self.junction, self.junction.switch.routing
+        junction, switch = self.junction, self.junction.switch
+        routing = switch.routing if switch.recomputing is None else switch.recomputing
         if kwargs or len(args) != 1 or self.before is not None or junction.watchers or routing.rows is not None:
             return None
         deltas: list[tuple[Any, tuple[str, ...]]] = []

@@ -87,6 +87,23 @@ def test_pairs_without_text(row, code, said):
 
 
 @pytest.mark.parametrize(
+    ("choices", "answer", "said"),
+    [
+        (["a", "a", "b"], "b", "one of its 'choices' twice"),
+        (["a"], "a", "fewer than two 'choices'"),
+        (["a", "b"], "c", "an 'answer' that is none of its 'choices'"),
+        (["a", " "], "a", "a list with an empty text in 'choices' where a list of texts is wanted"),
+        (["a", 2], "a", "a list of texts and numbers in 'choices' where a list of texts is wanted"),
+    ],
+)
+def test_faulty_choices(choices, answer, said):
+    sound = {"question": "Which?", "choices": ["a", "b"], "answer": "a"}
+    (finding,) = faults([sound, {**sound, "choices": choices, "answer": answer}])
+    assert finding.code == ("D121" if "list of texts is" in said else "D160")
+    assert finding.message == f"1 row has {said} (row 2)"
+
+
+@pytest.mark.parametrize(
     ("messages", "code", "said"),
     [
         (None, "D120", "null 'messages'"),

@@ -22,6 +22,7 @@ from graftlm.evaluation import (
     text_scores,
     tfidf_baseline,
 )
+from graftlm.evaluation.baselines import probe_label_sets, probe_numbers, tfidf_label_sets, tfidf_numbers
 from graftlm.evaluation.losses import RowLosses
 from graftlm.models import load_base
 from graftlm.objectives import OBJECTIVES
@@ -95,6 +96,19 @@ def test_baselines_learn_what_is_there_to_learn(tiny_base: Path, tmp_path: Path)
     with use(model, None):
         found = probe_baseline(model, items, items, collate)
     assert found == [int(item["labels"]) for item in items]
+
+    # The same facts as several labels, one of which no row has, and as numbers.
+    sets = np.array([[label, 1 - label, 0] for label in known], dtype=bool)
+    assert (tfidf_label_sets(texts[:30], sets[:30], texts[30:]) == sets[30:]).all()
+    truth = np.array([[int(item["labels"]), 0, 1] for item in items], dtype=bool)
+    several = [item | {"labels": row.astype(float).tolist()} for item, row in zip(items, truth, strict=True)]
+    values = [3.0 if item["labels"] else -1.0 for item in items]
+    with use(model, None):
+        assert (probe_label_sets(model, several, several, collate) == truth).all()
+        numbers = probe_numbers(model, items, values, items, collate)
+    assert np.corrcoef(numbers, values)[0, 1] > 0.9
+    wanted = [3.0 if label else -1.0 for label in known]
+    assert np.corrcoef(tfidf_numbers(texts[:30], wanted[:30], texts[30:]), wanted[30:])[0, 1] > 0.9
 
 
 def test_baselines_of_odd_data() -> None:

@@ -484,7 +484,7 @@ def test_rows_with_several_labels_are_compared(tiny_bert: Path, tmp_path: Path) 
         batch=4, quiet=True, output=tmp_path / "out", waive=("D129",),
     )  # fmt: skip
     assert found.record["summary"]["measure"] == "share of labels right"
-    assert {row["name"] for row in found.contestants} == {"bitfit", "full", "majority"}
+    assert {row["name"] for row in found.contestants} == {"bitfit", "full", "probe", "tfidf", "majority"}
 
 
 def test_tasks_in_which_a_row_has_no_score_are_refused(tiny_base: Path, tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def test_a_run_of_every_task(
 ) -> None:
     task, measure = RUNS[rows, asked, base]
     data = write_jsonl(tmp_path / "rows.jsonl", rows_for(rows))
-    run = tiny(data, task=asked, base=request.getfixturevalue(base), epochs=6.0, learning_rate=0.02)
+    epochs = 24.0 if rows == "multi" else 6.0
+    run = tiny(data, task=asked, base=request.getfixturevalue(base), epochs=epochs, learning_rate=0.02)
     assert run.task == task
     results = run.record["results"]
     assert results["measure"]["key"] == measure
@@ -131,7 +132,10 @@ def test_a_new_head_starts_at_a_regression_where_rows_have_classes(tiny: Tiny, t
         assert method_of(rows_for(kind), kind).endswith("+head(start=probe)")
     assert method_of(rows_for("regress"), "regress").endswith("+head")
     assert method_of(rows_for("multi"), "multi").endswith("+head(start=probe)")
-    streamed = method_of(rows_for("pairs"), "streamed", stream=True, eval_share=0.2)
+    held = write_jsonl(
+        tmp_path / "held.jsonl", [{**row, "premise": f"{at} more"} for at, row in enumerate(rows_for("pairs"))]
+    )
+    streamed = method_of(rows_for("pairs"), "streamed", stream=True, eval_path=str(held))
     assert streamed.endswith("+head(start=probe)")
     assert method_of(rows_for("pairs"), "own", method="lora(rank=2)+head").endswith("+head")
     one_of_many = [{"text": f"number {at}", "label": "rare" if at % 70 == 3 else "often"} for at in range(220)]

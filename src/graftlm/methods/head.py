@@ -152,7 +152,7 @@ class Head(Parameters):
             raise MethodError(Finding("T165", message, fix="head, or more rows"))
         return x, y
 
-    def apply_measured(self, parts: Sequence[Part], measured: Any, model: nn.Module) -> None:  # noqa: ARG002
+    def apply_measured(self, parts: Sequence[Part], measured: Any, model: nn.Module) -> None:
         """Start the last map at the regression's solution."""
         path = _last_map([part.site for part in parts]).path
         last = [part for part in parts if part.site.path == path]
@@ -167,7 +167,12 @@ class Head(Parameters):
             weight, bias = _numbers(x, y.reshape(-1), with_bias=with_bias)
         # The direction counts. At a regression's own size, which narrow features make large, the body's first steps
         # move the logits by too much: on SST-2 the five methods that were tried end lower from there.
-        smaller = min(1.0, _SPREAD / max(float((x @ weight.T).std(0).mean()), 1e-12))
+        spread = (x @ weight.T).var(0)
+        if y.is_floating_point():
+            # Each label has a logit of its own, which dropout in training moves by what the features' means weigh.
+            dropped = max((part.p for part in model.modules() if isinstance(part, nn.Dropout)), default=0.0)
+            spread = spread + dropped / max(1 - dropped, 1e-3) * ((x**2) @ (weight.T**2)).mean(0)
+        smaller = min(1.0, _SPREAD / max(float(spread.sqrt().mean()), 1e-12))
         weight, bias = smaller * weight, smaller * bias
         with torch.no_grad():
             own["weight"].copy_(weight)

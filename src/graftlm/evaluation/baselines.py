@@ -77,7 +77,7 @@ def probe_label_sets(
 ) -> np.ndarray:
     """As `probe_baseline` where a row may have several labels: whether it has each, [rows, labels]."""
     labels = np.asarray([item["labels"] for item in train]) > 0.5
-    known, wanted = (_features(model, part, collate, 32) for part in (train, rows))
+    known, wanted = (_features(model, part, collate) for part in (train, rows))
     return _each_label(known, labels, wanted, scale=True)
 
 
@@ -89,7 +89,7 @@ def probe_numbers(
     collate: Collate,
 ) -> list[float]:
     """As `probe_baseline` for numbers: ridge regression, its strength chosen by cross-validation."""
-    known, wanted = (_features(model, part, collate, 32) for part in (train, rows))
+    known, wanted = (_features(model, part, collate) for part in (train, rows))
     model = fit_ridge(known, values)
     with threadpool_limits(1):
         return [float(value) for value in model.predict(wanted)]
@@ -117,7 +117,7 @@ def _each_label(known: Any, labels: np.ndarray, wanted: Any, *, scale: bool) -> 
     return np.asarray(told, dtype=bool).T
 
 
-def _features(model: Any, items: Sequence[Mapping[str, Any]], collate: Collate, batch: int) -> np.ndarray:
+def _features(model: Any, items: Sequence[Mapping[str, Any]], collate: Collate, batch: int = 32) -> np.ndarray:
     found = []
     with evaluating(model):
         for part in batches(items, batch):

@@ -290,7 +290,9 @@ def test_rows_of_an_array_on_one_line_have_places_of_their_own(write):
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_rows_under_a_name_are_not_a_row(write, name):
+    spread = fault(write("spread.json", json.dumps({"version": 1, "data": ROWS}, indent=1))).findings[0]
     finding = fault(write(name, json.dumps({"version": 1, "data": ROWS}))).findings[0]
+    assert spread.message == finding.message
     assert finding.code == "D109"
     assert finding.message == "the only object has 3 objects under 'data', wanted the rows themselves"
     assert finding.fix.startswith("jq -c '.[\"data\"][]' ")

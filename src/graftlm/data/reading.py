@@ -417,6 +417,8 @@ class _Reader:
                 raise _broken_json(error, name) from None
             except RecursionError:
                 raise DataError(Finding("D105", _TOO_DEEP, f"{name}:1")) from None
+            if isinstance(value, dict):
+                _check_no_wrapper(value, self.path)
             what = f"one object with {listed(value)}" if isinstance(value, dict) else kind_of(value)
             lists = [key for key, v in value.items() if isinstance(v, list)] if isinstance(value, dict) else []
             detail = (f"the rows may be under {listed(map(repr, lists))}: save that list as a file",) if lists else ()
